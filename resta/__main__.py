@@ -1,0 +1,5 @@
+"""`python -m resta` is the `resta` command."""
+
+from resta.cli import main
+
+main()

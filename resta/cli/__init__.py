@@ -1,0 +1,55 @@
+"""The command line: one file per command, imported only when it runs, so that `resta --help` is instant."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+from resta.errors import RestaError
+from resta.version import VERSION
+
+# name -> (module that defines `command`, one line for `resta --help`)
+COMMANDS = {
+    "merge": ("resta.cli.merge", "Add a safety vector to a fine-tuned model, streaming, on disk."),
+}
+
+
+class LazyGroup(click.Group):
+    """A click group that knows its commands by name and imports one only when asked for it."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return command names in the order in which a user meets them."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """Import and return one command."""
+        if name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(COMMANDS[name][0]).command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands from the table, importing none of them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; an expected failure is one message on stderr and its class's exit code."""
+        try:
+            return super().invoke(ctx)
+        except RestaError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(error.exit_code)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(VERSION, prog_name="resta")
+def main() -> None:
+    """Give a fine-tuned language model its safety back, and prove it.
+
+    \b
+    restored = tuned + scale * (aligned - base)          RESTA, arXiv 2402.11746
+    """

@@ -1,0 +1,66 @@
+"""What can go wrong, as one tree; the exit code of each kind lives on its class.
+
+    RestaError                  exit 1: the request was right, carrying it out failed
+    ├── RequestError            exit 2: the request cannot be carried out as it stands; nothing was written
+    │   ├── HeaderError         a safetensors file whose header lies, or that is torn
+    │   ├── CheckpointError     a model directory that is not a complete, readable checkpoint
+    │   ├── AdapterError        a LoRA adapter that cannot be applied exactly
+    │   ├── RecipeError         a recipe (or flags) that does not say one clear thing
+    │   ├── PlanError           models that do not fit each other, the recipe, or the disk
+    │   └── MissingExtraError   an optional dependency is not installed
+    ├── NonFiniteError          NaN or infinity in weights, where the recipe does not allow it
+    ├── ResumeError             a partial output that belongs to another recipe, input or process
+    └── AuditError              a finished output that is not what its manifest says
+
+A message says which file or tensor, what was expected, what was found, and what to do.
+"""
+
+from __future__ import annotations
+
+
+class RestaError(Exception):
+    """The base of every error that resta raises on purpose; `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class RequestError(RestaError):
+    """The request is wrong; found before anything is written."""
+
+    exit_code = 2
+
+
+class HeaderError(RequestError):
+    """A safetensors header that is malformed or disagrees with its file."""
+
+
+class CheckpointError(RequestError):
+    """A model directory that is not a complete, readable safetensors checkpoint."""
+
+
+class AdapterError(RequestError):
+    """A LoRA adapter that cannot be applied exactly."""
+
+
+class RecipeError(RequestError):
+    """A recipe or a set of flags that is not valid."""
+
+
+class PlanError(RequestError):
+    """Models that do not fit each other, the recipe, or the disk."""
+
+
+class MissingExtraError(RequestError):
+    """An optional dependency is not installed."""
+
+
+class NonFiniteError(RestaError):
+    """NaN or infinity where the recipe does not allow it."""
+
+
+class ResumeError(RestaError):
+    """A partial output that this command may not continue."""
+
+
+class AuditError(RestaError):
+    """A finished output that differs from what its manifest and inputs say."""
