@@ -1,0 +1,229 @@
+"""A PEFT LoRA directory as a checkpoint: the base's tensors, with `scaling * B @ A` on top of some of them.
+
+LoRA: W + (alpha / rank) B A (arXiv 2106.09685, eq. 3); rank-stabilised LoRA: alpha / sqrt(rank)
+(arXiv 2312.03732). The products are formed tile by tile during the merge and never stored. Unlike
+`peft`'s own merge, nothing is rounded to the base's dtype on the way. Whatever this file does not know is
+refused by name: an adapter applied in part is a different model.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from resta.checkpoint import LowRank, Operand, Stored, Weights, identify, inside, read_json
+from resta.errors import AdapterError
+from resta.header import FLOAT_DTYPES, Spec, read_header
+from resta.hub import Located
+
+CONFIG = "adapter_config.json"
+FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+# Settings that say how to apply the adapter, and those that only say how it was trained.
+APPLIED = {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "bias"}
+APPLIED |= {"lora_bias", "modules_to_save", "base_model_name_or_path", "revision", "init_lora_weights"}
+HARMLESS = {"task_type", "inference_mode", "lora_dropout", "target_modules", "exclude_modules", "auto_mapping"}
+HARMLESS |= {
+    "layers_to_transform",
+    "layers_pattern",
+    "megatron_core",
+    "eva_config",
+    "qalora_group_size",
+    "peft_version",
+}
+# Initialisations that leave the base weights as they were; PiSSA, OLoRA, CorDA and LoftQ change them.
+BASE_KEEPING = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a directory holds an adapter and no full model."""
+    return (folder / CONFIG).is_file()
+
+
+def read_adapter(located: Located, base: Weights, *, recorded_base: str | None = None) -> Weights:
+    """Read an adapter on its base as one virtual checkpoint.
+
+    Args:
+        located: the adapter's directory.
+        base: the full checkpoint that it is applied to.
+        recorded_base: the user's confirmation, if the adapter names its base otherwise than `base` is named.
+
+    Raises:
+        AdapterError: it is for another base, not complete, or of a kind that cannot be applied exactly.
+    """
+    folder = located.folder
+    config = read_json(folder / CONFIG)
+    _check_config(config, folder)
+    _check_base(config, base, recorded_base, folder)
+    specs = _read_tensors(folder)
+    tensors, used = _replace(specs, base, folder)
+    for module, parts in _group(specs, used, folder).items():
+        target, low_rank = _low_rank(module, parts, config, folder)
+        tensors[target] = _on_top(target, tensors.get(target), low_rank, folder)
+        if "lora_B.bias" in parts:
+            bias = f"{module}.bias"
+            low_rank = LowRank(left=parts["lora_B.bias"], right=None, transposed=False, scaling=low_rank.scaling)
+            tensors[bias] = _on_top(bias, tensors.get(bias), low_rank, folder)
+    file = folder / FILE
+    return replace(
+        base,
+        located=located,
+        tensors=tensors,
+        files={**base.files, file: identify(file, located)},
+        tokenizer_folders=(*base.tokenizer_folders, folder),
+        is_adapter=True,
+    )
+
+
+def base_name(folder: Path) -> str:
+    """Return the name of the base that an adapter was trained on, as it records it ("" if it does not)."""
+    return str(read_json(folder / CONFIG).get("base_model_name_or_path") or "")
+
+
+def _check_config(config: Mapping[str, Any], folder: Path) -> None:
+    if config.get("peft_type") != "LORA":
+        raise AdapterError(f"{folder}: peft_type is {config.get('peft_type')!r}; only LORA adapters can be merged")
+    if config.get("use_dora"):
+        raise AdapterError(f"{folder}: is a DoRA adapter, whose norms need whole matrices; merge it with peft first")
+    initial = config.get("init_lora_weights", True)
+    if initial not in BASE_KEEPING:
+        raise AdapterError(
+            f"{folder}: init_lora_weights is {initial!r}, which also changes the base weights; "
+            "convert the adapter to plain LoRA with peft first"
+        )
+    unknown = sorted(key for key, value in config.items() if value and key not in APPLIED | HARMLESS)
+    if unknown:
+        raise AdapterError(
+            f"{folder}: {unknown[0]} is {config[unknown[0]]!r}, which is not supported; merge the adapter with peft first"
+        )
+
+
+def _check_base(config: Mapping[str, Any], base: Weights, recorded_base: str | None, folder: Path) -> None:
+    if base.is_adapter:
+        raise AdapterError(f"{folder}: its base {base.located.source} is an adapter itself; merge that first")
+    recorded = str(config.get("base_model_name_or_path") or "")
+    located = base.located
+    same_name = recorded.rstrip("/").rpartition("/")[2] in (
+        located.folder.name,
+        (located.hub_id or "").rpartition("/")[2],
+    )
+    if recorded_base != recorded and not (recorded and same_name):
+        raise AdapterError(
+            f"{folder}: was trained on {recorded or 'a base that it does not name'!r}, and would be put on "
+            f"{located.source!r}. If those are the same weights, confirm it with recorded_base: {recorded!r} "
+            f"in the recipe (--recorded-base on the command line); otherwise name the right base"
+        )
+    revision = str(config.get("revision") or "")
+    if located.commit and re.fullmatch(r"[0-9a-f]{40}", revision) and revision != located.commit:
+        raise AdapterError(f"{folder}: was trained on revision {revision} of its base; {located.commit} is given")
+
+
+def _read_tensors(folder: Path) -> dict[str, Stored]:
+    file = folder / FILE
+    if not file.is_file():
+        pickled = "; adapter_model.bin is a pickle, which is never read: save it as safetensors with peft"
+        raise AdapterError(f"{folder}: has no {FILE}{pickled if (folder / 'adapter_model.bin').exists() else ''}")
+    if not inside(file, folder):
+        raise AdapterError(f"{file}: is a link out of its directory, to {file.resolve()}; copy the file in")
+    stored = {}
+    for name, spec in read_header(file).items():
+        if not name.startswith(PREFIX):
+            raise AdapterError(f"{file}: tensor {name!r} does not begin with {PREFIX!r}; save the adapter with peft")
+        stored[name.removeprefix(PREFIX)] = Stored(file=file, spec=spec)
+    return stored
+
+
+def _replace(specs: Mapping[str, Stored], base: Weights, folder: Path) -> tuple[dict[str, Operand], set[str]]:
+    """Put whole tensors that the adapter stores (modules_to_save, biases) in the place of the base's."""
+    tensors, used = dict(base.tensors), set()
+    for name, stored in specs.items():
+        if ".lora_" in name:
+            continue
+        target = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+        if target not in tensors:
+            raise AdapterError(f"{folder / FILE}: replaces {target!r}, a tensor that the base does not have")
+        if stored.spec.dtype not in FLOAT_DTYPES:
+            raise AdapterError(f"{folder / FILE}: {name!r} is {stored.spec.dtype}; expected floating point")
+        tensors[target] = Operand(stored=stored)
+        used.add(name)
+    return tensors, used
+
+
+def _group(specs: Mapping[str, Stored], used: set[str], folder: Path) -> dict[str, dict[str, Stored]]:
+    """Sort factor tensors by module: {module: {"lora_A.weight": ...}}."""
+    modules: dict[str, dict[str, Stored]] = {}
+    for name in specs.keys() - used:
+        module, _, part = name.rpartition(".lora_")
+        modules.setdefault(module, {})["lora_" + part] = specs[name]
+    for module, parts in modules.items():
+        kinds = parts.keys() - {"lora_B.bias"}
+        if kinds not in ({"lora_A.weight", "lora_B.weight"}, {"lora_embedding_A", "lora_embedding_B"}):
+            raise AdapterError(
+                f"{folder / FILE}: {module!r} has {', '.join(sorted(parts))}; expected lora_A.weight and "
+                "lora_B.weight, or lora_embedding_A and lora_embedding_B"
+            )
+    return dict(sorted(modules.items()))
+
+
+def _low_rank(module: str, parts: Mapping[str, Stored], config: Mapping[str, Any], folder: Path) -> tuple[str, LowRank]:
+    embedding = "lora_embedding_A" in parts
+    a, b = (
+        parts["lora_embedding_A" if embedding else "lora_A.weight"],
+        parts["lora_embedding_B" if embedding else "lora_B.weight"],
+    )
+    for factor in (a.spec, b.spec):
+        if len(factor.shape) != 2 or factor.dtype not in FLOAT_DTYPES:
+            raise AdapterError(
+                f"{folder / FILE}: a factor of {module!r} is {factor.dtype} {factor.shape}; expected a float matrix "
+                "(convolutions are not supported: merge the adapter with peft first)"
+            )
+    rank = int(_pattern(config, "rank_pattern", module, config.get("r", 8)))
+    alpha = float(_pattern(config, "alpha_pattern", module, config.get("lora_alpha", 8)))
+    if not a.spec.shape[0] == b.spec.shape[1] == rank > 0:
+        raise AdapterError(
+            f"{folder / FILE}: {module!r} has factors {a.spec.shape} and {b.spec.shape}; rank {rank} is configured"
+        )
+    scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    # B @ A has the shape (out, in); an embedding and a Conv1D keep their weights as (in, out).
+    transposed = embedding or bool(config.get("fan_in_fan_out"))
+    left, right = (a, b) if transposed else (b, a)
+    return f"{module}.weight", LowRank(left=left, right=right, transposed=transposed, scaling=scaling)
+
+
+def _pattern(config: Mapping[str, Any], name: str, module: str, default: Any) -> Any:
+    """Look a module up among regular expressions the way peft does: the first that matches its end wins."""
+    for pattern, value in (config.get(name) or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def _on_top(target: str, operand: Operand | None, low_rank: LowRank, folder: Path) -> Operand:
+    if operand is None:
+        raise AdapterError(f"{folder / FILE}: targets {target!r}, a tensor that the base does not have")
+    if operand.dtype not in FLOAT_DTYPES:
+        raise AdapterError(
+            f"{folder / FILE}: targets {target!r}, which is {operand.dtype} in the base, not floating point"
+        )
+    expected = product_shape(low_rank)
+    if operand.shape != expected:
+        raise AdapterError(
+            f"{folder / FILE}: the adapter's term for {target!r} is {expected}, but the base has {operand.shape}"
+        )
+    return Operand(stored=operand.stored, low_rank=low_rank)
+
+
+def product_shape(low_rank: LowRank) -> tuple[int, ...]:
+    """Return the shape of left @ right."""
+
+    def sides(spec: Spec) -> tuple[int, ...]:
+        return spec.shape[::-1] if low_rank.transposed else spec.shape
+
+    if low_rank.right is None:
+        return low_rank.left.spec.shape
+    return (sides(low_rank.left.spec)[0], sides(low_rank.right.spec)[1])

@@ -1,0 +1,290 @@
+"""Read a checkpoint: one `model.safetensors`, or shards and their index, as {tensor name: where its bytes are}.
+
+A directory is taken as hostile until its files agree with each other. This module reads headers and byte
+ranges; it knows nothing of recipes, and of arithmetic only that a tensor may have a low-rank term on top.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from resta.errors import CheckpointError, RestaError
+from resta.header import Spec, load_strict_json, read_header
+from resta.hub import Located
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_JSON_BYTES = 100_000_000
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stored:
+    """The bytes of one tensor in one file."""
+
+    file: Path
+    spec: Spec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LowRank:
+    """A term `scaling * left @ right` on top of a stored tensor, as LoRA keeps it (arXiv 2106.09685, eq. 3).
+
+    `left` (rows, rank) and `right` (rank, columns) are stored as such or transposed; a vector (rows,) has
+    `right` None, which stands for one column of ones.
+    """
+
+    left: Stored
+    right: Stored | None
+    transposed: bool
+    scaling: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Operand:
+    """One tensor of one model: stored bytes, and what an adapter adds to them."""
+
+    stored: Stored
+    low_rank: LowRank | None = None
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the stored bytes, which is the tensor's own."""
+        return self.stored.spec.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's shape."""
+        return self.stored.spec.shape
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileIdentity:
+    """What tells one version of an input file from another, without reading its data."""
+
+    bytes: int
+    mtime_ns: int
+    header_sha256: str | None
+    sha256: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """A checkpoint's tensors in file order, its config, and the identity of every file they come from."""
+
+    located: Located
+    tensors: Mapping[str, Operand]
+    files: Mapping[Path, FileIdentity]
+    config: Mapping[str, Any]
+    config_folder: Path
+    tokenizer_folders: tuple[Path, ...]
+    is_adapter: bool = False
+
+
+def read_weights(located: Located, *, strip_prefix: str | None = None) -> Weights:
+    """Read the headers of a full checkpoint.
+
+    Args:
+        located: the directory.
+        strip_prefix: removed from the names that begin with it (`module.`, `_orig_mod.`, ...).
+
+    Raises:
+        CheckpointError: no complete, unambiguous safetensors checkpoint is there.
+        HeaderError: one of its files is malformed.
+    """
+    folder = located.folder
+    files = _weight_files(folder)
+    tensors: dict[str, Operand] = {}
+    for file in files:
+        for name, spec in read_header(file).items():
+            if name in tensors:
+                other = tensors[name].stored.file.name
+                raise CheckpointError(f"{file}: tensor {name!r} is also in {other}; remove the stale file")
+            tensors[name] = Operand(stored=Stored(file=file, spec=spec))
+    _check_index(folder, tensors)
+    return Weights(
+        located=located,
+        tensors=_strip(tensors, strip_prefix, folder) if strip_prefix else tensors,
+        files={file: identify(file, located) for file in files},
+        config=read_json(folder / "config.json") if (folder / "config.json").is_file() else {},
+        config_folder=folder,
+        tokenizer_folders=(folder,),
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read one JSON object strictly.
+
+    Raises:
+        CheckpointError: too large, or not an object that every reader would read alike.
+    """
+    try:
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: {size} bytes of JSON; at most {MAX_JSON_BYTES} are read")
+        text = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        return load_strict_json(text, error=CheckpointError)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def identify(file: Path, located: Located) -> FileIdentity:
+    """Return the identity of an input file; the whole-file digest is known where the Hub's cache names it."""
+    with file.open("rb") as handle:
+        status = os.fstat(handle.fileno())
+        header = None
+        if file.suffix == ".safetensors":
+            length = int.from_bytes(handle.read(8), "little")
+            header = hashlib.sha256(handle.read(length)).hexdigest()
+    blob = file.resolve().name if located.commit else ""
+    return FileIdentity(
+        bytes=status.st_size,
+        mtime_ns=status.st_mtime_ns,
+        header_sha256=header,
+        sha256=blob if len(blob) == 64 else None,
+    )
+
+
+def inside(path: Path, folder: Path) -> bool:
+    """Whether a file truly lies in a model directory, links followed, or in the Hub cache that the directory is of."""
+    real, home = path.resolve(), folder.resolve()
+    if real.is_relative_to(home):
+        return True
+    return home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs"
+
+
+class Reader:
+    """Positional reads from many files at once, shared by all workers; notices an input that changes meanwhile."""
+
+    def __init__(self, files: Mapping[Path, FileIdentity]) -> None:
+        self._files = files
+        self._open: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
+
+    def read(self, stored: Stored, first_byte: int, into: memoryview) -> None:
+        """Fill `into` with the tensor's bytes from `first_byte`.
+
+        Raises:
+            RestaError: the disk failed, or the file is shorter than when it was planned.
+        """
+        descriptor = self._descriptor(stored.file)
+        offset = stored.spec.start + first_byte
+        done = 0
+        while done < len(into):
+            try:
+                got = os.preadv(descriptor, [into[done:]], offset + done)
+            except OSError as error:
+                raise RestaError(f"{stored.file}: reading at byte {offset + done} failed: {error.strerror}") from error
+            if got == 0:
+                raise RestaError(f"{stored.file}: ends at byte {offset + done}; the file was cut after it was planned")
+            done += got
+
+    def read_ahead(self, stored: Stored, first_byte: int, length: int) -> None:
+        """Ask the kernel to have these bytes ready soon; a hint that may do nothing."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(
+                self._descriptor(stored.file), stored.spec.start + first_byte, length, os.POSIX_FADV_WILLNEED
+            )
+
+    def check_unchanged(self) -> None:
+        """Raise RestaError if an input that was read is no longer what the plan saw."""
+        for path in self._open:
+            status = path.stat()
+            identity = self._files[path]
+            if (status.st_size, status.st_mtime_ns) != (identity.bytes, identity.mtime_ns):
+                raise RestaError(f"{path}: changed while it was being merged; run the merge again")
+
+    def _descriptor(self, path: Path) -> int:
+        with self._lock:
+            descriptor = self._open.get(path)
+            if descriptor is None:
+                try:
+                    descriptor = os.open(path, os.O_RDONLY)
+                except OSError as error:
+                    raise RestaError(f"{path}: cannot be opened: {error.strerror}") from error
+                self._open[path] = descriptor
+            return descriptor
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    single, index = folder / SINGLE, folder / INDEX
+    if single.exists() and index.exists():
+        raise CheckpointError(
+            f"{folder}: has both {SINGLE} and {INDEX}, and readers disagree on which one counts; remove the stale one"
+        )
+    if single.exists():
+        names = [SINGLE]
+    elif index.exists():
+        names = _index_names(index)
+    else:
+        pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+        advice = f"; {pickles[0]} is a pickle, which is never read: convert it with safetensors" if pickles else ""
+        raise CheckpointError(f"{folder}: has neither {SINGLE} nor {INDEX}{advice}")
+    files = [folder / name for name in names]
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"{file}: {INDEX} names it but it is not there; download the model again")
+        if not inside(file, folder):
+            raise CheckpointError(
+                f"{file}: is a link out of its model directory, to {file.resolve()}; copy the file in"
+            )
+    return files
+
+
+def _index_names(index: Path) -> list[str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: expected a weight_map from tensor names to files")
+    names = list(dict.fromkeys(weight_map.values()))
+    for name in names:
+        if not isinstance(name, str) or not name.endswith(".safetensors") or name != os.path.basename(name):  # noqa: PTH119
+            raise CheckpointError(
+                f"{index}: weight_map names {name!r}; expected a .safetensors file name without a path"
+            )
+    return sorted(names)
+
+
+def _check_index(folder: Path, tensors: Mapping[str, Operand]) -> None:
+    index = folder / INDEX
+    if not index.exists():
+        return
+    weight_map = read_json(index)["weight_map"]
+    for name, file in weight_map.items():
+        if name not in tensors or tensors[name].stored.file.name != file:
+            raise CheckpointError(f"{index}: says that {file} holds {name!r}, but its header does not")
+    unlisted = sorted(tensors.keys() - weight_map.keys())
+    if unlisted:
+        file = tensors[unlisted[0]].stored.file
+        raise CheckpointError(f"{file}: holds {unlisted[0]!r}, which {INDEX} does not list; rebuild the index")
+
+
+def _strip(tensors: Mapping[str, Operand], prefix: str, folder: Path) -> dict[str, Operand]:
+    if not any(name.startswith(prefix) for name in tensors):
+        raise CheckpointError(f"{folder}: strip_prefix is {prefix!r} but no tensor's name begins with it")
+    stripped = {name.removeprefix(prefix): operand for name, operand in tensors.items()}
+    if len(stripped) != len(tensors):
+        raise CheckpointError(f"{folder}: without the prefix {prefix!r} two tensors would have the same name")
+    return stripped
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Whether an I/O error means that the disk, the quota or the file size limit is used up."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

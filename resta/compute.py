@@ -1,0 +1,184 @@
+"""One chunk of one output tensor: operand bytes in, output bytes and what was measured out.
+
+The only place where files meet kernels. A chunk is a run of elements that fits the second-level cache; its
+result does not depend on where it begins or ends, nor on who computes it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from resta import kernels
+from resta.checkpoint import LowRank, Operand, Reader, Stored
+from resta.header import DTYPE_BITS, FLOAT_DTYPES
+from resta.plan import Step
+
+CHUNK = 1 << 18  # elements: half a megabyte of bfloat16 per model
+
+Bytes = NDArray[np.uint8]
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Totals:
+    """Sums over a stretch of one tensor; `non_finite` counts NaN and infinity by operand, and last in the result."""
+
+    start: float = 0.0
+    intended: float = 0.0
+    realised: float = 0.0
+    product: float = 0.0
+    changed: int = 0
+    non_finite: tuple[int, ...] = ()
+
+
+@dataclass
+class Workspace:
+    """One worker's reused buffers, and the low-rank factors of the tensor that it is at."""
+
+    reader: Reader
+    _buffers: dict[tuple[str, str], Array] = field(default_factory=dict)
+    _factors: dict[int, tuple[Array, Array]] = field(default_factory=dict)
+    _step: Step | None = None
+
+    def run(
+        self, step: Step, first: int, count: int, *, scales: tuple[float, ...], measure: bool
+    ) -> tuple[Bytes, Totals]:
+        """Compute elements first..first+count of a step; `first` is a multiple of the kernels' tile.
+
+        Args:
+            step: what to compute.
+            first: flat index of the first element.
+            count: number of elements, at most CHUNK.
+            scales: what each term's difference is multiplied by, DARE's rescaling included.
+            measure: whether to sum up the intended and the realised change.
+
+        Returns:
+            The output bytes, in a buffer that the next call reuses, and the sums.
+        """
+        if self._step is not step:
+            self._step = step
+            self._factors.clear()
+        out = self._bytes("out", count * DTYPE_BITS[step.slot.spec.dtype] // 8)
+        if step.copies:
+            return out, self._copy(step, first, count, out)
+        work_type = np.float64 if step.double else np.float32
+        raw, codes = self._load(step, first, count, work_type)
+        work = self._array("work", (len(step.operands) + 3, kernels.TILE), work_type)
+        sums = np.zeros(kernels.SUMS, np.float64)
+        bad = np.zeros(len(step.operands) + 1, np.int64)
+        keys = [term.key for term in step.terms] + [step.rounding_key or 0]
+        kernels.combine(
+            raw,
+            codes,
+            np.array([(term.to, term.frm) for term in step.terms], np.int64).reshape(-1, 2),
+            np.array(scales, work_type),
+            np.array([term.keep for term in step.terms], np.uint64),
+            np.array([split_key(key) for key in keys], np.uint32),
+            (first, count, max(0, min(count, step.touched - first)), _measuring(step) if measure else 0),
+            out,
+            kernels.CODES[step.slot.spec.dtype],
+            step.rounding_key is not None,
+            work,
+            sums,
+            bad,
+        )
+        return out, Totals(
+            start=float(sums[kernels.START]),
+            intended=float(sums[kernels.INTENDED]),
+            realised=float(sums[kernels.REALISED]),
+            product=float(sums[kernels.PRODUCT]),
+            changed=int(sums[kernels.CHANGED]),
+            non_finite=tuple(bad.tolist()),
+        )
+
+    def l1_norms(self, step: Step, term: int) -> tuple[float, float]:
+        """Return the L1 norms of a term's difference over the tensor, whole and masked."""
+        planned = step.terms[term]
+        pair = tuple(step.operands[row] for row in (planned.to, planned.frm))
+        work_type = np.float64 if step.double else np.float32
+        sums = np.zeros(2, np.float64)
+        self._factors.clear()
+        for first in range(0, step.touched, CHUNK):
+            count = min(CHUNK, step.touched - first)
+            raw, codes = self._load_operands(pair, first, [count, count], work_type)
+            work = self._array("work", (2, kernels.TILE), work_type)
+            key = np.array(split_key(planned.key), np.uint32)
+            kernels.absolute_sums(raw, codes, np.uint64(planned.keep), key, first, count, work, sums)
+        self._factors.clear()
+        return float(sums[0]), float(sums[1])
+
+    def _copy(self, step: Step, first: int, count: int, out: Bytes) -> Totals:
+        start, bits = step.operands[0], DTYPE_BITS[step.operands[0].dtype]
+        self.reader.read(start.stored, first * bits // 8, out.data)
+        if start.dtype not in FLOAT_DTYPES:
+            return Totals(non_finite=(0, 0))
+        row = self._array("work", (1, kernels.TILE), np.float64)[0]
+        bad = int(kernels.scan(out, kernels.CODES[start.dtype], count, row))
+        return Totals(non_finite=(bad, bad))
+
+    def _load(self, step: Step, first: int, count: int, work_type: type) -> tuple[Bytes, NDArray[np.int64]]:
+        touched = max(0, min(count, step.touched - first))
+        counts = [count] + [touched] * (len(step.operands) - 1)
+        return self._load_operands(step.operands, first, counts, work_type)
+
+    def _load_operands(
+        self, operands: tuple[Operand, ...], first: int, counts: list[int], work_type: type
+    ) -> tuple[Bytes, NDArray[np.int64]]:
+        width = max(np.dtype(work_type).itemsize, 4)
+        raw = self._array("raw", (len(operands), CHUNK * width), np.uint8)
+        codes = np.empty(len(operands), np.int64)
+        for row, (operand, count) in enumerate(zip(operands, counts, strict=True)):
+            code, itemsize = kernels.CODES[operand.dtype], DTYPE_BITS[operand.dtype] // 8
+            target = raw[row] if operand.low_rank is None else self._bytes("narrow", CHUNK * width)
+            self.reader.read(operand.stored, first * itemsize, target[: count * itemsize].data)
+            if operand.low_rank is not None:
+                values = raw[row].view(work_type)[:count]
+                kernels.widen(target, code, count, values)
+                left, right = self._low_rank(row, operand.low_rank, work_type)
+                kernels.add_low_rank(values, left, right, values.dtype.type(operand.low_rank.scaling), first)
+                code = kernels.F64 if values.dtype == np.float64 else kernels.F32
+            codes[row] = code
+        return raw, codes
+
+    def _low_rank(self, row: int, low_rank: LowRank, work_type: type) -> tuple[Array, Array]:
+        if row not in self._factors:
+            left = self._read_factor(low_rank.left, low_rank.transposed, work_type)
+            if low_rank.right is None:
+                self._factors[row] = (left, np.ones((1, 1), work_type))
+            else:
+                self._factors[row] = (left, self._read_factor(low_rank.right, low_rank.transposed, work_type))
+        return self._factors[row]
+
+    def _read_factor(self, stored: Stored, transposed: bool, work_type: type) -> Array:
+        raw = np.empty(stored.spec.nbytes, np.uint8)
+        self.reader.read(stored, 0, raw.data)
+        values: Array = np.empty(stored.spec.count, work_type)
+        kernels.widen(raw, kernels.CODES[stored.spec.dtype], values.size, values)
+        matrix = values.reshape(stored.spec.shape if len(stored.spec.shape) == 2 else (-1, 1))
+        return np.ascontiguousarray(matrix.T) if transposed else matrix
+
+    def _bytes(self, name: str, nbytes: int) -> Bytes:
+        return self._array(name, (CHUNK * 8,), np.uint8)[:nbytes]
+
+    def _array(self, name: str, shape: tuple[int, ...], dtype: type) -> Array:
+        """Return a named buffer of at least this shape; the same memory serves every chunk."""
+        key = (name, np.dtype(dtype).name)
+        held = self._buffers.get(key)
+        if held is None or held.shape[0] < shape[0] or held.shape[1:] != shape[1:]:
+            held = self._buffers[key] = np.zeros(shape, dtype)
+        return held[: shape[0]]
+
+
+def _measuring(step: Step) -> int:
+    start = step.operands[0]
+    exact = start.low_rank is None and start.dtype == step.slot.spec.dtype
+    return 1 if exact else 2
+
+
+def split_key(key: int) -> tuple[int, int]:
+    """Split a 64-bit key into Philox's two words."""
+    return key & 0xFFFFFFFF, key >> 32

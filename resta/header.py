@@ -1,0 +1,210 @@
+"""The safetensors header: read it, distrust it, write it.
+
+A file is `u64 little-endian header length | JSON header | tensor bytes`. The JSON maps each tensor name to
+`{"dtype", "shape", "data_offsets"}`, offsets relative to the first byte after the header; the tensors must
+cover the data without gaps or overlaps. This module knows nothing of models, arithmetic or directories.
+
+Format: https://huggingface.co/docs/safetensors, whose library is the oracle of the tests. Stricter here:
+a key that occurs twice is refused, since two readers could take two different tensors for the same name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from resta.errors import HeaderError
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+MAX_ELEMENTS = 2**63 - 1
+
+# Bits per element; sub-byte and 8-bit floats are parsed so that a plan can refuse them by name.
+DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
+    "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+}  # fmt: skip
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spec:
+    """One tensor as its header declares it; `start` is the absolute byte offset in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+def read_header(path: Path) -> dict[str, Spec]:
+    """Read and check the header of one file.
+
+    Raises:
+        HeaderError: the file is torn, its header is not valid, or the two disagree.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise HeaderError(
+                    f"{path}: the header should have {length} bytes but the file has {size} in all; "
+                    "the file is truncated or is not safetensors: download it again"
+                )
+            if length > MAX_HEADER_BYTES:
+                raise HeaderError(f"{path}: a header of {length} bytes; at most {MAX_HEADER_BYTES} are allowed")
+            text = file.read(length)
+    except OSError as error:
+        raise HeaderError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        return parse_header(text, data_bytes=size - 8 - length)
+    except HeaderError as error:
+        raise HeaderError(f"{path}: {error}") from error
+
+
+def parse_header(text: bytes, *, data_bytes: int) -> dict[str, Spec]:
+    """Check header text against the number of data bytes that follow it; tensors come in file order.
+
+    Raises:
+        HeaderError: anything the safetensors library would refuse, and repeated keys.
+    """
+    if not text.startswith(b"{"):
+        raise HeaderError("the header does not begin with '{'; this is not a safetensors file")
+    parsed = load_strict_json(text, error=HeaderError)
+    metadata = parsed.pop("__metadata__", None)
+    if metadata is not None and not _maps_text_to_text(metadata):
+        raise HeaderError("__metadata__ must map strings to strings")
+    specs = {name: _read_spec(name, entry, 8 + len(text)) for name, entry in parsed.items()}
+    ordered = sorted(specs.items(), key=lambda item: (item[1].start, item[1].nbytes))
+    expected = 8 + len(text)
+    for name, spec in ordered:
+        if spec.start != expected:
+            kind = "overlaps the tensor before it" if spec.start < expected else "leaves a gap before it"
+            raise HeaderError(f"tensor {name!r} {kind}: its data starts at byte {spec.start}, expected {expected}")
+        expected += spec.nbytes
+    if expected != 8 + len(text) + data_bytes:
+        raise HeaderError(
+            f"the tensors need {expected - 8 - len(text)} data bytes but {data_bytes} follow the header; "
+            "the file is truncated or has trailing data: download it again"
+        )
+    return dict(ordered)
+
+
+def load_strict_json(text: bytes, *, error: type[Exception]) -> dict[str, Any]:
+    """Parse a JSON object of which any two readers would make the same thing.
+
+    Raises:
+        error: not UTF-8, not one object, a key twice, NaN, or nested too deeply.
+    """
+
+    def reject_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise error(f"the key {key!r} occurs twice")
+            key.encode("utf-8")  # a lone surrogate is valid for Python's reader and for no other
+            found[key] = value
+        return found
+
+    def reject_constant(name: str) -> Any:
+        raise error(f"{name} is not JSON")
+
+    def parse_integer(digits: str) -> int | float:
+        # "-0" is a float to the library's reader; numbers past 64 bits are refused where they are used.
+        return -0.0 if digits == "-0" else int(digits)
+
+    try:
+        parsed = json.loads(
+            text.decode("utf-8"),
+            object_pairs_hook=reject_repeats,
+            parse_constant=reject_constant,
+            parse_int=parse_integer,
+        )
+    except RecursionError:
+        raise error("the JSON is nested too deeply") from None
+    except UnicodeError:
+        raise error("the JSON is not valid UTF-8") from None
+    except ValueError as problem:
+        raise error(f"not valid JSON: {problem}") from None
+    if not isinstance(parsed, dict):
+        raise error(f"expected a JSON object, found {type(parsed).__name__}")
+    return parsed
+
+
+def lay_out(specs: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, dict[str, Spec]]:
+    """Return the bytes that begin a file holding these (name, dtype, shape), and where each tensor goes.
+
+    Wider dtypes come first so that every tensor is aligned to its element, as the library also writes it.
+    """
+    ordered = sorted(specs, key=lambda item: -DTYPE_BITS[item[1]])
+    offset = 0
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    ends: list[tuple[str, str, tuple[int, ...], int, int]] = []
+    for name, dtype, shape in ordered:
+        nbytes = count_bytes(dtype, shape)
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+        ends.append((name, dtype, shape, offset, nbytes))
+        offset += nbytes
+    text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    slots = {
+        name: Spec(dtype=dtype, shape=shape, start=len(head) + start, nbytes=nbytes)
+        for name, dtype, shape, start, nbytes in ends
+    }
+    return head, slots
+
+
+def count_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Return the bytes that a tensor takes."""
+    return math.prod(shape) * DTYPE_BITS[dtype] // 8
+
+
+def _read_spec(name: str, entry: object, data_start: int) -> Spec:
+    if not isinstance(entry, Mapping) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise HeaderError(f"tensor {name!r}: expected dtype, shape and data_offsets, found {_short(entry)}")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise HeaderError(f"tensor {name!r}: unknown dtype {_short(dtype)}")
+    if not isinstance(shape, list) or not all(_is_size(size) for size in shape):
+        raise HeaderError(f"tensor {name!r}: shape must be a list of sizes, found {_short(shape)}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(end) for end in offsets):
+        raise HeaderError(f"tensor {name!r}: data_offsets must be two sizes, found {_short(offsets)}")
+    count = 1
+    for size in shape:  # step by step, as the library does: an overflow before a zero is refused too
+        count *= size
+        if count > MAX_ELEMENTS:
+            raise HeaderError(f"tensor {name!r}: shape {_short(shape)} overflows 64 bits")
+    bits = count * DTYPE_BITS[dtype]
+    begin, end = offsets
+    if bits % 8 or end - begin != bits // 8:
+        raise HeaderError(
+            f"tensor {name!r}: {dtype} of shape {_short(shape)} needs {bits / 8:g} bytes, "
+            f"its offsets {_short(offsets)} hold {end - begin}"
+        )
+    return Spec(dtype=dtype, shape=tuple(shape), start=data_start + begin, nbytes=end - begin)
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**64
+
+
+def _maps_text_to_text(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,64 @@
+"""Where a model lies: a local directory, or `org/name@revision` on the Hugging Face Hub.
+
+Only safetensors, JSON, tokenizer and template files are ever fetched: never a pickle, never code.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from resta.errors import CheckpointError
+
+FETCHED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "LICENSE*", "NOTICE*")
+NEVER_FETCHED = ("*/*", "*.py", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+_HUB_ID = re.compile(r"^(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?$")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Located:
+    """A model's directory on this machine, and what names it: the source as given and, from the Hub, the commit."""
+
+    source: str
+    folder: Path
+    hub_id: str | None = None
+    commit: str | None = None
+
+
+def locate(source: str) -> Located:
+    """Return the local directory of a model, downloading it if it is named by its Hub id.
+
+    A directory of that name wins over the Hub. The Hub's cache is used as `huggingface_hub` is set up.
+
+    Raises:
+        CheckpointError: no such directory and no such model, or the download failed.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return Located(source=source, folder=folder.resolve())
+    match = _HUB_ID.match(source)
+    if match is None or source.startswith((".", "~")):
+        found = "is a file" if folder.exists() else "does not exist"
+        raise CheckpointError(f"{source}: expected a model directory or a Hub id like org/name@revision; it {found}")
+    commit_folder = _download(match["id"], match["revision"])
+    return Located(source=source, folder=commit_folder, hub_id=match["id"], commit=commit_folder.name)
+
+
+def _download(hub_id: str, revision: str | None) -> Path:
+    # Imported here: a merge of local directories should not wait for it.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(
+            hub_id, revision=revision, allow_patterns=list(FETCHED), ignore_patterns=list(NEVER_FETCHED)
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        name = f"{hub_id}@{revision}" if revision else hub_id
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{name}: there is no such directory, and it could not be fetched from the Hub: {reason}"
+        ) from error
+    return Path(folder)

@@ -1,0 +1,382 @@
+"""The loop: a plan's steps, cut into units, read, computed and written by a few threads.
+
+Kernels, reads and writes all release the interpreter's lock. Units, chunks and the order of all sums are fixed
+by the plan alone, so the bytes and the reported figures do not depend on the number of workers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from resta import kernels
+from resta.checkpoint import INDEX, Reader
+from resta.compute import CHUNK, Totals, Workspace
+from resta.errors import NonFiniteError
+from resta.header import DTYPE_BITS
+from resta.manifest import TensorFacts, describe, render_card, tensor_facts
+from resta.output import Output, check_space, check_target, recover
+from resta.plan import Plan, Step, make_plan
+from resta.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    import torch
+
+UNIT = 1 << 24  # elements: what one worker takes at a time, and what the journal speaks of
+
+Progress = Callable[[str, int], None]  # tensor name, bytes now in place
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unit:
+    """A stretch of one step: elements first..first+count."""
+
+    step: int
+    first: int
+    count: int
+
+    @property
+    def key(self) -> str:
+        """What the journal calls it."""
+        return f"{self.step}:{self.first}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """A finished merge."""
+
+    out: Path
+    plan: Plan
+    tensors: Mapping[str, TensorFacts]
+
+
+def merge(
+    recipe: Recipe | str | Path,
+    out: str | Path,
+    *,
+    workers: int | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Carry out a recipe: write the model directory `out`.
+
+    Args:
+        recipe: a recipe, or the path of one.
+        out: the directory to be; it appears when it is complete. A killed merge resumes when called again.
+        workers: threads; by default the processors that this process may use, at most 8.
+        overwrite: replace an earlier output of resta.
+        progress: called from the workers, one at a time.
+
+    Raises:
+        RequestError: the request cannot be carried out; nothing was written.
+        NonFiniteError: a tensor holds NaN or infinity and no rule allows it.
+        RestaError: reading or writing failed; the work done is kept for the next attempt.
+    """
+    plan = make_plan(recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe)))
+    return carry_out(plan, Path(out), workers=workers, overwrite=overwrite, progress=progress)
+
+
+def carry_out(
+    plan: Plan, out: Path, *, workers: int | None = None, overwrite: bool = False, progress: Progress | None = None
+) -> Result:
+    """Write a plan's output; see `merge`."""
+    out = out.absolute()
+    if recover(out, plan.digest):
+        return Result(out=out, plan=plan, tensors=read_facts(out))
+    check_target(out, input_folders(plan), overwrite=overwrite)
+    check_space(out, plan.bytes_written)
+    workers = workers or default_workers()
+    sizes = {name: len(head) for name, head in plan.heads.items()}
+    for step in plan.steps:
+        sizes[step.slot.file] += step.slot.spec.nbytes
+    identities = {path: identity for weights in plan.weights.values() for path, identity in weights.files.items()}
+    with Reader(identities) as reader, Output(out, plan_digest=plan.digest, heads=plan.heads, sizes=sizes) as output:
+        scales = settle_scales(plan, reader, workers)
+        try:
+            records = _Run(plan, reader, output, scales, progress).go(workers)
+        except NonFiniteError:
+            output.discard()  # the same inputs would fail again: there is nothing to resume
+            raise
+        reader.check_unchanged()
+        facts = {step.name: tensor_facts(step, [records[unit.key] for unit in units]) for step, units in _by_step(plan)}
+        output.commit(_texts(plan, facts))
+    return Result(out=out, plan=plan, tensors=facts)
+
+
+def tensors(recipe: Recipe | str | Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Compute a merge tensor by tensor, in memory: the same bytes as `merge` writes, and no files.
+
+    Yields:
+        (name, tensor in the output dtype), in the order of the start's files.
+
+    Raises:
+        RequestError, NonFiniteError: as `merge` does.
+    """
+    import torch  # only scripts that want tensors pay for it
+
+    plan = make_plan(recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe)))
+    names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"}
+    names |= {
+        f"{sign}{bits}": f"{word}{bits}" for sign, word in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)
+    }
+    for step, data in computed(plan):
+        dtype = getattr(torch, names[step.slot.spec.dtype])
+        flat = torch.from_numpy(data).view(dtype) if data.size else torch.empty(0, dtype=dtype)
+        yield step.name, flat.reshape(step.slot.spec.shape)
+
+
+def computed(plan: Plan) -> Iterator[tuple[Step, NDArray[np.uint8]]]:
+    """Yield each step and its output bytes, freshly allocated."""
+    identities = {path: identity for weights in plan.weights.values() for path, identity in weights.files.items()}
+    with Reader(identities) as reader:
+        workspace = Workspace(reader)
+        scales = settle_scales(plan, reader, 1)
+        for index, step in enumerate(plan.steps):
+            data = np.empty(step.slot.spec.nbytes, np.uint8)
+            width = DTYPE_BITS[step.slot.spec.dtype] // 8
+            for first in range(0, step.slot.spec.count, CHUNK):
+                count = min(CHUNK, step.slot.spec.count - first)
+                out, totals = workspace.run(step, first, count, scales=scales[index], measure=False)
+                _check_finite(step, totals, reader)
+                data[first * width : first * width + out.size] = out
+            yield step, data
+
+
+def settle_scales(plan: Plan, reader: Reader, workers: int) -> list[tuple[float, ...]]:
+    """Return what each term of each step is multiplied by, rescaling included.
+
+    DARE divides by the density (arXiv 2311.03099, eq. 3). The L1 rule needs a pass over the tensor first.
+    """
+
+    def settle(step: Step) -> tuple[float, ...]:
+        workspace = Workspace(reader)
+        scales = []
+        for index, term in enumerate(step.terms):
+            factor = 1 / term.density
+            if term.rescale == "l1_norm" and term.density < 1:
+                whole, kept = workspace.l1_norms(step, index)
+                factor = whole / kept if kept > 0 else 1.0
+            scales.append(term.scale * factor)
+        return tuple(scales)
+
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(settle, plan.steps))
+
+
+def units_of(plan: Plan) -> Iterator[Unit]:
+    """Cut every step into units, in the order in which their bytes lie on the disk."""
+    for index, step in enumerate(plan.steps):
+        for first in range(0, max(step.slot.spec.count, 1), UNIT):
+            yield Unit(step=index, first=first, count=min(UNIT, step.slot.spec.count - first))
+
+
+def default_workers() -> int:
+    """Return how many threads a merge uses by itself: a disk is busy long before a large machine is."""
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def input_folders(plan: Plan) -> dict[Path, str]:
+    """Return every directory that the merge reads from, and the model it is of."""
+    return {path.parent.resolve(): name for path, name in plan.files.items()}
+
+
+def read_facts(out: Path) -> dict[str, TensorFacts]:
+    """Read the per-tensor facts of a finished merge from its manifest."""
+    manifest = json.loads((out / "resta.json").read_bytes())
+    return {name: TensorFacts(**facts) for name, facts in manifest["tensors"].items()}
+
+
+class _Run:
+    """One attempt: workers that take units until there are none, or until one of them fails."""
+
+    def __init__(
+        self, plan: Plan, reader: Reader, output: Output, scales: list[tuple[float, ...]], progress: Progress | None
+    ) -> None:
+        self._plan = plan
+        self._reader = reader
+        self._output = output
+        self._scales = scales
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._todo = units_of(plan)
+        self._left = dict.fromkeys(plan.heads, 0)
+        for unit in units_of(plan):
+            self._left[plan.steps[unit.step].slot.file] += 1
+        self._records: dict[str, dict[str, Any]] = {}
+
+    def go(self, workers: int) -> dict[str, dict[str, Any]]:
+        """Return every unit's record by its key."""
+        # One thread more, which waits for finished files to reach the disk while the others go on.
+        with ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(1) as self._flusher:
+            futures = [pool.submit(self._work) for _ in range(workers)]
+            try:
+                wait(futures, return_when=FIRST_EXCEPTION)
+            finally:
+                self._stop.set()
+            for future in futures:
+                future.result()
+        return self._records
+
+    def _work(self) -> None:
+        workspace = Workspace(self._reader)
+        try:
+            while not self._stop.is_set():
+                with self._lock:
+                    unit = next(self._todo, None)
+                if unit is None:
+                    return
+                record = self._verified(unit) or self._compute(unit, workspace)
+                if record is None:
+                    return
+                self._finish(unit, record)
+        except BaseException:
+            self._stop.set()
+            raise
+
+    def _finish(self, unit: Unit, record: dict[str, Any]) -> None:
+        step = self._plan.steps[unit.step]
+        with self._lock:
+            self._records[unit.key] = record
+            self._left[step.slot.file] -= 1
+            if self._left[step.slot.file] == 0:
+                self._flusher.submit(self._output.flush, step.slot.file)
+            if self._progress:
+                self._progress(step.name, unit.count * DTYPE_BITS[step.slot.spec.dtype] // 8)
+
+    def _verified(self, unit: Unit) -> dict[str, Any] | None:
+        """Return the record of an earlier attempt if the bytes that it speaks of are still there."""
+        record = self._output.done.get(unit.key)
+        if record is None:
+            return None
+        spec = self._plan.steps[unit.step].slot.spec
+        width = DTYPE_BITS[spec.dtype] // 8
+        checksum = Checksum()
+        data = np.empty(CHUNK * width, np.uint8)
+        for first in range(unit.first, unit.first + unit.count, CHUNK):
+            part = data[: min(CHUNK, unit.first + unit.count - first) * width]
+            self._output.read(self._plan.steps[unit.step].slot.file, spec.start + first * width, part.data)
+            checksum.add(part)
+        return record if checksum.digest() == record["checksum"] else None
+
+    def _compute(self, unit: Unit, workspace: Workspace) -> dict[str, Any] | None:
+        """Compute and write one unit; None if another worker failed meanwhile."""
+        step = self._plan.steps[unit.step]
+        spec = step.slot.spec
+        width = DTYPE_BITS[spec.dtype] // 8
+        checksum = Checksum()
+        parts = []
+        for first in range(unit.first, unit.first + unit.count, CHUNK):
+            if self._stop.is_set():
+                return None
+            count = min(CHUNK, unit.first + unit.count - first)
+            out, totals = workspace.run(step, first, count, scales=self._scales[unit.step], measure=True)
+            _check_finite(step, totals, self._reader)
+            self._output.write(step.slot.file, spec.start + first * width, out.data)
+            checksum.add(out)
+            parts.append(totals)
+        record = {"checksum": checksum.digest(), **asdict(_add(parts))}
+        del record["non_finite"]
+        self._output.record(unit.key, record)
+        return record
+
+
+class Checksum:
+    """A running checksum of bytes, for finding torn and decayed data at memory speed; no defence against forgery."""
+
+    def __init__(self) -> None:
+        self._state = np.zeros(kernels.FOLD_LANES, np.uint64)
+        self._length = 0
+
+    def add(self, data: NDArray[np.uint8]) -> None:
+        """Add bytes; every piece but the last must be a multiple of 128 bytes long."""
+        whole = data.size - data.size % kernels.FOLD_BYTES
+        kernels.fold(data[:whole], self._state)
+        if whole < data.size:
+            end = np.zeros(kernels.FOLD_BYTES, np.uint8)
+            end[: data.size - whole] = data[whole:]
+            kernels.fold(end, self._state)
+        self._length += data.size
+
+    def digest(self) -> str:
+        """Return 32 hexadecimal digits."""
+        text = self._state.astype("<u8").tobytes() + self._length.to_bytes(8, "little")
+        return hashlib.blake2b(text, digest_size=16).hexdigest()
+
+
+def _add(parts: list[Totals]) -> Totals:
+    return Totals(
+        start=sum(part.start for part in parts),
+        intended=sum(part.intended for part in parts),
+        realised=sum(part.realised for part in parts),
+        product=sum(part.product for part in parts),
+        changed=sum(part.changed for part in parts),
+    )
+
+
+def _check_finite(step: Step, totals: Totals, reader: Reader) -> None:
+    if not any(totals.non_finite) or step.allow_nonfinite:
+        return
+    for row, count in enumerate(totals.non_finite[:-1]):
+        if count:
+            operand = step.operands[row]
+            whole = _count_non_finite(step, row, reader)
+            raise NonFiniteError(
+                f"{operand.stored.file}: tensor {step.name!r} of {step.owners[row]} holds {whole} NaN or infinite "
+                "values; the model is damaged, or allow them with a rule: nonfinite: allow"
+            )
+    raise NonFiniteError(
+        f"tensor {step.name!r}: the inputs are finite but the result overflows {step.slot.spec.dtype}; "
+        "choose a wider output dtype or a smaller scale"
+    )
+
+
+def _count_non_finite(step: Step, row: int, reader: Reader) -> int:
+    """Count over the whole tensor what was first noticed in one chunk of it."""
+    operand = step.operands[row]
+    alone = Step(
+        name=step.name,
+        operands=(operand,),
+        owners=(step.owners[row],),
+        terms=(),
+        slot=step.slot,
+        touched=0,
+        rounding_key=None,
+        allow_nonfinite=True,
+    )
+    workspace = Workspace(reader)
+    count = operand.stored.spec.count
+    return sum(
+        workspace.run(alone, first, min(CHUNK, count - first), scales=(), measure=False)[1].non_finite[0]
+        for first in range(0, count, CHUNK)
+    )
+
+
+def _by_step(plan: Plan) -> Iterator[tuple[Step, list[Unit]]]:
+    units: list[list[Unit]] = [[] for _ in plan.steps]
+    for unit in units_of(plan):
+        units[unit.step].append(unit)
+    yield from zip(plan.steps, units, strict=True)
+
+
+def _texts(plan: Plan, facts: Mapping[str, TensorFacts]) -> dict[str, bytes]:
+    """Return the small files of the output by name."""
+    texts = {file.name: file.content for file in plan.side_files}
+    if len(plan.heads) > 1:
+        weight_map = {step.name: step.slot.file for step in plan.steps}
+        total = sum(step.slot.spec.nbytes for step in plan.steps)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        texts[INDEX] = json.dumps(index, indent=2).encode() + b"\n"
+    texts["README.md"] = render_card(plan).encode()
+    texts["resta.json"] = json.dumps(describe(plan, facts), indent=1, ensure_ascii=False).encode() + b"\n"
+    return texts

@@ -1,0 +1,488 @@
+"""Recipe and headers in, every step out: what is read, computed and written, or every reason why not.
+
+Once a plan exists nothing can be wrong with the request. Planning reads headers and small files; of tensor
+data only integer and boolean tensors, which all models must agree on.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from resta.adapter import is_adapter, read_adapter
+from resta.checkpoint import Operand, Reader, Weights, read_weights
+from resta.errors import PlanError
+from resta.header import FLOAT_DTYPES, Spec, count_bytes, lay_out
+from resta.hub import locate
+from resta.recipe import Recipe, Rule
+from resta.sidefiles import SideFile, plan_side_files, tokenizer_conflict
+
+DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+# Settings that change what a tensor of the same shape means.
+SAME_IN_ALL_CONFIGS = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim")
+# Names under which quantisation libraries keep packed weights and their scales.
+QUANTISED_NAMES = (
+    *(".qweight", ".qzeros", ".g_idx", ".absmax", ".quant_map", ".SCB"),
+    *(".weight_packed", ".weight_scale", ".weight_scale_inv", "_blocks", "_scales"),
+)
+KEEP_ALL = 2**32
+
+_End = tuple[str, Operand]  # one side of a term: whose tensor, and the tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepTerm:
+    """One term of one tensor: rows of the step's operands, and how the difference is masked and scaled."""
+
+    to: int
+    frm: int
+    scale: float
+    density: float = 1.0
+    rescale: str = "inverse_density"
+    key: int = 0
+
+    @property
+    def keep(self) -> int:
+        """An entry stays if its 32-bit word is below this, so that a lower density keeps a subset."""
+        return KEEP_ALL if self.density == 1 else round(self.density * KEEP_ALL)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Slot:
+    """Where a tensor goes: file name and header entry."""
+
+    file: str
+    spec: Spec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """Everything that decides one output tensor. Without terms it is start's tensor, converted or copied.
+
+    Operand 0 is the start; `owners` names each operand's model. Terms act on the first `touched` elements.
+    """
+
+    name: str
+    operands: tuple[Operand, ...]
+    owners: tuple[str, ...]
+    terms: tuple[StepTerm, ...]
+    slot: Slot
+    touched: int
+    rounding_key: int | None
+    allow_nonfinite: bool
+
+    @property
+    def copies(self) -> bool:
+        """Whether the output bytes are the start's bytes."""
+        start = self.operands[0]
+        return not self.terms and start.low_rank is None and start.dtype == self.slot.spec.dtype
+
+    @property
+    def double(self) -> bool:
+        """Whether the arithmetic is done in float64: when an input is F64."""
+        return any(operand.dtype == "F64" for operand in self.operands)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A merge that can only fail for reasons outside the request."""
+
+    recipe: Recipe
+    weights: Mapping[str, Weights]
+    steps: tuple[Step, ...]
+    heads: Mapping[str, bytes]
+    side_files: tuple[SideFile, ...]
+    left_out: tuple[str, ...]
+
+    @property
+    def bytes_read(self) -> int:
+        """Tensor bytes that the merge reads, low-rank factors included."""
+        return sum(stored_bytes(operand) for step in self.steps for operand in step.operands)
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of all weight files and copied side files."""
+        heads = sum(len(head) for head in self.heads.values())
+        tensors = sum(step.slot.spec.nbytes for step in self.steps)
+        return heads + tensors + sum(len(file.content) for file in self.side_files)
+
+    @property
+    def files(self) -> dict[Path, str]:
+        """Every input weight file, and the name of a model that it belongs to."""
+        return {path: name for name, weights in self.weights.items() for path in weights.files}
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that decides the output: what a partial output must match to be resumed."""
+        inputs = {
+            str(path): [identity.bytes, identity.mtime_ns, identity.header_sha256]
+            for weights in self.weights.values()
+            for path, identity in weights.files.items()
+        }
+        sides = {file.name: hashlib.sha256(file.content).hexdigest() for file in self.side_files}
+        text = json.dumps([self.recipe.digest, inputs, sides], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def stored_bytes(operand: Operand) -> int:
+    """Bytes on disk behind an operand."""
+    total = operand.stored.spec.nbytes
+    if operand.low_rank:
+        factors = (operand.low_rank.left, operand.low_rank.right)
+        total += sum(factor.spec.nbytes for factor in factors if factor)
+    return total
+
+
+def read_models(recipe: Recipe) -> dict[str, Weights]:
+    """Locate every model of a recipe and read its headers, adapters on their bases.
+
+    Raises:
+        CheckpointError, HeaderError, AdapterError: a model cannot be read.
+        PlanError: `on` is said of a full model, or missing for an adapter.
+    """
+    located = {name: locate(model.source) for name, model in recipe.models.items()}
+    full, adapters = {}, {}
+    for name, model in recipe.models.items():
+        if is_adapter(located[name].folder):
+            if model.on is None:
+                raise PlanError(f"{name} ({model.source}) is a LoRA adapter: say which model it is `on`")
+            adapters[name] = model
+        elif model.on is not None:
+            raise PlanError(f"{name} ({model.source}) is a full model, not an adapter: `on` cannot be said of it")
+        else:
+            full[name] = read_weights(located[name], strip_prefix=model.strip_prefix)
+    for name, model in adapters.items():
+        if model.on in adapters:
+            raise PlanError(f"{name} is on {model.on}, which is an adapter itself; merge that one first")
+    mounted = {
+        name: read_adapter(located[name], full[str(model.on)], recorded_base=model.recorded_base)
+        for name, model in adapters.items()
+    }
+    return {name: (full | mounted)[name] for name in recipe.models}
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Turn a recipe into steps.
+
+    Raises:
+        PlanError: with every reason why the models, the rules and the recipe do not fit together.
+        CheckpointError, HeaderError, AdapterError: a model cannot be read.
+    """
+    weights = read_models(recipe)
+    problems = _Problems()
+    _check_models(recipe, weights, problems)
+    matcher = _Matcher(recipe.rules)
+    drafts = list(_draft_steps(recipe, weights, matcher, problems))
+    _check_extras(recipe, weights, matcher, problems)
+    _check_donor(recipe, weights, drafts, matcher, problems)
+    for rule in matcher.unmatched():
+        problems.add("rules", f"no tensor is decided by the rule {', '.join(rule.globs)!r}; remove or correct it")
+    if recipe.output.rounding == "stochastic" and not any(step.rounding_key is not None for step in drafts):
+        problems.add("rounding", "stochastic rounding needs bfloat16 or float16 output; there is none")
+    problems.raise_if_any()
+    heads, steps = _place(drafts, recipe.output.shard_size)
+    donor = weights[recipe.files_from]
+    dtypes = [(step.slot.spec.dtype, step.slot.spec.nbytes) for step in steps]
+    side_files, left_out = plan_side_files(donor, dtypes)
+    return Plan(recipe=recipe, weights=weights, steps=steps, heads=heads, side_files=side_files, left_out=left_out)
+
+
+@dataclass
+class _Problems:
+    """Reasons against a plan, grouped so that a thousand tensors with one cause make one message."""
+
+    found: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+
+    def add(self, what: str, advice: str, tensor: str | None = None) -> None:
+        self.found.setdefault((what, advice), []).extend([tensor] if tensor else [])
+
+    def raise_if_any(self) -> None:
+        lines = []
+        for (what, advice), tensors in self.found.items():
+            shown = ", ".join(tensors[:4]) + (f" and {len(tensors) - 4} more" if len(tensors) > 4 else "")
+            lines.append(f"{what}: {shown}. {advice}" if tensors else f"{what}: {advice}")
+        if lines:
+            count = f"{len(lines)} reasons:" if len(lines) > 1 else ""
+            raise PlanError("\n  ".join(["the merge is refused; nothing was written. " + count, *lines]))
+
+
+class _Matcher:
+    """The first rule that matches a tensor's name; remembers which rules ever decided one."""
+
+    def __init__(self, rules: Iterable[Rule]) -> None:
+        self._rules = tuple(rules)
+        self._used: set[int] = set()
+
+    def __call__(self, name: str) -> Rule | None:
+        for index, rule in enumerate(self._rules):
+            if any(fnmatch.fnmatchcase(name, glob) for glob in rule.globs):
+                self._used.add(index)
+                return rule
+        return None
+
+    def unmatched(self) -> list[Rule]:
+        return [rule for index, rule in enumerate(self._rules) if index not in self._used]
+
+
+def _check_models(recipe: Recipe, weights: Mapping[str, Weights], problems: _Problems) -> None:
+    start = weights[recipe.start]
+    for name, model in weights.items():
+        if model.config.get("quantization_config"):
+            problems.add(name, "is quantised; dequantise it, or merge the originals and quantise the result")
+        for key in SAME_IN_ALL_CONFIGS:
+            mine, theirs = start.config.get(key), model.config.get(key)
+            if mine is not None and theirs is not None and mine != theirs:
+                problems.add(
+                    name,
+                    f"config.json has {key} {theirs!r} but {recipe.start} has {mine!r}; these are different models",
+                )
+        if recipe.tokenizers == "same" and model is not start:
+            conflict = tokenizer_conflict(start, model)
+            if conflict:
+                problems.add(
+                    name,
+                    f"its tokenizer differs from that of {recipe.start}: {conflict}. Embedding rows would be mixed "
+                    "up; if the difference does no harm, say `tokenizers: ignore`",
+                )
+        for tensor, operand in model.tensors.items():
+            if operand.dtype.startswith(("F8", "F6", "F4")) or tensor.endswith(QUANTISED_NAMES):
+                problems.add(
+                    f"{name}: quantised tensors",
+                    "Dequantise the model, or merge the originals and quantise the result",
+                    tensor,
+                )
+            elif operand.dtype == "C64":
+                problems.add(f"{name}: complex tensors", "Only real floating point can be merged", tensor)
+
+
+def _draft_steps(
+    recipe: Recipe, weights: Mapping[str, Weights], matcher: _Matcher, problems: _Problems
+) -> Iterator[Step]:
+    files = {path: identity for model in weights.values() for path, identity in model.files.items()}
+    with Reader(files) as reader:
+        for name, start in weights[recipe.start].tensors.items():
+            yield _draft_step(recipe, name, start, _Draft(weights, matcher(name), problems, reader))
+
+
+@dataclass
+class _Draft:
+    """What deciding one tensor needs to look at."""
+
+    weights: Mapping[str, Weights]
+    rule: Rule | None
+    problems: _Problems
+    reader: Reader
+
+
+def _draft_step(recipe: Recipe, name: str, start: Operand, draft: _Draft) -> Step:
+    rule, floating = draft.rule, start.dtype in FLOAT_DTYPES
+    operands, owners, terms = [start], [recipe.start], []
+    if not (rule and rule.keep):
+        ends = _find_ends(recipe, name, draft)
+        if floating:
+            for index, (to, frm) in ends.items():
+                scale = recipe.terms[index].scale * _factor(rule, recipe.terms[index].name)
+                if scale != 0 and _fits(name, start, to, draft) and _fits(name, start, frm, draft):
+                    if to[1] == frm[1]:  # an adapter does not touch this tensor: the difference is exactly zero
+                        continue
+                    rows = [_row(operands, owners, end) for end in (to, frm)]
+                    terms.append(_make_term(recipe, index, name, scale, rows))
+        else:
+            for end in {model: operand for pair in ends.values() for model, operand in pair}.items():
+                _check_equal(name, start, end, draft)
+    dtype = DTYPES.get(recipe.output.dtype, start.dtype) if floating else start.dtype
+    rounds = recipe.output.rounding == "stochastic" and dtype in ("BF16", "F16")
+    count = start.stored.spec.count
+    row = count // start.shape[0] if start.shape and start.shape[0] else 0
+    rows_shared = min((operand.shape[0] for operand in operands if operand.shape), default=0)
+    return Step(
+        name=name,
+        operands=tuple(operands),
+        owners=tuple(owners),
+        terms=tuple(terms),
+        slot=Slot(file="", spec=Spec(dtype=dtype, shape=start.shape, start=0, nbytes=0)),
+        touched=rows_shared * row if start.shape else count,
+        rounding_key=derive_key(recipe.seed, "rounding", 0, name) if rounds else None,
+        allow_nonfinite=bool(rule and rule.nonfinite),
+    )
+
+
+def derive_key(seed: int, purpose: str, term: int, tensor: str) -> int:
+    """Return the 64-bit Philox key of one tensor's random stream."""
+    text = json.dumps([seed, purpose, term, tensor])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def _make_term(recipe: Recipe, index: int, name: str, scale: float, rows: list[int]) -> StepTerm:
+    sparsify = recipe.terms[index].sparsify
+    if sparsify is None or sparsify.density == 1:
+        return StepTerm(to=rows[0], frm=rows[1], scale=scale)
+    return StepTerm(
+        to=rows[0],
+        frm=rows[1],
+        scale=scale,
+        density=sparsify.density,
+        rescale=sparsify.rescale,
+        key=derive_key(recipe.seed, sparsify.method, index, name),
+    )
+
+
+def _factor(rule: Rule | None, term: str | None) -> float:
+    if rule is None or rule.scale_by is None:
+        return 1.0
+    if isinstance(rule.scale_by, dict):
+        return rule.scale_by.get(term or "", 1.0)
+    return rule.scale_by
+
+
+def _row(operands: list[Operand], owners: list[str], end: _End) -> int:
+    """Return the operand's row, adding it if it is new, so that a model used twice is read once."""
+    model, operand = end
+    if operand not in operands:
+        operands.append(operand)
+        owners.append(model)
+    return operands.index(operand)
+
+
+def _find_ends(recipe: Recipe, name: str, draft: _Draft) -> dict[int, tuple[_End, _End]]:
+    """Find `to` and `from` of every term for one tensor; terms that a rule leaves out are not in the result."""
+    found = {}
+    for index, term in enumerate(recipe.terms):
+        pair = [(model, _find(name, model, draft)) for model in term.ends]
+        if all(operand is not None for _, operand in pair):
+            found[index] = (pair[0], pair[1])
+    return found  # type: ignore[return-value]  # no None is left
+
+
+def _find(name: str, model: str, draft: _Draft) -> Operand | None:
+    tensors, rule = draft.weights[model].tensors, draft.rule
+    if name in tensors:
+        return tensors[name]
+    if rule and rule.stand_in:
+        if rule.stand_in not in tensors:
+            draft.problems.add(f"{model} lacks", f"Its stand_in {rule.stand_in!r} is not there either", name)
+        return tensors.get(rule.stand_in)
+    if not (rule and rule.missing):
+        draft.problems.add(
+            f"{model} lacks tensors of the start",
+            _missing_advice(name, draft.weights[model]),
+            name,
+        )
+    return None
+
+
+def _missing_advice(name: str, weights: Weights) -> str:
+    for other in weights.tensors:
+        if other.endswith("." + name):
+            prefix = other.removesuffix(name)
+            return f"Its names begin with {prefix!r}; say strip_prefix: {prefix!r} for that model"
+        if name.endswith("." + other):
+            prefix = name.removesuffix(other)
+            return f"The start's names begin with {prefix!r}; say strip_prefix: {prefix!r} for the start"
+    if weights.config.get("tie_word_embeddings"):
+        return (
+            "If its output layer is tied to its embeddings, add a rule with match and "
+            "stand_in: model.embed_tokens.weight; to leave the terms out there, missing: skip"
+        )
+    return "To leave the terms out there, add a rule with match and missing: skip"
+
+
+def _fits(name: str, start: Operand, end: _End, draft: _Draft) -> bool:
+    model, operand = end
+    if operand.dtype not in FLOAT_DTYPES:
+        draft.problems.add(
+            f"{model} has {operand.dtype} where the start has {start.dtype}",
+            "To copy the start's tensor, add a rule with match and keep: true",
+            name,
+        )
+        return False
+    if operand.shape == start.shape:
+        return True
+    rows_differ = len(operand.shape) == len(start.shape) > 0 and operand.shape[1:] == start.shape[1:]
+    if rows_differ and draft.rule and draft.rule.rows:
+        return True
+    advice = "These are different models; to copy the start's tensor, add a rule with match and keep: true"
+    if rows_differ:
+        advice = (
+            "If only the vocabulary was extended, add a rule with match and rows: shared, "
+            "which keeps the start's extra rows as they are"
+        )
+    draft.problems.add(f"{model} has shape {list(operand.shape)} where the start has {list(start.shape)}", advice, name)
+    return False
+
+
+def _check_equal(name: str, start: Operand, end: _End, draft: _Draft) -> None:
+    model, operand = end
+    same = operand.dtype == start.dtype and operand.shape == start.shape
+    nbytes, block = start.stored.spec.nbytes, 1 << 20
+    for offset in range(0, nbytes if same else 0, block):
+        size = min(block, nbytes - offset)
+        mine, theirs = bytearray(size), bytearray(size)
+        draft.reader.read(start.stored, offset, memoryview(mine))
+        draft.reader.read(operand.stored, offset, memoryview(theirs))
+        same = same and mine == theirs
+    if not same:
+        draft.problems.add(
+            f"{model} differs from the start in {start.dtype} tensors, which cannot be interpolated",
+            "To copy the start's tensor, add a rule with match and keep: true",
+            name,
+        )
+
+
+def _check_extras(recipe: Recipe, weights: Mapping[str, Weights], matcher: _Matcher, problems: _Problems) -> None:
+    start = weights[recipe.start].tensors
+    for model in dict.fromkeys(end for term in recipe.terms for end in term.ends):
+        for name in weights[model].tensors.keys() - start.keys():
+            rule = matcher(name)
+            if not (rule and rule.extra):
+                problems.add(
+                    f"{model} has tensors that the start {recipe.start!r} lacks",
+                    "If they may be left out of the result, add a rule with match and extra: ignore",
+                    name,
+                )
+
+
+def _check_donor(
+    recipe: Recipe, weights: Mapping[str, Weights], drafts: list[Step], matcher: _Matcher, problems: _Problems
+) -> None:
+    """The result's config comes from one model; its tensors must be what that config promises."""
+    donor = weights[recipe.files_from]
+    if donor is weights[recipe.start]:
+        return
+    shapes = {step.name: step.slot.spec.shape for step in drafts}
+    about = f"the result would have the config of {recipe.files_from!r} but"
+    for name, operand in donor.tensors.items():
+        rule = matcher(name)
+        if name not in shapes and not (rule and rule.extra):
+            problems.add(f"{about} lack its tensors", "Start from that model, or choose files_from", name)
+        elif name in shapes and shapes[name] != operand.shape:
+            problems.add(f"{about} other shapes", "Start from that model, or choose files_from", name)
+    for name in shapes.keys() - donor.tensors.keys():
+        rule = matcher(name)
+        if not (rule and (rule.missing or rule.stand_in or rule.keep)):
+            problems.add(f"{about} tensors that it lacks", "Start from that model, or choose files_from", name)
+
+
+def _place(drafts: list[Step], shard_size: int) -> tuple[dict[str, bytes], tuple[Step, ...]]:
+    """Fill files in the start's order, up to `shard_size` tensor bytes each, and give every tensor its slot."""
+    shards: list[list[Step]] = [[]]
+    used = 0
+    for step in drafts:
+        spec = step.slot.spec
+        nbytes = count_bytes(spec.dtype, spec.shape)
+        if shards[-1] and used + nbytes > shard_size:
+            shards.append([])
+            used = 0
+        shards[-1].append(step)
+        used += nbytes
+    heads, placed = {}, []
+    for number, shard in enumerate(shards, start=1):
+        single = len(shards) == 1
+        file = "model.safetensors" if single else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        heads[file], slots = lay_out((step.name, step.slot.spec.dtype, step.slot.spec.shape) for step in shard)
+        placed += [replace(step, slot=Slot(file=file, spec=slots[step.name])) for step in shard]
+    return heads, tuple(placed)

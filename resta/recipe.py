@@ -1,0 +1,358 @@
+"""A recipe: the equation, its models and its choices, as strict YAML.
+
+    out = start + sum_i scale_i * sparsify_i(to_i - from_i)
+
+Whatever changes the bytes of the result is in here, so that a recipe's digest and its inputs name the result;
+whatever only changes the speed is a flag. This module knows nothing of files other than the recipe's own.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from resta.errors import RecipeError
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*")
+_DELTA = re.compile(rf"\s*({_NAME.pattern})\s+-\s+({_NAME.pattern})\s*")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB|KIB|MIB|GIB|TIB)", re.IGNORECASE)
+_UNITS = {"B": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def _number(value: object) -> object:
+    """YAML 1.1 reads `1e-3` as text; a boolean is a number to Python but not to anybody else."""
+    if isinstance(value, bool):
+        raise ValueError("expected a number")
+    return value
+
+
+def parse_size(value: object) -> object:
+    """Turn "5GB" or "512MiB" into bytes; whole numbers pass."""
+    if isinstance(value, str) and (match := _SIZE.fullmatch(value.strip())):
+        unit = match[2].upper()
+        return int(float(match[1]) * (1024 if "I" in unit else 1000) ** _UNITS[unit[0]])
+    if isinstance(value, str | bool):
+        raise ValueError('expected a size like "5GB" or "512MiB"')
+    return value
+
+
+def _one_line(value: str) -> str:
+    if not value or "\n" in value:
+        raise ValueError("expected one line of text")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Line = Annotated[str, AfterValidator(_one_line)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Model(_Frozen):
+    """A model: a directory or `org/name@revision`; a LoRA adapter also says which model it is `on`."""
+
+    source: Line = Field(description="Directory (relative to the recipe) or Hub id, org/name@revision.")
+    on: Line | None = Field(
+        default=None, description="For a LoRA adapter: the name of the model that it is applied to."
+    )
+    recorded_base: str | None = Field(
+        default=None, description="Confirms the base that the adapter records under another name than `on` has."
+    )
+    strip_prefix: Line | None = Field(
+        default=None, description="Prefix removed from tensor names, such as module. or _orig_mod."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        return {"source": value} if isinstance(value, str) else value
+
+
+class Sparsify(_Frozen):
+    """DARE: drop entries of a delta at random and rescale the rest (arXiv 2311.03099)."""
+
+    method: Literal["dare"] = "dare"
+    density: Annotated[Number, Field(gt=0, le=1)] = Field(description="Share of entries kept; the paper's 1 - p.")
+    rescale: Literal["inverse_density", "l1_norm"] = Field(
+        default="inverse_density",
+        description="inverse_density: divide by the density (the paper); l1_norm: match the L1 norm (mergekit).",
+    )
+
+
+class Term(_Frozen):
+    """One term of the sum: scale * sparsify(to - from)."""
+
+    delta: Line = Field(description='A difference of two models, "aligned - base".')
+    scale: Number
+    name: Line | None = Field(default=None, description="What rules call this term.")
+    sparsify: Sparsify | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Term:
+        if _DELTA.fullmatch(self.delta) is None:
+            raise ValueError(f'delta must be "name - name" with spaces around the minus, found {self.delta!r}')
+        return self
+
+    @property
+    def ends(self) -> tuple[str, str]:
+        """Names of the models `to` and `from`."""
+        match = _DELTA.fullmatch(self.delta)
+        assert match is not None
+        return match[1], match[2]
+
+
+class Rule(_Frozen):
+    """What to do with the tensors whose name matches a glob; the first rule that matches a tensor decides alone."""
+
+    match: Line | tuple[Line, ...] = Field(description="Glob, or list of globs, over tensor names.")
+    keep: bool = Field(default=False, description="Copy the tensor of `start`, whatever the other models hold.")
+    scale_by: Number | dict[str, Number] | None = Field(
+        default=None, description="Multiplies every term's scale, or those of the named terms."
+    )
+    missing: Literal["skip"] | None = Field(
+        default=None, description="skip: leave out the terms whose models lack the tensor."
+    )
+    stand_in: Line | None = Field(
+        default=None, description="Tensor read in its place in models that lack it (tied embeddings)."
+    )
+    extra: Literal["ignore"] | None = Field(
+        default=None, description="ignore: the tensor is in other models and not in `start`; leave it out."
+    )
+    rows: Literal["shared"] | None = Field(
+        default=None,
+        description="shared: apply terms to the first rows that all models have; keep the rest of `start`.",
+    )
+    nonfinite: Literal["allow"] | None = Field(default=None, description="allow: NaN and infinity may pass.")
+
+    @property
+    def globs(self) -> tuple[str, ...]:
+        """The globs as a tuple."""
+        return (self.match,) if isinstance(self.match, str) else self.match
+
+    @model_validator(mode="after")
+    def _check(self) -> Rule:
+        choices = (self.scale_by, self.missing, self.stand_in, self.extra, self.rows)
+        if self.keep and any(choice is not None for choice in choices):
+            raise ValueError("keep copies the tensor as it is; nothing but nonfinite can be said beside it")
+        if not self.keep and self.nonfinite is None and all(choice is None for choice in choices):
+            raise ValueError(
+                "the rule says nothing to do; add keep, scale_by, missing, stand_in, extra, rows or nonfinite"
+            )
+        return self
+
+
+class OutputChoices(_Frozen):
+    """How the result is stored."""
+
+    dtype: Literal["same", "float64", "float32", "bfloat16", "float16"] = Field(
+        default="same", description="same: each tensor keeps the dtype that it has in `start`."
+    )
+    rounding: Literal["nearest", "stochastic"] = Field(
+        default="nearest", description="stochastic: unbiased rounding to bfloat16 or float16, drawn from the seed."
+    )
+    shard_size: Annotated[int, BeforeValidator(parse_size), Field(gt=0)] = Field(
+        default=5_000_000_000, description='Most tensor bytes per file, like "5GB".'
+    )
+    files_from: Line | None = Field(
+        default=None,
+        description="Model whose config, tokenizer and templates the result gets; default: `tuned`, else `start`.",
+    )
+
+
+class Recipe(_Frozen):
+    """out = start + sum_i scale_i * sparsify_i(to_i - from_i)."""
+
+    models: dict[str, Model] = Field(min_length=1, description="Every model by name.")
+    start: Line = Field(description="The model that the terms are added to.")
+    terms: tuple[Term, ...] = Field(description="What is added, in order.")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of DARE's masks and of stochastic rounding.")
+    tokenizers: Literal["same", "ignore"] = Field(
+        default="same", description="same: refuse models whose tokenizers give a shared id different tokens."
+    )
+    output: OutputChoices = OutputChoices()
+    rules: tuple[Rule, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        if not self.terms:
+            raise ValueError("terms is empty; a merge adds at least one")
+        for name in self.models:
+            if _NAME.fullmatch(name) is None:
+                raise ValueError(f"model name {name!r} must be letters, digits, _ and ., beginning with a letter")
+        used = {self.start, *(end for term in self.terms for end in term.ends)}
+        if self.output.files_from:
+            used.add(self.output.files_from)
+        used |= {model.on for name, model in self.models.items() if model.on and name in used}
+        for name in sorted(used - self.models.keys()):
+            raise ValueError(f"{name!r} is not among the models{did_you_mean(name, self.models)}")
+        for name in self.models.keys() - used:
+            raise ValueError(f"model {name!r} is never used; remove it or name it in a term")
+        self._check_terms()
+        return self
+
+    def _check_terms(self) -> None:
+        names = [term.name for term in self.terms if term.name]
+        if len(set(names)) != len(names):
+            raise ValueError("two terms have the same name")
+        for rule in self.rules:
+            for name in rule.scale_by if isinstance(rule.scale_by, dict) else ():
+                if name not in names:
+                    raise ValueError(f"scale_by names {name!r}, which is no term's name{did_you_mean(name, names)}")
+
+    @property
+    def files_from(self) -> str:
+        """Name of the model that config, tokenizer and templates come from."""
+        return self.output.files_from or ("tuned" if "tuned" in self.models else self.start)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of everything but where the models lie; which models they were, an output's manifest says."""
+        plain = self.model_dump(mode="json")
+        for model in plain["models"].values():
+            del model["source"]
+        text = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def equation(self) -> str:
+        """The equation in one line, with this recipe's names and numbers."""
+        parts = [self.start]
+        for term in self.terms:
+            inner = f"({term.delta})"
+            if term.sparsify:
+                inner = f"{term.sparsify.method}({term.delta}, density={term.sparsify.density:g})"
+            parts.append(f"{'-' if term.scale < 0 else '+'} {abs(term.scale):g} * {inner}")
+        return " ".join(parts)
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe file; relative sources are taken from its folder.
+
+    Raises:
+        RecipeError: not YAML, a key that is unknown or repeated, or values that do not fit together.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise RecipeError(f"{path}: cannot be read: {error}") from error
+    try:
+        recipe = parse_recipe(text)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from error
+    models = {name: _anchored(model, path.parent) for name, model in recipe.models.items()}
+    return recipe.model_copy(update={"models": models})
+
+
+def parse_recipe(text: str) -> Recipe:
+    """Validate a recipe's text.
+
+    Raises:
+        RecipeError: see `load_recipe`.
+    """
+    try:
+        parsed = yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"not valid YAML: {error}") from error
+    return make_recipe(parsed)
+
+
+def make_recipe(parsed: object) -> Recipe:
+    """Validate a recipe given as plain data.
+
+    Raises:
+        RecipeError: see `load_recipe`.
+    """
+    if not isinstance(parsed, dict):
+        raise RecipeError(f"a recipe is a mapping with models, start and terms; found {type(parsed).__name__}")
+    try:
+        return Recipe.model_validate(parsed)
+    except ValidationError as error:
+        raise RecipeError(_explain(error)) from error
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Return the recipe as YAML, without what has its default value."""
+    plain = recipe.model_dump(mode="json", exclude_defaults=True)
+    plain["models"] = {
+        name: model["source"] if set(model) == {"source"} else model for name, model in plain["models"].items()
+    }
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=110)
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON Schema of a recipe, for editors."""
+    plain = Recipe.model_json_schema()
+    # A model may be written as its source alone.
+    models = plain["properties"]["models"]
+    models["additionalProperties"] = {"anyOf": [models["additionalProperties"], {"type": "string"}]}
+    size = plain["$defs"]["OutputChoices"]["properties"]["shard_size"]
+    size["anyOf"] = [{"type": size.pop("type"), "exclusiveMinimum": size.pop("exclusiveMinimum")}, {"type": "string"}]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **plain}
+
+
+def did_you_mean(word: str, known: Any) -> str:
+    """Return '; did you mean "x"?' if a known word is close, else nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f'; did you mean "{close[0]}"?' if close else ""
+
+
+def _anchored(model: Model, folder: Path) -> Model:
+    path = Path(model.source).expanduser()
+    if path.is_absolute() or not (folder / path).is_dir():
+        return model
+    return model.model_copy(update={"source": str((folder / path).resolve())})
+
+
+def _explain(error: ValidationError) -> str:
+    """One line per problem: where, what was expected, what was found."""
+    lines = []
+    for problem in error.errors():
+        place = ".".join(str(part) for part in problem["loc"]) or "recipe"
+        if problem["type"] == "extra_forbidden":
+            key = str(problem["loc"][-1])
+            known = _fields_at(problem["loc"][:-1])
+            lines.append(f"{place}: unknown key{did_you_mean(key, known) or '; known: ' + ', '.join(known)}")
+        elif problem["type"] == "missing" and problem["loc"][-1] == "scale":
+            lines.append(f"{place}: {SCALE_ADVICE}")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            found = f", found {problem['input']!r}" if isinstance(problem["input"], str | int | float) else ""
+            lines.append(f"{place}: {message}{found}")
+    return "\n  ".join(lines)
+
+
+SCALE_ADVICE = (
+    "scale is required, since no value is safe everywhere: published ones run from 0.1 to 1.0 (RESTA: 0.5), "
+    "so merge at a few scales and keep the smallest that restores refusals without costing the task"
+)
+
+
+def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+    """Names that are allowed at a place in the recipe."""
+    places: dict[str, type[BaseModel]] = {
+        "models": Model, "terms": Term, "sparsify": Sparsify, "rules": Rule, "output": OutputChoices
+    }  # fmt: skip
+    kind: type[BaseModel] = Recipe
+    for part in location:
+        kind = places.get(str(part), kind)
+    return list(kind.model_fields)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which a repeated key is an error instead of a silent overwrite."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} occurs twice", node.start_mark)
+        return super().construct_mapping(node, deep)

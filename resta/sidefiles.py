@@ -1,0 +1,126 @@
+"""The small files beside the weights: config, tokenizer, templates. Copied as they are, only the dtype corrected.
+
+A config that goes through a library comes out as that library's version writes it, and older readers then take
+other values from it; so it is edited as text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from resta.checkpoint import Weights, inside, read_json
+from resta.errors import PlanError
+
+COPIED_SUFFIXES = (".json", ".jinja", ".model", ".tiktoken", ".txt")
+COPIED_NAMES = ("LICENSE", "NOTICE")
+# JSON files that describe another file set, a training run or an adapter, not the model.
+NOT_COPIED = (
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+    "resta.json",
+    "trainer_state.json",
+    "all_results.json",
+    "train_results.json",
+    "eval_results.json",
+    "adapter_config.json",
+)
+TEMPLATE_FOLDER = "additional_chat_templates"
+TORCH_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+_DTYPE_FIELD = re.compile(r'("(?:torch_)?dtype"\s*:\s*")(float64|float32|float16|bfloat16)(")')
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SideFile:
+    """A file of the output by its name relative to the directory, and its whole content."""
+
+    name: str
+    content: bytes
+
+
+def plan_side_files(donor: Weights, dtypes: Iterable[tuple[str, int]]) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
+    """Collect the files that the result takes from one model; also return the names that are left out.
+
+    Args:
+        donor: the model; an adapter's own tokenizer and templates win over its base's.
+        dtypes: (dtype, bytes) of the result's tensors; the config is corrected to the one with most bytes.
+
+    Raises:
+        PlanError: the donor has no config.json.
+        CheckpointError: its config.json is malformed.
+    """
+    if not (donor.config_folder / "config.json").is_file():
+        raise PlanError(f"{donor.config_folder}: has no config.json; name a model that has one in output.files_from")
+    found: dict[str, Path] = {}
+    left_out: list[str] = []
+    for folder in donor.tokenizer_folders:
+        for path in sorted([*folder.iterdir(), *(folder / TEMPLATE_FOLDER).glob("*.jinja")]):
+            name = path.relative_to(folder).as_posix()
+            if _is_copied(path) and inside(path, folder):
+                found[name] = path
+            elif not path.is_dir() and path.suffix != ".safetensors" and name not in ("README.md", *NOT_COPIED):
+                left_out.append(name)
+    dtype = _main_dtype(dtypes)
+    files = []
+    for name, path in sorted(found.items()):
+        content = path.read_bytes()
+        if name == "config.json" and dtype:
+            content = _DTYPE_FIELD.sub(rf"\g<1>{dtype}\g<3>", content.decode("utf-8")).encode("utf-8")
+        files.append(SideFile(name=name, content=content))
+    return tuple(files), tuple(left_out)
+
+
+def tokenizer_conflict(mine: Weights, theirs: Weights) -> str | None:
+    """Say how two models' tokenizers contradict each other, or None.
+
+    Only ids that both have count: a tokenizer may extend another. Models without a tokenizer.json pass.
+    """
+    files = [_find_tokenizer(model) for model in (mine, theirs)]
+    if files[0] is None or files[1] is None or files[0].read_bytes() == files[1].read_bytes():
+        return None
+    vocabularies = [_vocabulary(read_json(file)) for file in files if file]
+    differing = sorted(
+        number for number in vocabularies[0].keys() & vocabularies[1].keys()
+        if vocabularies[0][number] != vocabularies[1][number]
+    )  # fmt: skip
+    if not differing:
+        return None
+    first = differing[0]
+    return f"id {first} is {vocabularies[1][first]!r}, not {vocabularies[0][first]!r} ({len(differing)} ids differ)"
+
+
+def _is_copied(path: Path) -> bool:
+    if not path.is_file() or path.name in NOT_COPIED:
+        return False
+    return path.suffix in COPIED_SUFFIXES or path.name.startswith(COPIED_NAMES)
+
+
+def _main_dtype(dtypes: Iterable[tuple[str, int]]) -> str | None:
+    sizes: Counter[str] = Counter()
+    for dtype, nbytes in dtypes:
+        if dtype in TORCH_NAMES:
+            sizes[TORCH_NAMES[dtype]] += nbytes
+    return sizes.most_common(1)[0][0] if sizes else None
+
+
+def _find_tokenizer(model: Weights) -> Path | None:
+    files = [folder / "tokenizer.json" for folder in model.tokenizer_folders]
+    present = [file for file in files if file.is_file()]
+    return present[-1] if present else None
+
+
+def _vocabulary(tokenizer: Mapping[str, Any]) -> dict[int, str]:
+    """Return {id: token} of a `tokenizers` file, whatever its model."""
+    model = tokenizer.get("model")
+    vocab = model.get("vocab", {}) if isinstance(model, dict) else {}
+    if isinstance(vocab, list):  # Unigram keeps [token, score] in the order of ids
+        tokens = {number: str(entry[0]) for number, entry in enumerate(vocab) if entry}
+    else:
+        tokens = {number: token for token, number in vocab.items()}
+    tokens.update({entry["id"]: entry["content"] for entry in tokenizer.get("added_tokens") or ()})
+    return tokens
