@@ -99,7 +99,8 @@ def _check_config(config: Mapping[str, Any], folder: Path) -> None:
     unknown = sorted(key for key, value in config.items() if value and key not in APPLIED | HARMLESS)
     if unknown:
         raise AdapterError(
-            f"{folder}: {unknown[0]} is {config[unknown[0]]!r}, which is not supported; merge the adapter with peft first"
+            f"{folder}: {unknown[0]} is {config[unknown[0]]!r}, which is not supported; "
+            "merge the adapter with peft first"
         )
 
 
