@@ -1,0 +1,129 @@
+"""Plans and results for people: tables on the terminal, a progress bar while it runs."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+from resta.manifest import Change, TensorFacts, change_warning, layer_of, total_change
+from resta.merge import Progress as OnProgress
+from resta.merge import Result
+from resta.plan import Plan
+
+MOST_BANDS = 8  # rows into which the layers of a summary are gathered
+
+
+@contextmanager
+def merge_progress(plan: Plan, *, shown: bool) -> Iterator[OnProgress | None]:
+    """Show bytes, tensors, rate and time left on stderr; yields what the merge is to call, or None."""
+    if not shown:
+        yield None
+        return
+    left = {step.name: step.slot.spec.nbytes for step in plan.steps}
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(TextColumn("{task.fields[tensors]} tensors"), *columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=sum(left.values()), tensors=f"0/{len(left)}")
+        finished = 0
+
+        def on_progress(name: str, nbytes: int) -> None:
+            nonlocal finished
+            left[name] -= nbytes
+            finished += left[name] == 0
+            bar.update(task, advance=nbytes, tensors=f"{finished}/{len(left)}")
+
+        yield on_progress
+
+
+def print_plan(plan: Plan, bytes_free: int) -> None:
+    """Print what a merge would do."""
+    console = Console(highlight=False)
+    actions = Counter("copied" if step.copies else "merged" if step.terms else "converted" for step in plan.steps)
+    table = Table(title=plan.recipe.equation, show_header=False, title_justify="left")
+    for name, weights in plan.weights.items():
+        commit = f" @ {weights.located.commit}" if weights.located.commit else ""
+        table.add_row(name, f"{weights.located.folder}{commit}")
+    table.add_row("tensors", ", ".join(f"{count} {action}" for action, count in sorted(actions.items())))
+    for term in plan.recipe.terms:
+        sparsify = f", DARE keeps {term.sparsify.density:g} ({term.sparsify.rescale})" if term.sparsify else ""
+        table.add_row(f"term {term.name or ''}".rstrip(), f"{term.scale:g} * ({term.delta}){sparsify}")
+    table.add_row("reads", readable_bytes(plan.bytes_read))
+    table.add_row("writes", f"{readable_bytes(plan.bytes_written)} in {len(plan.heads)} files")
+    table.add_row("free disk", readable_bytes(bytes_free))
+    table.add_row("copies beside", ", ".join(file.name for file in plan.side_files))
+    if plan.left_out:
+        table.add_row("leaves out", ", ".join(plan.left_out))
+    console.print(table)
+
+
+def print_result(result: Result, seconds: float) -> None:
+    """Print what a merge did to the layers, what rounding left of it, and what to do next."""
+    console = Console(highlight=False)
+    console.print(_change_table(result))
+    nbytes = result.plan.bytes_written
+    console.print(
+        f"{readable_bytes(nbytes)} in {seconds:.1f} s ({readable_bytes(nbytes / max(seconds, 1e-9))}/s) -> {result.out}"
+    )
+    warning = change_warning(total_change(result.tensors.values()))
+    if warning:
+        console.print(f"[yellow]warning:[/] {warning}")
+    console.print(f"check it:     resta audit {result.out}")
+    console.print(f"talk to it:   transformers chat {result.out}")
+
+
+def _change_table(result: Result) -> Table:
+    table = Table(title=result.plan.recipe.equation, title_justify="left")
+    table.add_column("layers")
+    for heading in ("tensors", "change / weights", "entries changed", "cosine realised"):
+        table.add_column(heading, justify="right")
+    for band, change in bands(result.tensors).items():
+        table.add_row(band, *_cells(change))
+    table.add_section()
+    table.add_row("all", *_cells(total_change(result.tensors.values())))
+    return table
+
+
+def _cells(change: Change) -> tuple[str, ...]:
+    return (
+        str(change.tensors),
+        f"{change.relative_size:.2e}",
+        f"{change.changed:.1%}",
+        f"{change.cosine:.3f}",
+    )
+
+
+def bands(facts: Mapping[str, TensorFacts]) -> dict[str, Change]:
+    """Sum up the change by bands of neighbouring layers, at most eight, and by what lies outside the layers."""
+    groups: dict[str, list[TensorFacts]] = {}
+    for name, fact in facts.items():
+        if fact.action == "merged":
+            groups.setdefault(layer_of(name), []).append(fact)
+    numbers = sorted(int(group.split()[1]) for group in groups if group.startswith("layer "))
+    width = max(1, math.ceil(len(numbers) / MOST_BANDS))
+    changes = {}
+    for first in range(0, len(numbers), width):
+        members = numbers[first : first + width]
+        title = f"layers {members[0]}-{members[-1]}" if len(members) > 1 else f"layer {members[0]}"
+        changes[title] = total_change(fact for number in members for fact in groups.pop(f"layer {number}"))
+    return changes | {group: total_change(members) for group, members in groups.items()}
+
+
+def readable_bytes(nbytes: float) -> str:
+    """Return a size in decimal units, as disks are sold and the Hub shows."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if nbytes < 1000 or unit == "TB":
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    raise AssertionError("unreachable")
