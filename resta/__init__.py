@@ -13,8 +13,8 @@ from resta.version import VERSION as __version__
 
 if TYPE_CHECKING:
     from resta.algebra import Checkpoint, Delta, Merge, dare, load
+    from resta.engine import merge, tensors
     from resta.errors import RestaError
-    from resta.merge import merge, tensors
     from resta.recipe import Recipe, load_recipe
 
 __all__ = [
@@ -38,8 +38,8 @@ _HOMES = {
     "dare": "algebra",
     "load": "algebra",
     "RestaError": "errors",
-    "merge": "merge",
-    "tensors": "merge",
+    "merge": "engine",
+    "tensors": "engine",
     "Recipe": "recipe",
     "load_recipe": "recipe",
 }

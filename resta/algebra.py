@@ -19,7 +19,7 @@ from resta.recipe import Recipe, dump_recipe, make_recipe
 if TYPE_CHECKING:
     import torch
 
-    from resta.merge import Result
+    from resta.engine import Result
 
 Rescale = Literal["inverse_density", "l1_norm"]
 
@@ -161,7 +161,7 @@ class Merge:
                 "terms": [_term(term, names) for term in self.delta.terms],
                 "seed": _seed(self.delta),
                 "tokenizers": self._tokenizers,
-                "output": {"files_from": names[self.start]} | output,
+                "output": output,
                 "rules": list(self._rules),
             }
         )
@@ -172,13 +172,13 @@ class Merge:
 
     def save(self, out: str | Path, *, workers: int | None = None, overwrite: bool = False) -> Result:
         """Write the merged model; see `resta.merge`."""
-        from resta.merge import merge  # numba is imported when there is something to compute
+        from resta.engine import merge  # numba is imported when there is something to compute
 
         return merge(self.to_recipe(), out, workers=workers, overwrite=overwrite)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Compute the merge tensor by tensor, in memory; see `resta.tensors`."""
-        from resta.merge import tensors
+        from resta.engine import tensors
 
         return tensors(self.to_recipe())
 

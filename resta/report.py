@@ -18,9 +18,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from resta.engine import Progress as OnProgress
+from resta.engine import Result
 from resta.manifest import Change, TensorFacts, change_warning, layer_of, total_change
-from resta.merge import Progress as OnProgress
-from resta.merge import Result
 from resta.plan import Plan
 
 MOST_BANDS = 8  # rows into which the layers of a summary are gathered

@@ -12,10 +12,10 @@ from typing import Any
 import click
 
 from resta.adapter import base_name, is_adapter
+from resta.engine import Result, carry_out, input_folders
 from resta.errors import RecipeError, RequestError
 from resta.hub import locate
 from resta.manifest import change_warning, total_change
-from resta.merge import Result, carry_out, input_folders
 from resta.output import check_space, check_target
 from resta.plan import Plan, make_plan
 from resta.recipe import SCALE_ADVICE, Recipe, dump_recipe, load_recipe, make_recipe
