@@ -22,7 +22,7 @@ from resta.errors import RecipeError
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*")
 _DELTA = re.compile(rf"\s*({_NAME.pattern})\s+-\s+({_NAME.pattern})\s*")
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB|KIB|MIB|GIB|TIB)", re.IGNORECASE)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(B|[KMGTkmgt]i?[Bb])")
 _UNITS = {"B": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
@@ -36,8 +36,8 @@ def _number(value: object) -> object:
 def parse_size(value: object) -> object:
     """Turn "5GB" or "512MiB" into bytes; whole numbers pass."""
     if isinstance(value, str) and (match := _SIZE.fullmatch(value.strip())):
-        unit = match[2].upper()
-        return int(float(match[1]) * (1024 if "I" in unit else 1000) ** _UNITS[unit[0]])
+        unit = match[2]
+        return int(float(match[1]) * (1024 if "i" in unit else 1000) ** _UNITS[unit[0].upper()])
     if isinstance(value, str | bool):
         raise ValueError('expected a size like "5GB" or "512MiB"')
     return value
@@ -295,7 +295,8 @@ def schema() -> dict[str, Any]:
     models = plain["properties"]["models"]
     models["additionalProperties"] = {"anyOf": [models["additionalProperties"], {"type": "string"}]}
     size = plain["$defs"]["OutputChoices"]["properties"]["shard_size"]
-    size["anyOf"] = [{"type": size.pop("type"), "exclusiveMinimum": size.pop("exclusiveMinimum")}, {"type": "string"}]
+    del size["type"]
+    size["anyOf"] = [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": _SIZE.pattern}]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **plain}
 
 
