@@ -22,6 +22,7 @@ from resta.hub import Located
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_JSON_BYTES = 100_000_000
+MAX_NAME_BYTES = 255  # of a file name, on every file system that models lie on
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -123,9 +124,11 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read one JSON object strictly.
 
     Raises:
-        CheckpointError: too large, or not an object that every reader would read alike.
+        CheckpointError: too large, a link out of its directory, or not an object that every reader would read alike.
     """
     try:
+        if not inside(path, path.parent):
+            raise CheckpointError(f"{path}: is a link out of its directory, to {path.resolve()}; copy the file in")
         size = path.stat().st_size
         if size > MAX_JSON_BYTES:
             raise CheckpointError(f"{path}: {size} bytes of JSON; at most {MAX_JSON_BYTES} are read")
@@ -207,7 +210,10 @@ class Reader:
     def check_unchanged(self) -> None:
         """Raise RestaError if an input that was read is no longer what the plan saw."""
         for path in self._open:
-            status = path.stat()
+            try:
+                status = path.stat()
+            except OSError as error:
+                raise RestaError(f"{path}: is gone since the merge began: {error.strerror}") from error
             identity = self._files[path]
             if (status.st_size, status.st_mtime_ns) != (identity.bytes, identity.mtime_ns):
                 raise RestaError(f"{path}: changed while it was being merged; run the merge again")
@@ -253,13 +259,13 @@ def _index_names(index: Path) -> list[str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: expected a weight_map from tensor names to files")
-    names = list(dict.fromkeys(weight_map.values()))
-    for name in names:
-        if not isinstance(name, str) or not name.endswith(".safetensors") or name != os.path.basename(name):  # noqa: PTH119
+    for tensor, name in weight_map.items():
+        plain = isinstance(name, str) and name == os.path.basename(name) and len(name.encode()) <= MAX_NAME_BYTES  # noqa: PTH119
+        if not plain or not name.endswith(".safetensors"):
             raise CheckpointError(
-                f"{index}: weight_map names {name!r}; expected a .safetensors file name without a path"
+                f"{index}: says that {tensor!r} is in {name!r}; expected a .safetensors file name without a path"
             )
-    return sorted(names)
+    return sorted(set(weight_map.values()))
 
 
 def _check_index(folder: Path, tensors: Mapping[str, Operand]) -> None:

@@ -150,6 +150,7 @@ def computed(plan: Plan) -> Iterator[tuple[Step, NDArray[np.uint8]]]:
                 _check_finite(step, totals, reader)
                 data[first * width : first * width + out.size] = out
             yield step, data
+        reader.check_unchanged()
 
 
 def settle_scales(plan: Plan, reader: Reader, workers: int) -> list[tuple[float, ...]]:

@@ -4,8 +4,10 @@ A file is `u64 little-endian header length | JSON header | tensor bytes`. The JS
 `{"dtype", "shape", "data_offsets"}`, offsets relative to the first byte after the header; the tensors must
 cover the data without gaps or overlaps. This module knows nothing of models, arithmetic or directories.
 
-Format: https://huggingface.co/docs/safetensors, whose library is the oracle of the tests. Stricter here:
-a key that occurs twice is refused, since two readers could take two different tensors for the same name.
+Format: https://huggingface.co/docs/safetensors, whose library is the oracle of the tests. Stricter than it:
+a key that occurs twice is refused, since two readers could take two different tensors for the same name; the
+text must begin with "{", as the format says; an entry must be an object and its dtype a string, where the
+library would also take an array and {"F32": null}; a shape may not count past 63 bits, even if its next size is 0.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +25,7 @@ from resta.errors import HeaderError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAX_ELEMENTS = 2**63 - 1
+MAX_DEPTH = 127  # of nested arrays and objects; the library's limit
 
 # Bits per element; sub-byte and 8-bit floats are parsed so that a plan can refuse them by name.
 DTYPE_BITS = {
@@ -31,6 +35,8 @@ DTYPE_BITS = {
     "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
 }  # fmt: skip
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+
+_ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89abABcdefCDEF]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,7 +98,9 @@ def parse_header(text: bytes, *, data_bytes: int) -> dict[str, Spec]:
     for name, spec in ordered:
         if spec.start != expected:
             kind = "overlaps the tensor before it" if spec.start < expected else "leaves a gap before it"
-            raise HeaderError(f"tensor {name!r} {kind}: its data starts at byte {spec.start}, expected {expected}")
+            raise HeaderError(
+                f"tensor {_short(name)} {kind}: its data starts at byte {spec.start}, expected {expected}"
+            )
         expected += spec.nbytes
     if expected != 8 + len(text) + data_bytes:
         raise HeaderError(
@@ -106,24 +114,29 @@ def load_strict_json(text: bytes, *, error: type[Exception]) -> dict[str, Any]:
     """Parse a JSON object of which any two readers would make the same thing.
 
     Raises:
-        error: not UTF-8, not one object, a key twice, NaN, or nested too deeply.
+        error: not UTF-8, not one object, a key twice, NaN, a number past float64, or nested too deeply.
     """
 
     def reject_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key, value in pairs:
             if key in found:
-                raise error(f"the key {key!r} occurs twice")
-            key.encode("utf-8")  # a lone surrogate is valid for Python's reader and for no other
+                raise error(f"the key {_short(key)} occurs twice")
             found[key] = value
         return found
 
     def reject_constant(name: str) -> Any:
         raise error(f"{name} is not JSON")
 
+    def parse_real(digits: str) -> float:
+        value = float(digits)
+        if math.isinf(value):
+            raise error(f"the number {_short(digits)} is out of range")
+        return value
+
     def parse_integer(digits: str) -> int | float:
-        # "-0" is a float to the library's reader; numbers past 64 bits are refused where they are used.
-        return -0.0 if digits == "-0" else int(digits)
+        # "-0" and what is longer than 64 bits are floats to the library's reader.
+        return parse_real(digits) if digits == "-0" or len(digits) > 20 else int(digits)
 
     try:
         parsed = json.loads(
@@ -131,7 +144,10 @@ def load_strict_json(text: bytes, *, error: type[Exception]) -> dict[str, Any]:
             object_pairs_hook=reject_repeats,
             parse_constant=reject_constant,
             parse_int=parse_integer,
+            parse_float=parse_real,
         )
+        if _ESCAPED_SURROGATE.search(text):  # alone, it is valid for Python's reader and for no other
+            json.dumps(parsed, ensure_ascii=False).encode("utf-8")
     except RecursionError:
         raise error("the JSON is nested too deeply") from None
     except UnicodeError:
@@ -140,6 +156,8 @@ def load_strict_json(text: bytes, *, error: type[Exception]) -> dict[str, Any]:
         raise error(f"not valid JSON: {problem}") from None
     if not isinstance(parsed, dict):
         raise error(f"expected a JSON object, found {type(parsed).__name__}")
+    if _is_deep(parsed):
+        raise error("the JSON is nested too deeply")
     return parsed
 
 
@@ -174,27 +192,38 @@ def count_bytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 def _read_spec(name: str, entry: object, data_start: int) -> Spec:
     if not isinstance(entry, Mapping) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise HeaderError(f"tensor {name!r}: expected dtype, shape and data_offsets, found {_short(entry)}")
+        raise HeaderError(f"tensor {_short(name)}: expected dtype, shape and data_offsets, found {_short(entry)}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise HeaderError(f"tensor {name!r}: unknown dtype {_short(dtype)}")
+        raise HeaderError(f"tensor {_short(name)}: unknown dtype {_short(dtype)}")
     if not isinstance(shape, list) or not all(_is_size(size) for size in shape):
-        raise HeaderError(f"tensor {name!r}: shape must be a list of sizes, found {_short(shape)}")
+        raise HeaderError(f"tensor {_short(name)}: shape must be a list of sizes, found {_short(shape)}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(end) for end in offsets):
-        raise HeaderError(f"tensor {name!r}: data_offsets must be two sizes, found {_short(offsets)}")
+        raise HeaderError(f"tensor {_short(name)}: data_offsets must be two sizes, found {_short(offsets)}")
     count = 1
     for size in shape:  # step by step, as the library does: an overflow before a zero is refused too
         count *= size
         if count > MAX_ELEMENTS:
-            raise HeaderError(f"tensor {name!r}: shape {_short(shape)} overflows 64 bits")
+            raise HeaderError(f"tensor {_short(name)}: shape {_short(shape)} overflows 64 bits")
     bits = count * DTYPE_BITS[dtype]
     begin, end = offsets
     if bits % 8 or end - begin != bits // 8:
         raise HeaderError(
-            f"tensor {name!r}: {dtype} of shape {_short(shape)} needs {bits / 8:g} bytes, "
+            f"tensor {_short(name)}: {dtype} of shape {_short(shape)} needs {bits / 8:g} bytes, "
             f"its offsets {_short(offsets)} hold {end - begin}"
         )
     return Spec(dtype=dtype, shape=tuple(shape), start=data_start + begin, nbytes=end - begin)
+
+
+def _is_deep(parsed: dict[str, Any]) -> bool:
+    """Whether containers are nested deeper than MAX_DEPTH; level by level, since a recursion would run out."""
+    level: list[Any] = [parsed]
+    for _ in range(MAX_DEPTH):
+        inner = (value.values() if isinstance(value, dict) else value for value in level)
+        level = [value for values in inner for value in values if isinstance(value, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 def _is_size(value: object) -> bool:
@@ -207,4 +236,4 @@ def _maps_text_to_text(value: object) -> bool:
 
 def _short(value: object) -> str:
     text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -14,7 +14,7 @@ from resta.errors import CheckpointError
 FETCHED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "LICENSE*", "NOTICE*")
 NEVER_FETCHED = ("*/*", "*.py", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
-_HUB_ID = re.compile(r"^(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?$")
+_HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,12 +35,15 @@ def locate(source: str) -> Located:
     Raises:
         CheckpointError: no such directory and no such model, or the download failed.
     """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return Located(source=source, folder=folder.resolve())
-    match = _HUB_ID.match(source)
-    if match is None or source.startswith((".", "~")):
+    try:
+        folder = Path(source).expanduser()
+        if folder.is_dir():
+            return Located(source=source, folder=folder.resolve())
         found = "is a file" if folder.exists() else "does not exist"
+    except (OSError, RuntimeError) as error:  # a name too long, no permission, or the home of nobody
+        raise CheckpointError(f"{source}: cannot be looked at: {error}") from error
+    match = _HUB_ID.fullmatch(source)
+    if match is None or source.startswith((".", "~")):
         raise CheckpointError(f"{source}: expected a model directory or a Hub id like org/name@revision; it {found}")
     commit_folder = _download(match["id"], match["revision"])
     return Located(source=source, folder=commit_folder, hub_id=match["id"], commit=commit_folder.name)
@@ -49,13 +52,12 @@ def locate(source: str) -> Located:
 def _download(hub_id: str, revision: str | None) -> Path:
     # Imported here: a merge of local directories should not wait for it.
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         folder = snapshot_download(
             hub_id, revision=revision, allow_patterns=list(FETCHED), ignore_patterns=list(NEVER_FETCHED)
         )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # among them those of its HTTP client, which it has changed twice
         name = f"{hub_id}@{revision}" if revision else hub_id
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
