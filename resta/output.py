@@ -23,6 +23,7 @@ from resta.errors import PlanError, RestaError, ResumeError
 
 MARK = "resta.json"  # in every finished output; --overwrite replaces nothing else
 RESERVE_BYTES = 64 << 20  # journal, manifest, file system overhead
+COMMIT = "commit"  # the journal's last entry: everything is on the disk, only renames are left
 
 
 def check_target(out: Path, inputs: Mapping[Path, str], *, overwrite: bool) -> None:
@@ -79,9 +80,11 @@ def recover(out: Path, plan_digest: str) -> bool:
         replaced.rename(out)
     if not out.is_dir() or not journal.is_file() or (partial / "model").exists():
         return False
-    entries = _valid_entries(journal.read_bytes())
+    entries = [entry for entry, _ in _valid_entries(journal.read_bytes())]
+    if not entries or entries[-1].get("unit") != COMMIT:
+        return False
     _remove_partial(partial)
-    return bool(entries) and entries[0][0].get("plan") == plan_digest
+    return bool(entries[0].get("plan") == plan_digest)
 
 
 def partial_of(out: Path) -> Path:
@@ -105,15 +108,22 @@ class Output:
         self.done: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> Output:
-        with named_io_errors(self._partial):
-            self._partial.mkdir(parents=True, exist_ok=True)
-            self._open_journal()
-            self._lay_out()
+        try:
+            with named_io_errors(self._partial):
+                self._partial.mkdir(parents=True, exist_ok=True)
+                self._open_journal()
+                self._lay_out()
+        except BaseException:
+            self._close()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._close()
+
+    def _close(self) -> None:
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files.clear()
@@ -161,6 +171,7 @@ class Output:
                 self.flush(name)
             for folder in {(self._model / name).parent for name in texts} | {self._model}:
                 _fsync_folder(folder)
+            self.record(COMMIT, {})
             if self.out.exists():
                 self.out.rename(self._partial / "replaced")
             self._model.rename(self.out)

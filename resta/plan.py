@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from resta.adapter import is_adapter, read_adapter
-from resta.checkpoint import Operand, Reader, Weights, read_weights
+from resta.checkpoint import Operand, Reader, Stored, Weights, read_weights
 from resta.errors import PlanError
 from resta.header import FLOAT_DTYPES, Spec, count_bytes, lay_out
 from resta.hub import locate
@@ -83,8 +83,8 @@ class Step:
 
     @property
     def double(self) -> bool:
-        """Whether the arithmetic is done in float64: when an input is F64."""
-        return any(operand.dtype == "F64" for operand in self.operands)
+        """Whether the arithmetic is done in float64: when an input is F64, be it a factor."""
+        return any(stored.spec.dtype == "F64" for operand in self.operands for stored in stored_parts(operand))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,13 +128,16 @@ class Plan:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+def stored_parts(operand: Operand) -> list[Stored]:
+    """The stored tensors behind an operand: its own, and the factors on top of it."""
+    low_rank = operand.low_rank
+    parts = (operand.stored, low_rank and low_rank.left, low_rank and low_rank.right)
+    return [part for part in parts if part]
+
+
 def stored_bytes(operand: Operand) -> int:
     """Bytes on disk behind an operand."""
-    total = operand.stored.spec.nbytes
-    if operand.low_rank:
-        factors = (operand.low_rank.left, operand.low_rank.right)
-        total += sum(factor.spec.nbytes for factor in factors if factor)
-    return total
+    return sum(part.spec.nbytes for part in stored_parts(operand))
 
 
 def read_models(recipe: Recipe) -> dict[str, Weights]:
@@ -249,7 +252,7 @@ def _check_models(recipe: Recipe, weights: Mapping[str, Weights], problems: _Pro
                     "up; if the difference does no harm, say `tokenizers: ignore`",
                 )
         for tensor, operand in model.tensors.items():
-            if operand.dtype.startswith(("F8", "F6", "F4")) or tensor.endswith(QUANTISED_NAMES):
+            if operand.dtype.startswith(("F8_", "F6_", "F4")) or tensor.endswith(QUANTISED_NAMES):
                 problems.add(
                     f"{name}: quantised tensors",
                     "Dequantise the model, or merge the originals and quantise the result",

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from safetensors.torch import save_file
+
+# The first example may compile a kernel; how long an example takes is no property of the code.
+hypothesis.settings.register_profile("resta", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("resta")
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -25,7 +30,6 @@ CONFIG = {
 }
 
 Tensors = dict[str, torch.Tensor]
-Save = Callable[..., Path]
 
 
 def llama_tensors(seed: int, dtype: torch.dtype = torch.bfloat16) -> Tensors:
