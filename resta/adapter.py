@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from resta.checkpoint import LowRank, Operand, Stored, Weights, identify, inside, read_json
+from resta.checkpoint import INDEX, SINGLE, LowRank, Operand, Stored, Weights, identify, inside, read_json
 from resta.errors import AdapterError
 from resta.header import FLOAT_DTYPES, Spec, read_header
 from resta.hub import Located
@@ -42,7 +42,7 @@ BASE_KEEPING = (True, False, None, "gaussian", "eva", "orthogonal")
 
 def is_adapter(folder: Path) -> bool:
     """Whether a directory holds an adapter and no full model."""
-    return (folder / CONFIG).is_file()
+    return (folder / CONFIG).is_file() and not any((folder / name).exists() for name in (SINGLE, INDEX))
 
 
 def read_adapter(located: Located, base: Weights, *, recorded_base: str | None = None) -> Weights:
@@ -62,11 +62,16 @@ def read_adapter(located: Located, base: Weights, *, recorded_base: str | None =
     _check_base(config, base, recorded_base, folder)
     specs = _read_tensors(folder)
     tensors, used = _replace(specs, base, folder)
-    for module, parts in _group(specs, used, folder).items():
-        target, low_rank = _low_rank(module, parts, config, folder)
+    modules = _group(specs, used, folder)
+    _check_complete(config, modules, used, base, folder)
+    for module, parts in modules.items():
+        target = f"{module}.weight"
+        low_rank = _low_rank(module, parts, config, base, folder)
         tensors[target] = _on_top(target, tensors.get(target), low_rank, folder)
         if "lora_B.bias" in parts:
             bias = f"{module}.bias"
+            if parts["lora_B.bias"].spec.dtype not in FLOAT_DTYPES or len(parts["lora_B.bias"].spec.shape) != 1:
+                raise AdapterError(f"{folder / FILE}: the bias of {module!r} is not a vector of floating point")
             low_rank = LowRank(left=parts["lora_B.bias"], right=None, transposed=False, scaling=low_rank.scaling)
             tensors[bias] = _on_top(bias, tensors.get(bias), low_rank, folder)
     file = folder / FILE
@@ -109,11 +114,9 @@ def _check_base(config: Mapping[str, Any], base: Weights, recorded_base: str | N
         raise AdapterError(f"{folder}: its base {base.located.source} is an adapter itself; merge that first")
     recorded = str(config.get("base_model_name_or_path") or "")
     located = base.located
-    same_name = recorded.rstrip("/").rpartition("/")[2] in (
-        located.folder.name,
-        (located.hub_id or "").rpartition("/")[2],
-    )
-    if recorded_base != recorded and not (recorded and same_name):
+    name = recorded.rstrip("/").rpartition("/")[2]
+    same_name = name and name in (located.folder.name, (located.hub_id or "").rpartition("/")[2])
+    if recorded_base != recorded and not same_name:
         raise AdapterError(
             f"{folder}: was trained on {recorded or 'a base that it does not name'!r}, and would be put on "
             f"{located.source!r}. If those are the same weights, confirm it with recorded_base: {recorded!r} "
@@ -141,18 +144,27 @@ def _read_tensors(folder: Path) -> dict[str, Stored]:
 
 def _replace(specs: Mapping[str, Stored], base: Weights, folder: Path) -> tuple[dict[str, Operand], set[str]]:
     """Put whole tensors that the adapter stores (modules_to_save, biases) in the place of the base's."""
-    tensors, used = dict(base.tensors), set()
+    replaced: dict[str, Operand] = {}
+    used = set()
     for name, stored in specs.items():
         if ".lora_" in name:
             continue
         target = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-        if target not in tensors:
+        if target not in base.tensors:
             raise AdapterError(f"{folder / FILE}: replaces {target!r}, a tensor that the base does not have")
+        if target in replaced:
+            raise AdapterError(f"{folder / FILE}: replaces {target!r} twice; save the adapter with peft again")
         if stored.spec.dtype not in FLOAT_DTYPES:
             raise AdapterError(f"{folder / FILE}: {name!r} is {stored.spec.dtype}; expected floating point")
-        tensors[target] = Operand(stored=stored)
+        shape = base.tensors[target].shape
+        if stored.spec.shape != shape:
+            raise AdapterError(
+                f"{folder / FILE}: replaces {target!r} by one of shape {stored.spec.shape}, but the base has {shape}; "
+                "if its vocabulary was extended, merge the adapter with peft first"
+            )
+        replaced[target] = Operand(stored=stored)
         used.add(name)
-    return tensors, used
+    return {**base.tensors, **replaced}, used
 
 
 def _group(specs: Mapping[str, Stored], used: set[str], folder: Path) -> dict[str, dict[str, Stored]]:
@@ -171,7 +183,26 @@ def _group(specs: Mapping[str, Stored], used: set[str], folder: Path) -> dict[st
     return dict(sorted(modules.items()))
 
 
-def _low_rank(module: str, parts: Mapping[str, Stored], config: Mapping[str, Any], folder: Path) -> tuple[str, LowRank]:
+def _check_complete(
+    config: Mapping[str, Any], modules: Mapping[str, Mapping[str, Stored]], used: set[str], base: Weights, folder: Path
+) -> None:
+    """An adapter from which tensors were lost would be applied in part."""
+    if not modules and not used:
+        raise AdapterError(f"{folder / FILE}: holds no tensor; save the adapter again")
+    for module in config.get("modules_to_save") or ():
+        expected, found = (any(f".{module}." in f".{name}" for name in names) for names in (base.tensors, used))
+        if expected and not found:
+            raise AdapterError(f"{folder / FILE}: modules_to_save names {module!r}, but no tensor of it is there")
+    for module, parts in modules.items():
+        if ("lora_B.bias" in parts) != bool(config.get("lora_bias")) and "lora_B.weight" in parts:
+            raise AdapterError(
+                f"{folder / FILE}: lora_bias is {config.get('lora_bias')!r}, which {module!r} does not agree with"
+            )
+
+
+def _low_rank(
+    module: str, parts: Mapping[str, Stored], config: Mapping[str, Any], base: Weights, folder: Path
+) -> LowRank:
     embedding = "lora_embedding_A" in parts
     a, b = (
         parts["lora_embedding_A" if embedding else "lora_A.weight"],
@@ -183,25 +214,53 @@ def _low_rank(module: str, parts: Mapping[str, Stored], config: Mapping[str, Any
                 f"{folder / FILE}: a factor of {module!r} is {factor.dtype} {factor.shape}; expected a float matrix "
                 "(convolutions are not supported: merge the adapter with peft first)"
             )
-    rank = int(_pattern(config, "rank_pattern", module, config.get("r", 8)))
-    alpha = float(_pattern(config, "alpha_pattern", module, config.get("lora_alpha", 8)))
+    rank = _pattern(config, "rank_pattern", module, config.get("r", 8), folder)
+    alpha = _pattern(config, "alpha_pattern", module, config.get("lora_alpha", 8), folder)
     if not a.spec.shape[0] == b.spec.shape[1] == rank > 0:
         raise AdapterError(
             f"{folder / FILE}: {module!r} has factors {a.spec.shape} and {b.spec.shape}; rank {rank} is configured"
         )
     scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    # B @ A has the shape (out, in); an embedding and a Conv1D keep their weights as (in, out).
-    transposed = embedding or bool(config.get("fan_in_fan_out"))
+    transposed = embedding or _is_conv1d(module, (b.spec.shape[0], a.spec.shape[1]), config, base, folder)
     left, right = (a, b) if transposed else (b, a)
-    return f"{module}.weight", LowRank(left=left, right=right, transposed=transposed, scaling=scaling)
+    return LowRank(left=left, right=right, transposed=transposed, scaling=scaling)
 
 
-def _pattern(config: Mapping[str, Any], name: str, module: str, default: Any) -> Any:
+def _is_conv1d(module: str, shape: tuple[int, int], config: Mapping[str, Any], base: Weights, folder: Path) -> bool:
+    """Whether a layer keeps its weight as (in, out), where B @ A has the shape (out, in).
+
+    peft goes by the class of each layer, and leaves in `fan_in_fan_out` what the last one was. Where a matrix is
+    not square its shape tells; where it is, the setting is believed unless the base mixes both kinds of layer.
+    """
+    target = base.tensors.get(f"{module}.weight")
+    if target is not None and shape[0] != shape[1] and target.shape in (shape, shape[::-1]):
+        return target.shape == shape[::-1]
+    if config.get("fan_in_fan_out"):
+        return True
+    for name, operand in base.tensors.items():
+        bias = base.tensors.get(name.removesuffix("weight") + "bias")
+        rows, columns = operand.shape if name.endswith(".weight") and len(operand.shape) == 2 else (0, 0)
+        if bias is not None and rows != columns and bias.shape == (columns,):
+            raise AdapterError(
+                f"{folder}: fan_in_fan_out is false, but the base has layers stored as (in, out), such as {name!r}, "
+                f"and {module!r} is square: it could be either. Merge the adapter with peft first"
+            )
+    return False
+
+
+def _pattern(config: Mapping[str, Any], name: str, module: str, default: Any, folder: Path) -> Any:
     """Look a module up among regular expressions the way peft does: the first that matches its end wins."""
-    for pattern, value in (config.get(name) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+    patterns, value = config.get(name) or {}, default
+    try:
+        for pattern in patterns:
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                value = patterns[pattern]
+                break
+    except (re.error, TypeError) as error:
+        raise AdapterError(f"{folder}: {name} is not a mapping from regular expressions to numbers: {error}") from error
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise AdapterError(f"{folder}: {name} or its default gives {value!r} for {module!r}; expected a number")
+    return value
 
 
 def _on_top(target: str, operand: Operand | None, low_rank: LowRank, folder: Path) -> Operand:
