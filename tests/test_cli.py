@@ -1,0 +1,269 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from resta.cli import COMMANDS, main
+from resta.engine import merge
+from resta.plan import make_plan
+from resta.recipe import load_recipe, make_recipe, parse_recipe
+from tests.conftest import save_model
+from tests.test_engine import assert_same_tensors, read
+from tests.test_output import digests
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def everyday(trio: dict[str, str], out: Path, *more: object) -> list[object]:
+    return ["merge", trio["tuned"], "--aligned", trio["aligned"], "--base", trio["base"], "-o", out, *more]
+
+
+def test_flags_and_recipe_give_the_same_directory(trio: dict[str, str], tmp_path: Path) -> None:
+    done = run(*everyday(trio, tmp_path / "flags", "--scale", 0.5, "--quiet"))
+    assert (done.exit_code, done.output) == (0, "")
+    terms = [{"name": "safety", "delta": "aligned - base", "scale": 0.5}]
+    models = {name: trio[name] for name in ("tuned", "aligned", "base")}
+    recipe = make_recipe({"models": models, "start": "tuned", "terms": terms, "output": {"files_from": "tuned"}})
+    merge(recipe, tmp_path / "recipe")
+    assert digests(tmp_path / "flags") == digests(tmp_path / "recipe")
+    assert json.loads((tmp_path / "flags" / "resta.json").read_text())["recipe_digest"] == recipe.digest
+
+
+@pytest.mark.parametrize(
+    ("flags", "equation"),
+    [
+        (["--scale", "0.5"], "tuned + 0.5 * (aligned - base)"),
+        (["--scale", "-0.5"], "tuned - 0.5 * (aligned - base)"),
+        (
+            ["--scale", "0.5", "--dare-density", "0.7"],
+            "base + 1 * dare(tuned - base, density=0.7) + 0.5 * (aligned - base)",
+        ),
+        (
+            ["--scale", "0.5", "--dare-density", "0.7", "--tuned-from", "aligned"],
+            "aligned + 1 * dare(tuned - aligned, density=0.7) + 0.5 * (aligned - base)",
+        ),
+        (
+            ["--scale", "0.5", "--dare-density", "0.7", "--dare-on", "safety"],
+            "tuned + 0.5 * dare(aligned - base, density=0.7)",
+        ),
+        (["--scale", "0.5", "--unaligned", "BASE"], "tuned + 0.5 * (aligned - unaligned)"),
+        (
+            ["--scale", "0.5", "--dare-density", "0.7", "--tuned-from", "BASE"],
+            "origin + 1 * dare(tuned - origin, density=0.7) + 0.5 * (aligned - base)",
+        ),
+    ],
+)
+def test_flags_say_an_equation(trio: dict[str, str], tmp_path: Path, flags: list[str], equation: str) -> None:
+    arguments = [trio["base"] if flag == "BASE" else flag for flag in flags]
+    done = run(*everyday(trio, tmp_path / "out", *arguments, "--json"))
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["equation"] == equation
+    recorded = json.loads((tmp_path / "out" / "resta.json").read_text())["recipe"]
+    assert make_recipe(recorded).files_from == "tuned"
+
+
+def test_a_missing_scale_is_one_sentence_of_advice(trio: dict[str, str], tmp_path: Path) -> None:
+    done = run(*everyday(trio, tmp_path / "out"))
+    assert done.exit_code == 2
+    assert done.stderr.startswith("error: --scale is required")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["merge", "TUNED", "--scale", 1, "-o", "OUT"], "say --aligned"),
+        (["merge", "TUNED", "--aligned", "NOWHERE", "--base", "TUNED", "--scale", 1, "-o", "OUT"], "does not exist"),
+        (["merge", "NONE.yaml", "-o", "OUT"], "cannot be read"),
+        (["merge", "TUNED", "--aligned", "TUNED", "--base", "TUNED", "--scale", "nan", "-o", "OUT"], "finite"),
+        (
+            [
+                "merge",
+                "TUNED",
+                "--aligned",
+                "TUNED",
+                "--base",
+                "TUNED",
+                "--scale",
+                1,
+                "--dare-density",
+                1.7,
+                "-o",
+                "OUT",
+            ],
+            "density",
+        ),
+        (
+            [
+                "merge",
+                "TUNED",
+                "--aligned",
+                "TUNED",
+                "--base",
+                "TUNED",
+                "--scale",
+                1,
+                "--tuned-from",
+                "base",
+                "-o",
+                "OUT",
+            ],
+            "--tuned-from is only used",
+        ),
+        (
+            [
+                "merge",
+                "TUNED",
+                "--aligned",
+                "TUNED",
+                "--base",
+                "TUNED",
+                "--scale",
+                1,
+                "--recorded-base",
+                "x",
+                "-o",
+                "OUT",
+            ],
+            "no adapter given",
+        ),
+    ],
+)
+def test_a_wrong_request_exits_with_2_and_one_message(
+    trio: dict[str, str], tmp_path: Path, arguments: list[object], message: str
+) -> None:
+    places = {"TUNED": trio["tuned"], "OUT": tmp_path / "out", "NOWHERE": "./nowhere"}
+    done = run(*(places.get(str(argument), argument) for argument in arguments))
+    assert done.exit_code == 2, done.output
+    assert message in done.stderr
+    assert "Traceback" not in done.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_weights_exit_with_1(trio: dict[str, str], tmp_path: Path) -> None:
+    tensors = read(trio["tuned"])
+    tensors["model.norm.weight"][0] = float("nan")
+    trio["tuned"] = str(save_model(tmp_path / "nan", tensors))
+    done = run(*everyday(trio, tmp_path / "out", "--scale", 1))
+    assert done.exit_code == 1
+    assert "model.norm.weight" in done.stderr
+
+
+def test_a_recipe_file_takes_no_flag_that_changes_the_result(trio: dict[str, str], tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "models: {tuned: tuned, aligned: aligned, base: base}\nstart: tuned\n"
+        "terms: [{delta: aligned - base, scale: 1}]\n"
+    )
+    done = run("merge", recipe, "-o", tmp_path / "out", "--dtype", "float32")
+    assert done.exit_code == 2
+    assert "--dtype changes the result: say it in" in done.stderr
+    assert run("merge", recipe, "-o", tmp_path / "out", "--workers", 1).exit_code == 0
+
+
+def test_a_dry_run_prints_plan_and_recipe_and_writes_nothing(trio: dict[str, str], tmp_path: Path) -> None:
+    before = digests(tmp_path)
+    done = run(*everyday(trio, tmp_path / "out", "--scale", 0.5, "--dry-run"))
+    assert done.exit_code == 0, done.output
+    assert digests(tmp_path) == before
+    recipe = parse_recipe(done.stdout[done.stdout.index("models:") :])
+    facts = json.loads(run(*everyday(trio, tmp_path / "out", "--scale", 0.5, "--dry-run", "--json")).stdout)
+    assert make_recipe(facts["recipe"]) == recipe
+    files = [Path(path) / file for path in trio.values() for file in Path(path).glob("*.safetensors")]
+    assert 0 < facts["bytes_read"] < sum(file.stat().st_size for file in files)
+    merged = run(*everyday(trio, tmp_path / "out", "--scale", 0.5))
+    assert merged.exit_code == 0
+    sides = sum((tmp_path / "out" / name).stat().st_size for name in ("README.md", "resta.json"))
+    assert facts["bytes_written"] + sides == sum(file.stat().st_size for file in (tmp_path / "out").iterdir())
+
+
+def test_a_dry_run_prints_every_refusal(trio: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resta.output.RESERVE_BYTES", 1 << 60)
+    done = run(*everyday(trio, Path(trio["base"]) / "out", "--scale", 0.5, "--dry-run"))
+    assert done.exit_code == 2
+    assert "overlap" in done.stderr
+    assert "free" in done.stderr
+
+
+def test_rounding_that_loses_the_vector_is_warned_of(trio: dict[str, str], tmp_path: Path) -> None:
+    usual = run(*everyday(trio, tmp_path / "big", "--scale", 5))
+    assert "warning" not in usual.output
+    small = run(*everyday(trio, tmp_path / "small", "--scale", 0.001))
+    assert "rounding lost much of the change" in " ".join(small.output.split())
+    assert json.loads(run(*everyday(trio, tmp_path / "json", "--scale", 0.001, "--json")).stdout)["warning"]
+    kept = run(*everyday(trio, tmp_path / "float", "--scale", 0.001, "--dtype", "float32"))
+    assert "warning" not in kept.output
+
+
+def test_the_demo_makes_a_model_that_its_own_recipe_makes_again(tmp_path: Path) -> None:
+    done = run("demo", tmp_path / "demo")
+    assert done.exit_code == 0, done.output
+    again = run("merge", tmp_path / "demo" / "recipe.yaml", "-o", tmp_path / "again", "--quiet")
+    assert again.exit_code == 0, again.output
+    assert_same_tensors(read(tmp_path / "again"), read(tmp_path / "demo" / "restored"))
+    assert run("demo", tmp_path / "demo").exit_code == 2
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_every_recipe_in_the_folder_can_be_planned(file: Path, trio: dict[str, str], tmp_path: Path) -> None:
+    recipe = load_recipe(file)
+    stand_ins = trio | {"unaligned": trio["base"]}
+    models = {}
+    for name, model in recipe.models.items():
+        source = _adapter(tmp_path, trio["base"]) if model.on else stand_ins[name]
+        models[name] = model.model_copy(update={"source": source})
+    plan = make_plan(recipe.model_copy(update={"models": models}))
+    assert any(step.terms for step in plan.steps)
+    assert file.read_text().splitlines()[0] == "# yaml-language-server: $schema=schema.json"
+
+
+def _adapter(tmp_path: Path, base: str) -> str:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    return str(tmp_path / "adapter")
+
+
+def test_the_committed_schema_is_the_schema() -> None:
+    assert json.loads(run("schema").stdout) == json.loads((RECIPES[0].parent / "schema.json").read_text())
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_scripts_name_the_command(shell: str) -> None:
+    assert "_RESTA_COMPLETE" in run("completion", shell).stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name: str) -> None:
+    done = run(name, "--help")
+    assert done.exit_code == 0
+    assert done.output.startswith("Usage:")
+
+
+def test_help_is_quick_and_imports_neither_torch_nor_numba() -> None:
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "resta", "--help"], capture_output=True, text=True, check=True
+    )
+    seconds = time.perf_counter() - began
+    assert all(name in done.stdout for name in COMMANDS)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert not imported & {"torch", "numba", "numpy", "pydantic", "transformers", "rich"}
+    assert seconds < 0.5
+
+
+def test_version_is_printed() -> None:
+    assert "resta, version" in run("--version").output

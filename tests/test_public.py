@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import resta
+from resta.errors import RestaError
+
+PACKAGE = Path(resta.__file__).parent
+
+# Lower numbers know nothing of higher ones.
+LAYERS = {
+    "version": 0, "errors": 0, "kernels": 0, "header": 1, "hub": 1, "recipe": 1, "checkpoint": 2, "adapter": 3,
+    "sidefiles": 3, "plan": 4, "compute": 5, "manifest": 5, "output": 5, "demo": 5, "engine": 6, "algebra": 7,
+    "report": 7, "diff": 7, "audit": 7,
+}  # fmt: skip
+
+
+def imports_of(file: Path) -> set[str]:
+    """Names of the resta modules that a file imports when it is imported itself."""
+    found = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("resta."):
+            found.add(str(node.module).split(".")[1])
+    return found
+
+
+def test_the_public_surface_is_this() -> None:
+    assert sorted(resta.__all__) == [
+        "Checkpoint", "Delta", "Merge", "Recipe", "RestaError", "__version__", "dare", "load", "load_recipe", "merge",
+        "tensors",
+    ]  # fmt: skip
+    for name in resta.__all__:
+        assert getattr(resta, name) is not None
+    with pytest.raises(AttributeError):
+        resta.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_imports_point_to_lower_layers_only(name: str) -> None:
+    for other in imports_of(PACKAGE / f"{name}.py"):
+        assert LAYERS[other] < LAYERS[name], f"{name} imports {other}"
+
+
+def test_every_module_of_the_merge_has_a_layer() -> None:
+    assert {file.stem for file in PACKAGE.glob("*.py")} - {"__init__", "__main__"} == LAYERS.keys()
+
+
+def test_a_merge_of_local_models_imports_no_heavy_library(trio: dict[str, str], tmp_path: Path) -> None:
+    script = (
+        "import sys; from resta.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'peft', 'trl', 'inspect_ai', 'lm_eval', 'huggingface_hub', 'matplotlib'}\n"
+        "print(sorted(heavy & sys.modules.keys()))\n"
+    )
+    arguments = ["merge", trio["tuned"], "--aligned", trio["aligned"], "--base", trio["base"], "--scale", "0.5"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments, "--quiet", "-o", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "[]", done.stderr
+    assert (tmp_path / "out").is_dir()
+
+
+def test_every_error_says_its_exit_code_and_is_in_the_drawn_tree() -> None:
+    import resta.errors as errors
+
+    def below(kind: type[RestaError]) -> list[type[RestaError]]:
+        return [kind, *(found for child in kind.__subclasses__() for found in below(child))]
+
+    for kind in below(RestaError):
+        assert kind.__name__ in str(errors.__doc__)
+        assert kind.exit_code in (1, 2)
+        assert (kind.exit_code == 2) == issubclass(kind, errors.RequestError)
