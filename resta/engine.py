@@ -24,7 +24,7 @@ from resta.checkpoint import INDEX, Reader
 from resta.compute import CHUNK, Totals, Workspace
 from resta.errors import NonFiniteError
 from resta.header import DTYPE_BITS
-from resta.manifest import TensorFacts, describe, render_card, tensor_facts
+from resta.manifest import TensorFacts, describe, from_json, render_card, tensor_facts
 from resta.output import Output, check_space, check_target, recover
 from resta.plan import Plan, Step, make_plan
 from resta.recipe import Recipe, load_recipe
@@ -194,7 +194,7 @@ def input_folders(plan: Plan) -> dict[Path, str]:
 def read_facts(out: Path) -> dict[str, TensorFacts]:
     """Read the per-tensor facts of a finished merge from its manifest."""
     manifest = json.loads((out / "resta.json").read_bytes())
-    return {name: TensorFacts(**facts) for name, facts in manifest["tensors"].items()}
+    return {name: from_json(facts) for name, facts in manifest["tensors"].items()}
 
 
 class _Run:
@@ -379,5 +379,7 @@ def _texts(plan: Plan, facts: Mapping[str, TensorFacts]) -> dict[str, bytes]:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         texts[INDEX] = json.dumps(index, indent=2).encode() + b"\n"
     texts["README.md"] = render_card(plan).encode()
-    texts["resta.json"] = json.dumps(describe(plan, facts), indent=1, ensure_ascii=False).encode() + b"\n"
+    texts["resta.json"] = (
+        json.dumps(describe(plan, facts), indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    )
     return texts

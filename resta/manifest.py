@@ -125,6 +125,20 @@ def change_warning(change: Change) -> str | None:
     )
 
 
+def to_json(facts: TensorFacts | Change) -> dict[str, Any]:
+    """Return figures as plain data; JSON has no NaN or infinity, which allowed ones in weights lead to: null."""
+    plain = asdict(facts)
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in plain.items()
+    }
+
+
+def from_json(plain: Mapping[str, Any]) -> TensorFacts:
+    """Return what `to_json` was given, with NaN for null."""
+    figures: dict[str, Any] = {key: math.nan if value is None else value for key, value in plain.items()}
+    return TensorFacts(**figures)
+
+
 def describe(plan: Plan, facts: Mapping[str, TensorFacts]) -> dict[str, Any]:
     """Return the content of `resta.json`."""
     return {
@@ -139,9 +153,9 @@ def describe(plan: Plan, facts: Mapping[str, TensorFacts]) -> dict[str, Any]:
             "python": platform.python_version(),
             **{package: version(package) for package in ("numpy", "numba", "safetensors")},
         },
-        "change": asdict(total_change(facts.values())),
+        "change": to_json(total_change(facts.values())),
         "checksum": CHECKSUM,
-        "tensors": {name: asdict(fact) for name, fact in facts.items()},
+        "tensors": {name: to_json(fact) for name, fact in facts.items()},
     }
 
 
