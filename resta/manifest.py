@@ -95,7 +95,7 @@ def total_change(facts: Iterable[TensorFacts]) -> Change:
         entries=entries,
         changed=sum(fact.changed for fact in merged) / entries if entries else 0.0,
         norm_ratio=realised / intended if intended else 1.0,
-        cosine=min(1.0, product / (intended * realised)) if intended and realised else float(intended == realised),
+        cosine=min(product / (intended * realised), 1.0) if intended and realised else float(intended == realised),
         relative_size=intended / start if start else 0.0,
     )
 
@@ -116,7 +116,7 @@ def layer_of(name: str) -> str:
 
 def change_warning(change: Change) -> str | None:
     """Say so if rounding lost much of the intended change, and what to do; None if it did not."""
-    if change.cosine >= WARN_BELOW_COSINE or not change.entries:
+    if not change.cosine < WARN_BELOW_COSINE or not change.entries:
         return None
     return (
         f"rounding lost much of the change: only {change.changed:.0%} of the entries moved, and the cosine between "

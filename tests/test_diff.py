@@ -222,7 +222,8 @@ def test_progress_speaks_of_every_byte_of_a(pair: tuple[str, str]) -> None:
     diff(*pair, progress=lambda name, done, total: calls.append((name, done, total)))
     tensors = load_file(Path(pair[0]) / "model.safetensors")
     total = sum(value.nbytes for value in tensors.values())
-    assert {call[2] for call in calls} == {total} and sum(call[1] for call in calls) == total
+    assert {call[2] for call in calls} == {total}
+    assert sum(call[1] for call in calls) == total
     assert {call[0] for call in calls} == set(tensors)
 
 
@@ -267,7 +268,8 @@ def test_the_command_prints_and_saves_what_the_library_finds(pair: tuple[str, st
         assert words in result.stdout
     assert result.stderr == ""  # no bar where there is no terminal
     image = imread(picture)
-    assert image.shape[0] > 300 and image.shape[1] > 600
+    assert image.shape[0] > 300
+    assert image.shape[1] > 600
     assert image.std() > 0.05
 
 
@@ -279,7 +281,8 @@ def test_the_command_names_what_it_could_not_compare(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["diff", *folders])
     assert result.exit_code == 0, result.output
     assert "1 entries are NaN or infinite, in w" in result.stdout
-    assert "only in A: only.0, only.1" in result.stdout and "and 3 more" in result.stdout
+    assert "only in A: only.0, only.1" in result.stdout
+    assert "and 3 more" in result.stdout
     assert "x: shape [4, 2] in A, [5, 2] in B; the first 4 rows were compared" in result.stdout
 
 
@@ -303,7 +306,8 @@ def test_without_matplotlib_a_plot_is_refused_with_the_command_that_installs_it(
     command = [sys.executable, "-m", "resta", "diff", *pair, "--plot", str(tmp_path / "x.png")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 2
-    assert 'pip install "resta[plots]"' in done.stderr and "Traceback" not in done.stderr
+    assert 'pip install "resta[plots]"' in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("layers", [0, 1, 100])

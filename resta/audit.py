@@ -1,0 +1,623 @@
+"""Check a finished merge against its manifest and its inputs, computing its tensors a second time.
+
+The arithmetic here is written from the definition, in numpy, and shares no code with the merge: not the
+kernels, not the loop. The recipe, the plan and the reading of headers are the merge's own. Two programs that
+make the same bytes in two ways are the evidence; that is why this is the one place with a second implementation.
+
+    d   = sum over the terms, in order, of scale * mask * (to - from)       float32, or float64 if an input is F64
+    out = round( start + d )                                                 once, to the output's dtype
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from resta.adapter import FILE as ADAPTER_FILE
+from resta.adapter import base_name, is_adapter
+from resta.checkpoint import INDEX, PICKLES, LowRank, Operand, Stored, identify, read_json
+from resta.engine import UNIT, Checksum, default_workers
+from resta.errors import AuditError, CheckpointError, RecipeError, RequestError
+from resta.header import DTYPE_BITS, FLOAT_DTYPES, read_header
+from resta.hub import Located, locate
+from resta.manifest import CHECKSUM, SCHEMA, TensorFacts, from_json, to_json, total_change
+from resta.output import MARK
+from resta.plan import Plan, Step, StepTerm, make_plan
+from resta.recipe import Recipe, did_you_mean
+
+PIECE = 1 << 18  # elements at a time; also the stretch over which the L1 norms are summed in working precision
+L1_LANES = 256  # element e of a stretch belongs to partial sum e % 256; the partial sums are added in float64
+SAMPLED = 1 << 24  # of a larger tensor a sample recomputes this many elements: the first half and the last
+# The merge's norms are float32 sums over 1024 entries, added in float64: at worst 2^-14 of a sum.
+NORM_TOLERANCE = 1e-4
+WORDS = 2**32
+WEYL = (0x9E3779B9, 0xBB67AE85)  # Philox adds these to its key after every round
+
+# Significand bits behind the point, exponent of the smallest normal number, smallest magnitude that is infinite.
+HALVES = {"BF16": (7, -126, 2.0**128), "F16": (10, -14, 2.0**16)}
+NUMPY_NAMES = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
+
+Array = NDArray[Any]
+Bytes = NDArray[np.uint8]
+Progress = Callable[[str, int, int], None]  # tensor name, bytes of the output now checked, of how many in all
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """One thing that is not as it should be: the file or tensor, and what differs."""
+
+    what: str
+    problem: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What an audit checked and found. `elements` and `tensors` count what was recomputed."""
+
+    out: Path
+    files: int
+    checksums: int
+    checked_bytes: int
+    inputs: int
+    tensors: int
+    elements: int
+    findings: tuple[Finding, ...]
+
+    def raise_if_any(self) -> None:
+        """Raise AuditError with every finding, if there are any."""
+        if self.findings:
+            count = f"{len(self.findings)} finding" + ("s" if len(self.findings) > 1 else "")
+            lines = [f"{finding.what}: {finding.problem}" for finding in self.findings]
+            raise AuditError("\n  ".join([f"{self.out}: the audit failed with {count}:", *lines]))
+
+
+class _Loose(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class InputFile(_Loose):
+    """An input file as the manifest knew it."""
+
+    bytes: int
+    header_sha256: str | None
+    sha256: str | None
+
+
+class Input(_Loose):
+    """An input model as the manifest knew it."""
+
+    source: str
+    folder: str
+    commit: str | None
+    files: dict[str, InputFile]
+
+
+class Manifest(_Loose):
+    """The parts of `resta.json` that can be checked."""
+
+    equation: str
+    recipe_digest: str
+    recipe: Recipe
+    inputs: dict[str, Input]
+    change: dict[str, float | None]
+    checksum: str
+    tensors: dict[str, TensorFacts]
+
+
+def audit(
+    out: str | Path,
+    *,
+    sample: int | None = None,
+    moved: Mapping[str, str] | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Check a finished merge: headers, layout, index, checksums, inputs, and tensors by recomputing them.
+
+    Args:
+        out: the directory that a merge made.
+        sample: recompute this many tensors, chosen by a fixed rule, the largest among them; by default all.
+        moved: where inputs lie now, by model name, if not where the merge read them.
+        workers: threads.
+        progress: called when a tensor has been checked.
+
+    Raises:
+        RequestError: `out` is no finished merge, or an input is not there.
+        AuditError: its manifest cannot be read. What else is wrong is in the report.
+    """
+    out = Path(out)
+    manifest = read_manifest(out)
+    sources = _find_inputs(manifest, moved or {})
+    findings = [*_check_manifest(manifest), *_check_inputs(manifest, sources)]
+    plan = None
+    if findings:
+        findings.append(
+            Finding(what="tensors", problem="not recomputed, since the manifest or the inputs are not right")
+        )
+    else:
+        plan = _make_plan(manifest, sources, findings)
+    specs = _read_specs(out, manifest, findings)
+    findings += _check_small_files(out, manifest, plan)
+    tasks = list(_tasks(out, manifest, specs, plan, sample, findings))
+    checked_bytes = sum(task.stored.spec.nbytes for task in tasks)
+    elements = 0
+    with ThreadPoolExecutor(workers or default_workers()) as pool:
+        for task, (problems, count) in zip(tasks, pool.map(_check_tensor, tasks), strict=True):
+            what = f"tensor {task.name!r} in {task.stored.file.name}"
+            findings += [Finding(what=what, problem=problem) for problem in problems]
+            elements += count
+            if progress:
+                progress(task.name, task.stored.spec.nbytes, checked_bytes)
+    return Report(
+        out=out,
+        files=len({fact.file for fact in manifest.tensors.values()}),
+        checksums=len(tasks),
+        checked_bytes=checked_bytes,
+        inputs=len(sources),
+        tensors=sum(task.step is not None for task in tasks),
+        elements=elements,
+        findings=tuple(findings),
+    )
+
+
+def read_manifest(out: Path) -> Manifest:
+    """Read `resta.json`.
+
+    Raises:
+        CheckpointError: there is none, so `out` is not the output of a merge.
+        AuditError: it is not one that this version writes.
+    """
+    path = out / MARK
+    if not path.is_file():
+        raise CheckpointError(f"{out}: has no {MARK}; expected the output directory of `resta merge`")
+    try:
+        parsed = json.loads(path.read_bytes())
+        kind = (parsed["schema"], parsed["kind"], parsed["checksum"])
+        if kind != (SCHEMA, "merge", CHECKSUM):
+            raise AuditError(f"{path}: is {kind}; this version audits {(SCHEMA, 'merge', CHECKSUM)}")
+        parsed["tensors"] = {name: asdict(from_json(plain)) for name, plain in parsed["tensors"].items()}
+        return Manifest.model_validate(parsed)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise AuditError(f"{path}: {place}: {first['msg']}; the manifest was altered") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise AuditError(f"{path}: cannot be read as a manifest: {error!r}") from error
+
+
+def choose_tensors(manifest: Manifest, sample: int | None) -> set[str]:
+    """Choose what to recompute: all, or the largest tensor and others in an order drawn from the recipe's digest."""
+    if sample is None:
+        return set(manifest.tensors)
+
+    def lot(name: str) -> bytes:
+        return hashlib.sha256(f"{manifest.recipe_digest} {name}".encode()).digest()
+
+    largest = max(manifest.tensors, key=lambda name: (math.prod(manifest.tensors[name].shape), name), default="")
+    rest = sorted(manifest.tensors.keys() - {largest}, key=lot)
+    return {largest, *rest[: max(sample - 1, 0)]}
+
+
+def _check_manifest(manifest: Manifest) -> Iterator[Finding]:
+    """Compare the manifest with itself."""
+    if manifest.recipe_digest != manifest.recipe.digest:
+        problem = f"recipe_digest is {manifest.recipe_digest}, but its recipe gives {manifest.recipe.digest}"
+        yield Finding(what=MARK, problem=problem)
+    if manifest.equation != manifest.recipe.equation:
+        yield Finding(what=MARK, problem=f"equation is {manifest.equation!r}, not {manifest.recipe.equation!r}")
+    if manifest.inputs.keys() != manifest.recipe.models.keys():
+        yield Finding(what=MARK, problem="its inputs are not the models of its recipe")
+    try:
+        change = to_json(total_change(manifest.tensors.values()))
+    except OverflowError:
+        yield Finding(what=MARK, problem="holds norms that no merge records")
+        return
+    for key, value in change.items():
+        if manifest.change.get(key) != value:
+            problem = f"change.{key} is {manifest.change.get(key)}, but its tensors give {value}"
+            yield Finding(what=MARK, problem=problem)
+
+
+def _find_inputs(manifest: Manifest, moved: Mapping[str, str]) -> dict[str, Located]:
+    """Find every input: where the user says, where the merge read it, or on the Hub at the commit that it was."""
+    for name in moved:
+        if name not in manifest.inputs:
+            raise RecipeError(f"--model {name}: is no model of this merge{did_you_mean(name, manifest.inputs)}")
+    found = {}
+    for name, was in manifest.inputs.items():
+        if name in moved:
+            found[name] = locate(moved[name])
+        elif Path(was.folder).is_dir():
+            found[name] = Located(source=was.source, folder=Path(was.folder), commit=was.commit)
+        elif was.commit:
+            found[name] = locate(f"{was.source.partition('@')[0]}@{was.commit}")
+        else:
+            raise CheckpointError(f"{was.folder}: the input {name} is not there any more; say --model {name}=PATH")
+    return found
+
+
+def _check_inputs(manifest: Manifest, sources: Mapping[str, Located]) -> Iterator[Finding]:
+    """Compare sizes, headers and, where the Hub names them, digests of all input files with the manifest."""
+    for name, was in manifest.inputs.items():
+        base = manifest.recipe.models[name].on if name in manifest.recipe.models else None
+        for file, recorded in was.files.items():
+            located = sources[base if base and file != ADAPTER_FILE else name]
+            path = located.folder / file
+            if not path.is_file():
+                yield Finding(what=str(path), problem=f"the input file of {name} is not there any more")
+                continue
+            now = identify(path, located)
+            for key in ("bytes", "header_sha256", "sha256"):
+                before, after = getattr(recorded, key), getattr(now, key)
+                if before is not None and after is not None and before != after:
+                    problem = f"the input of {name} has changed since the merge: {key} was {before}, is {after}"
+                    yield Finding(what=str(path), problem=problem)
+                    break
+
+
+def _make_plan(manifest: Manifest, sources: Mapping[str, Located], findings: list[Finding]) -> Plan | None:
+    """Plan the merge again from where the inputs lie now."""
+    models = {}
+    for name, model in manifest.recipe.models.items():
+        folder = sources[name].folder
+        changes = {"source": str(folder)}
+        if model.on and is_adapter(folder):
+            # That the base is the right one was settled by the merge; its directory may be called otherwise now.
+            changes["recorded_base"] = base_name(folder)
+        models[name] = model.model_copy(update=changes)
+    try:
+        return make_plan(manifest.recipe.model_copy(update={"models": models}))
+    except RequestError as error:
+        findings.append(Finding(what="inputs", problem=f"the merge cannot be planned again: {error}"))
+        return None
+
+
+def _read_specs(out: Path, manifest: Manifest, findings: list[Finding]) -> dict[str, Stored]:
+    """Read the output's headers: where each tensor of the manifest lies."""
+    stored = {}
+    for file in dict.fromkeys(fact.file for fact in manifest.tensors.values()):
+        path = out / file
+        if file != path.name or not path.is_file():
+            findings.append(Finding(what=str(path), problem="the manifest names this file, but it is not there"))
+            continue
+        try:
+            header = read_header(path)
+        except RequestError as error:
+            findings.append(Finding(what=str(path), problem=str(error).removeprefix(f"{path}: ")))
+            continue
+        for name, spec in header.items():
+            if name in manifest.tensors and manifest.tensors[name].file == file:
+                stored[name] = Stored(file=path, spec=spec)
+            else:
+                problem = f"holds the tensor {name!r}, which the manifest does not have there"
+                findings.append(Finding(what=str(path), problem=problem))
+        missing = [name for name, fact in manifest.tensors.items() if fact.file == file and name not in header]
+        findings += [Finding(what=str(path), problem=f"lacks the tensor {name!r}") for name in missing]
+    return stored
+
+
+def _check_small_files(out: Path, manifest: Manifest, plan: Plan | None) -> Iterator[Finding]:
+    """Check the index, the copied files, and that nothing is there that a reader would load besides."""
+    files = {fact.file for fact in manifest.tensors.values()}
+    expected = {name: fact.file for name, fact in manifest.tensors.items()}
+    index = out / INDEX
+    if len(files) > 1:
+        try:
+            found = read_json(index).get("weight_map")
+        except CheckpointError as error:
+            yield Finding(what=str(index), problem=str(error).removeprefix(f"{index}: "))
+        else:
+            listed = found if isinstance(found, dict) else {}
+            for name in sorted(n for n in expected.keys() | listed.keys() if expected.get(n) != listed.get(n)):
+                problem = f"says {listed.get(name)!r} holds the tensor {name!r}; it is {expected.get(name)!r}"
+                yield Finding(what=str(index), problem=problem)
+    patterns = ("*.safetensors", "adapter_config.json", *PICKLES, *(() if len(files) > 1 else (INDEX,)))
+    for path in sorted({path for pattern in patterns for path in out.glob(pattern)}):
+        if path.name not in files:
+            yield Finding(what=str(path), problem="was not written by the merge, and a reader may load it")
+    for side in plan.side_files if plan else ():
+        path = out / side.name
+        if not path.is_file():
+            yield Finding(what=str(path), problem="is not there; the merge copied it from an input")
+        elif path.read_bytes() != side.content:
+            yield Finding(what=str(path), problem="differs from what the merge takes from its input")
+    for file, head in plan.heads.items() if plan else ():
+        if (out / file).is_file():
+            with (out / file).open("rb") as handle:
+                if handle.read(len(head)) != head:
+                    yield Finding(what=str(out / file), problem="its header is not the one that the merge lays out")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Task:
+    """One tensor of the output: what is checked, and against what. Without a step, only its checksum."""
+
+    name: str
+    stored: Stored
+    fact: TensorFacts
+    step: Step | None
+    whole: bool
+
+
+def _tasks(
+    out: Path,
+    manifest: Manifest,
+    stored: Mapping[str, Stored],
+    plan: Plan | None,
+    sample: int | None,
+    findings: list[Finding],
+) -> Iterator[_Task]:
+    """Compare what manifest, header and plan say of each tensor; yield those whose data can be checked."""
+    steps = {step.name: step for step in plan.steps} if plan else {}
+    chosen = choose_tensors(manifest, sample)
+    if plan:
+        for name in sorted(steps.keys() ^ manifest.tensors.keys()):
+            problem = "is only in the recipe's result" if name in steps else "is not in the recipe's result"
+            findings.append(Finding(what=f"tensor {name!r}", problem=f"{problem}, by the inputs' headers"))
+    for name, fact in manifest.tensors.items():
+        if name not in stored:
+            continue
+        spec, step = stored[name].spec, steps.get(name)
+        said = [("manifest", (fact.dtype, tuple(fact.shape))), ("header", (spec.dtype, spec.shape))]
+        if step:
+            said.append(("plan", (step.slot.spec.dtype, step.slot.spec.shape)))
+            if (fact.file, fact.action) != (step.slot.file, _action(step)):
+                problem = (
+                    f"the manifest says {fact.action} in {fact.file}, the plan {_action(step)} in {step.slot.file}"
+                )
+                findings.append(Finding(what=f"tensor {name!r}", problem=problem))
+        if len({what for _, what in said}) > 1:
+            problem = "; ".join(f"{who}: {dtype} {list(shape)}" for who, (dtype, shape) in said)
+            findings.append(Finding(what=f"tensor {name!r}", problem=problem))
+            continue
+        yield _Task(
+            name=name,
+            stored=stored[name],
+            fact=fact,
+            step=step if name in chosen else None,
+            whole=sample is None,
+        )
+
+
+def _action(step: Step) -> str:
+    return "copied" if step.copies else "merged" if step.terms else "converted"
+
+
+def _check_tensor(task: _Task) -> tuple[list[str], int]:
+    """Check one tensor's data; return what is wrong and how many elements were recomputed."""
+    problems = []
+    spec = task.stored.spec
+    count, width = spec.count, DTYPE_BITS[spec.dtype] // 8
+    recomputed = _Recomputed(task.step) if task.step else None
+    digests = []
+    for unit in range(0, max(count, 1), UNIT):
+        checksum = Checksum()
+        for first in range(unit, min(unit + UNIT, count), PIECE):
+            n = min(PIECE, count - first)
+            data = _read(task.stored, first * width, n * width)
+            checksum.add(data)
+            if recomputed and (task.whole or first < SAMPLED // 2 or first + n > count - SAMPLED // 2):
+                recomputed.compare(first, n, data)
+        digests.append(checksum.digest())
+    found = hashlib.blake2b("".join(digests).encode(), digest_size=16).hexdigest()
+    if found != task.fact.checksum:
+        problems.append(f"its checksum is {found}, but the manifest has {task.fact.checksum}")
+    if recomputed is None:
+        return problems, 0
+    if recomputed.differing:
+        agrees = "; its checksum is right, so an input or the manifest has changed since" if not problems else ""
+        problems.append(
+            f"{recomputed.differing:,} of {recomputed.elements:,} elements are not what recipe and inputs give; "
+            f"{recomputed.first_difference}{agrees}"
+        )
+    elif task.whole:
+        problems += recomputed.check_facts(task.fact)
+    return problems, recomputed.elements
+
+
+@dataclass
+class _Recomputed:
+    """The recomputation of one tensor, piece by piece, and what came of comparing it."""
+
+    step: Step
+    elements: int = 0
+    differing: int = 0
+    first_difference: str = ""
+    changed: int = 0
+    squares: Array = field(default_factory=lambda: np.zeros(4))  # of start, intended, realised; intended * realised
+    _scales: list[Any] = field(default_factory=list)
+    _factors: dict[Stored, Array] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._type: Any = np.float64 if self.step.double else np.float32
+        for term in self.step.terms:
+            self._scales.append(self._type(term.scale * self._rescale(term)))
+
+    def compare(self, first: int, count: int, data: Bytes) -> None:
+        """Recompute elements first..first+count and compare them with the output's bytes."""
+        self.elements += count
+        start = self.step.operands[0]
+        with np.errstate(all="ignore"):  # what may not be finite was decided by the merge; here only bytes count
+            if self.step.copies:
+                width = DTYPE_BITS[start.dtype] // 8
+                expected = _read(start.stored, first * width, count * width)
+            else:
+                expected = self._recompute(first, count)
+        self._note(first, data, expected)
+
+    def check_facts(self, fact: TensorFacts) -> Iterator[str]:
+        """Compare the sums that the merge recorded with those found here."""
+        if self.step.allow_nonfinite:
+            return
+        if self.changed != fact.changed:
+            yield f"{self.changed} entries differ from the start, but the manifest says {fact.changed}"
+        norms = np.sqrt(self.squares[:3])
+        slack = 1e-18 * math.sqrt(self.elements)  # squares of smaller numbers vanish in float32
+        for key, norm in zip(("start_norm", "intended_norm", "realised_norm"), norms.tolist(), strict=True):
+            if not abs(getattr(fact, key) - norm) <= NORM_TOLERANCE * norm + slack:
+                yield f"{key} is {norm:.6g}, but the manifest says {getattr(fact, key):.6g}"
+        product = float(self.squares[3])
+        if not abs(fact.product - product) <= NORM_TOLERANCE * float(norms[1] * norms[2]) + slack:
+            yield f"product is {product:.6g}, but the manifest says {fact.product:.6g}"
+
+    def _recompute(self, first: int, count: int) -> Bytes:
+        step, slot = self.step, self.step.slot.spec
+        touched = max(0, min(count, step.touched - first))
+        start = self._values(step.operands[0], first, count)
+        delta = np.full(count, -0.0, self._type)  # the neutral element of addition
+        for term, scale in zip(step.terms, self._scales, strict=True):
+            to, frm = (self._values(step.operands[row], first, touched) for row in (term.to, term.frm))
+            added = delta[:touched] + scale * (to - frm)
+            if term.keep < WORDS:
+                added = np.where(philox_words(term.key, first, touched) < term.keep, added, delta[:touched])
+            delta[:touched] = added
+        words = None if step.rounding_key is None else philox_words(step.rounding_key, first, count)
+        expected = round_values(start + delta, slot.dtype, words)
+        # The change counts from the start as the output's dtype can hold it.
+        origin = widen(round_values(start, slot.dtype, words), slot.dtype, np.float64)
+        realised = widen(expected, slot.dtype, np.float64) - origin
+        intended = delta.astype(np.float64)
+        self.changed += int(np.count_nonzero(realised))
+        self.squares += [origin @ origin, intended @ intended, realised @ realised, intended @ realised]
+        return expected
+
+    def _note(self, first: int, data: Bytes, expected: Bytes) -> None:
+        spec = self.step.slot.spec
+        if np.array_equal(data, expected):
+            return
+        width = DTYPE_BITS[spec.dtype] // 8
+        differs = (data.reshape(-1, width) != expected.reshape(-1, width)).any(axis=1)
+        shown: list[Any] = [data.reshape(-1, width), expected.reshape(-1, width)]
+        if spec.dtype in FLOAT_DTYPES:
+            shown = [widen(part, spec.dtype, np.float64) for part in (data, expected)]
+            if not self.step.copies:  # which NaN an addition gives is the processor's choice
+                differs &= ~(np.isnan(shown[0]) & np.isnan(shown[1]))
+        where = np.flatnonzero(differs)
+        if where.size and not self.differing:
+            at = int(where[0])
+            self.first_difference = f"element {first + at} is {shown[0][at]} and should be {shown[1][at]}"
+        self.differing += where.size
+
+    def _rescale(self, term: StepTerm) -> float:
+        """What a sparse term is multiplied by besides its scale: 1 / density, or the ratio of the L1 norms."""
+        if term.rescale != "l1_norm" or term.density == 1:
+            return 1 / term.density
+        sums = [0.0, 0.0]
+        for first in range(0, self.step.touched, PIECE):
+            count = min(PIECE, self.step.touched - first)
+            to, frm = (self._values(self.step.operands[row], first, count) for row in (term.to, term.frm))
+            whole = np.abs(to - frm)
+            kept = np.where(philox_words(term.key, first, count) < term.keep, whole, whole * 0)
+            for index, sizes in enumerate((whole, kept)):
+                padded = np.append(sizes, np.zeros(-count % L1_LANES, self._type))
+                lanes = np.zeros(L1_LANES, self._type)
+                for row in padded.reshape(-1, L1_LANES):
+                    lanes += row
+                for lane in lanes.tolist():
+                    sums[index] += lane
+        return sums[0] / sums[1] if sums[1] > 0 else 1.0
+
+    def _values(self, operand: Operand, first: int, count: int) -> Array:
+        """Elements of one model's tensor in the working dtype, low-rank term included."""
+        width = DTYPE_BITS[operand.dtype] // 8
+        values = widen(_read(operand.stored, first * width, count * width), operand.dtype, self._type)
+        if operand.low_rank is None or count == 0:
+            return values
+        left, right = self._factor(operand.low_rank, "left"), self._factor(operand.low_rank, "right")
+        rows = range(first // right.shape[1], -(-(first + count) // right.shape[1]))
+        product = np.zeros((len(rows), right.shape[1]), self._type)
+        for k in range(right.shape[0]):  # over the rank in order, each product rounded, then added
+            product += np.multiply.outer(left[rows.start : rows.stop, k], right[k])
+        begin = first - rows.start * right.shape[1]
+        values += self._type(operand.low_rank.scaling) * product.ravel()[begin : begin + count]
+        return values
+
+    def _factor(self, low_rank: LowRank, side: str) -> Array:
+        stored: Stored | None = getattr(low_rank, side)
+        if stored is None:
+            return np.ones((1, 1), self._type)
+        if stored not in self._factors:
+            values = widen(_read(stored, 0, stored.spec.nbytes), stored.spec.dtype, self._type)
+            matrix = values.reshape(stored.spec.shape if len(stored.spec.shape) == 2 else (-1, 1))
+            self._factors[stored] = matrix.T if low_rank.transposed else matrix
+        return self._factors[stored]
+
+
+def _read(stored: Stored, first_byte: int, nbytes: int) -> Bytes:
+    data = np.fromfile(stored.file, np.uint8, count=nbytes, offset=stored.spec.start + first_byte)
+    if data.size != nbytes:
+        raise AuditError(f"{stored.file}: ends within a tensor; it was cut while it was read")
+    return data
+
+
+def philox_words(key: int, first: int, count: int) -> NDArray[np.uint32]:
+    """Return words first..first+count of a key's stream: word e % 4 of Philox4x32-10 at the counter e // 4.
+
+    Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+    """
+    low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
+    counter = np.arange(first // 4, -(-(first + count) // 4), dtype=np.uint64)
+    x = [counter & low, counter >> half, np.zeros_like(counter), np.zeros_like(counter)]
+    for turn in range(10):
+        keys = [
+            np.uint64((word + turn * weyl) % WORDS)
+            for word, weyl in zip((key % WORDS, key // WORDS), WEYL, strict=True)
+        ]
+        product0, product1 = x[0] * np.uint64(0xD2511F53), x[2] * np.uint64(0xCD9E8D57)
+        x = [(product1 >> half) ^ x[1] ^ keys[0], product1 & low, (product0 >> half) ^ x[3] ^ keys[1], product0 & low]
+    words = np.stack(x, axis=1).astype(np.uint32).ravel()
+    return words[first % 4 : first % 4 + count]
+
+
+def widen(data: Bytes, dtype: str, to: Any) -> Array:
+    """Return stored numbers as float32 or float64."""
+    if dtype == "BF16":
+        return (data.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32).astype(to)
+    return data.view(NUMPY_NAMES[dtype]).astype(to)
+
+
+def round_values(values: Array, dtype: str, words: NDArray[np.uint32] | None) -> Bytes:
+    """Round once to a dtype, to nearest even, or by random words: up if the rest and the word reach a whole step.
+
+    Found on the grid of numbers that the dtype has, in float64, where all of it is exact.
+    """
+    if dtype not in HALVES:
+        return values.astype(NUMPY_NAMES[dtype]).view(np.uint8)
+    bits, lowest, infinite = HALVES[dtype]
+    exact = (values if words is None else narrow_to_odd(values)).astype(np.float64)
+    exponent = np.maximum(np.frexp(exact)[1] - 1, lowest)
+    step = np.ldexp(1.0, exponent - bits)
+    if words is None:
+        whole = np.rint(np.abs(exact) / step)
+    else:
+        spare = 23 - bits  # the bits of a float32 that the dtype does not hold
+        share = (words & np.uint32(2**spare - 1)) / 2.0**spare
+        total = np.abs(exact) / step + share
+        # Below float16's normal numbers there are more bits than that; the merge adds them in float32.
+        whole = np.floor(
+            np.where(np.abs(exact) < 2.0**lowest, total.astype(np.float32), total) if bits == 10 else total
+        )
+    rounded = np.copysign(np.where(whole * step >= infinite, np.inf, whole * step), exact)
+    rounded = np.where(np.isfinite(exact), rounded, exact)
+    if dtype == "F16":
+        return rounded.astype("<f2").view(np.uint8)
+    return (rounded.astype(np.float32).view(np.uint32) >> np.uint32(16)).astype("<u2").view(np.uint8)
+
+
+def narrow_to_odd(values: Array) -> NDArray[np.float32]:
+    """Narrow to float32 so that a second rounding is as if it were the only one: cut; set the last bit if inexact."""
+    single = values.astype(np.float32)
+    inexact = (single != values) & np.isfinite(single)
+    beyond = inexact & (np.abs(single.astype(np.float64)) > np.abs(values))
+    bits: NDArray[np.uint32] = (single.view(np.uint32) - beyond) | inexact
+    return bits.view(np.float32)

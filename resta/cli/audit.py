@@ -1,0 +1,85 @@
+"""`resta audit`: check a finished merge, say what was checked, fail with all that is wrong."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from resta.audit import Report, audit
+from resta.errors import RecipeError
+
+EPILOG = """\b
+Examples:
+  resta audit ./restored
+  resta audit ./restored --sample 20
+  resta audit ./restored --model base=/mnt/models/vicuna
+"""
+SCHEMA = 1
+
+
+@click.command(epilog=EPILOG)
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--sample",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Recompute N tensors, the largest among them (default: all); checksums are always all checked.",
+)
+@click.option("--model", "moved", multiple=True, metavar="NAME=PATH", help="Where an input lies now, if it has moved.")
+@click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Threads (default: processors, at most 8).")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def command(out: Path, sample: int | None, moved: tuple[str, ...], workers: int | None, as_json: bool) -> None:
+    """Re-read the finished merge OUT and recompute its tensors, independently of the merge.
+
+    Checks headers, index, checksums, the inputs' identities and, from the inputs, the value of every element.
+    Exit code 1 and a list of findings if anything differs.
+    """
+    with byte_progress("tensors", shown=sys.stderr.isatty()) as progress:
+        report = audit(out, sample=sample, moved=_parse_moved(moved), workers=workers, progress=progress)
+    if as_json:
+        click.echo(json.dumps(describe(report), indent=1, ensure_ascii=False))
+    elif not report.findings:
+        click.echo(
+            f"{out}: {report.files} weight files, {report.checksums} checksums over {report.checked_bytes:,} bytes and "
+            f"{report.inputs} inputs are as the manifest says; {report.elements:,} elements of {report.tensors} "
+            "tensors were recomputed and equal"
+        )
+    report.raise_if_any()
+
+
+def describe(report: Report) -> dict[str, Any]:
+    """Return a report as a versioned document."""
+    return {"schema": SCHEMA, "kind": "audit", "passed": not report.findings, **asdict(report), "out": str(report.out)}
+
+
+@contextmanager
+def byte_progress(label: str, *, shown: bool) -> Iterator[Callable[[str, int, int], None] | None]:
+    """Show bytes, rate and time left on stderr; yields what is to be called with (name, bytes, bytes in all)."""
+    if not shown:
+        yield None
+        return
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda name, nbytes, total: bar.update(task, advance=nbytes, total=total)
+
+
+def _parse_moved(moved: tuple[str, ...]) -> dict[str, str]:
+    found = {}
+    for text in moved:
+        name, equals, path = text.partition("=")
+        if not equals or not path:
+            raise RecipeError(f"--model {text}: expected NAME=PATH, such as base=/mnt/models/vicuna")
+        if name in found:
+            raise RecipeError(f"--model {name}: is given twice")
+        found[name] = path
+    return found
