@@ -27,8 +27,8 @@ _UNITS = {"B": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 def _number(value: object) -> object:
-    """YAML 1.1 reads `1e-3` as text; a boolean is a number to Python but not to anybody else."""
-    if isinstance(value, bool):
+    """A boolean is a number to Python, and "1_0" to pydantic, but not to anybody else."""
+    if isinstance(value, bool | str):
         raise ValueError("expected a number")
     return value
 
@@ -44,12 +44,25 @@ def parse_size(value: object) -> object:
 
 
 def _one_line(value: str) -> str:
-    if not value or "\n" in value:
+    if not value:
         raise ValueError("expected one line of text")
+    return _writable(value)
+
+
+def _writable(value: str) -> str:
+    if value and value.splitlines() != [value]:  # also the line breaks that only Unicode and YAML know
+        raise ValueError("expected one line of text")
+    try:
+        value.encode("utf-8")
+    except UnicodeError:
+        raise ValueError("expected text, found half of a surrogate pair") from None
     return value
 
 
-Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_number)]
+Density = Annotated[float, Field(allow_inf_nan=False, gt=0, le=1), BeforeValidator(_number)]
+Seed = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(_number)]
+Text = Annotated[str, AfterValidator(_writable)]
 Line = Annotated[str, AfterValidator(_one_line)]
 
 
@@ -64,7 +77,7 @@ class Model(_Frozen):
     on: Line | None = Field(
         default=None, description="For a LoRA adapter: the name of the model that it is applied to."
     )
-    recorded_base: str | None = Field(
+    recorded_base: Text | None = Field(
         default=None, description="Confirms the base that the adapter records under another name than `on` has."
     )
     strip_prefix: Line | None = Field(
@@ -76,12 +89,20 @@ class Model(_Frozen):
     def _from_text(cls, value: Any) -> Any:
         return {"source": value} if isinstance(value, str) else value
 
+    @model_validator(mode="after")
+    def _check(self) -> Model:
+        if self.on is None and self.recorded_base is not None:
+            raise ValueError("recorded_base is said of a LoRA adapter, beside `on`")
+        if self.on is not None and self.strip_prefix is not None:
+            raise ValueError("strip_prefix is said of a full model; an adapter's names follow those of its base")
+        return self
+
 
 class Sparsify(_Frozen):
     """DARE: drop entries of a delta at random and rescale the rest (arXiv 2311.03099)."""
 
     method: Literal["dare"] = "dare"
-    density: Annotated[Number, Field(gt=0, le=1)] = Field(description="Share of entries kept; the paper's 1 - p.")
+    density: Density = Field(description="Share of entries kept; the paper's 1 - p.")
     rescale: Literal["inverse_density", "l1_norm"] = Field(
         default="inverse_density",
         description="inverse_density: divide by the density (the paper); l1_norm: match the L1 norm (mergekit).",
@@ -174,7 +195,7 @@ class Recipe(_Frozen):
     models: dict[str, Model] = Field(min_length=1, description="Every model by name.")
     start: Line = Field(description="The model that the terms are added to.")
     terms: tuple[Term, ...] = Field(description="What is added, in order.")
-    seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of DARE's masks and of stochastic rounding.")
+    seed: Seed = Field(default=0, description="Seed of DARE's masks and of stochastic rounding.")
     tokenizers: Literal["same", "ignore"] = Field(
         default="same", description="same: refuse models whose tokenizers give a shared id different tokens."
     )
@@ -242,7 +263,7 @@ def load_recipe(path: Path) -> Recipe:
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeError) as error:
+    except (OSError, ValueError) as error:  # not there, not text, or no name that a file could have
         raise RecipeError(f"{path}: cannot be read: {error}") from error
     try:
         recipe = parse_recipe(text)
@@ -260,7 +281,9 @@ def parse_recipe(text: str) -> Recipe:
     """
     try:
         parsed = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
+    except RecursionError:
+        raise RecipeError("not valid YAML: nested too deeply") from None
+    except (yaml.YAMLError, *_SCALAR_ERRORS) as error:
         raise RecipeError(f"not valid YAML: {error}") from error
     return make_recipe(parsed)
 
@@ -285,7 +308,7 @@ def dump_recipe(recipe: Recipe) -> str:
     plain["models"] = {
         name: model["source"] if set(model) == {"source"} else model for name, model in plain["models"].items()
     }
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=110)
+    return yaml.dump(plain, Dumper=_StrictDumper, sort_keys=False, allow_unicode=True, width=110)
 
 
 def schema() -> dict[str, Any]:
@@ -307,8 +330,11 @@ def did_you_mean(word: str, known: Any) -> str:
 
 
 def _anchored(model: Model, folder: Path) -> Model:
-    path = Path(model.source).expanduser()
-    if path.is_absolute() or not (folder / path).is_dir():
+    try:
+        path = Path(model.source).expanduser()
+        if path.is_absolute() or not (folder / path).is_dir():
+            return model
+    except (OSError, RuntimeError):  # no path: `locate` says why
         return model
     return model.model_copy(update={"source": str((folder / path).resolve())})
 
@@ -343,13 +369,16 @@ def _fields_at(location: tuple[int | str, ...]) -> list[str]:
         "models": Model, "terms": Term, "sparsify": Sparsify, "rules": Rule, "output": OutputChoices
     }  # fmt: skip
     kind: type[BaseModel] = Recipe
-    for part in location:
-        kind = places.get(str(part), kind)
+    for part in location:  # a field's name leads to its class; a model's name, a number or a type leads nowhere
+        kind = places.get(str(part), kind) if part in kind.model_fields else kind
     return list(kind.model_fields)
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML 1.2 scalars (`on` is a word, `1e-3` a number), and a repeated key is an error, not an overwrite."""
+    """YAML 1.2 scalars, and a repeated key is an error, not an overwrite.
+
+    `on` and `1:30` are words, `2024-05-01` a name, `1e-3` and `010` the numbers that they look like.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -360,12 +389,25 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 _SCALARS = {
+    "tag:yaml.org,2002:int": re.compile(r"[-+]?(0|[1-9][0-9]*)"),
     "tag:yaml.org,2002:bool": re.compile(r"true|True|TRUE|false|False|FALSE"),
     "tag:yaml.org,2002:float": re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|nan)"),
 }
 _StrictLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _SCALARS]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (*_SCALARS, "tag:yaml.org,2002:timestamp")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 for _tag, _pattern in _SCALARS.items():
     _StrictLoader.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern.pattern})$"), list("tTfF-+.0123456789"))
+
+
+class _StrictDumper(yaml.SafeDumper):
+    """Quotes the texts that either kind of reader, YAML 1.1 or 1.2, would take for something else."""
+
+
+_StrictDumper.yaml_implicit_resolvers = {
+    first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, ()), *resolvers]
+    for first, resolvers in _StrictLoader.yaml_implicit_resolvers.items()
+}
+# What the loader's own conversions raise for scalars such as `2001-99-99` or `!!bool x`.
+_SCALAR_ERRORS = (ValueError, KeyError, AttributeError, TypeError)
