@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from resta.checkpoint import Weights, inside, read_json
-from resta.errors import PlanError
+from resta.errors import CheckpointError, PlanError
 
 COPIED_SUFFIXES = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 COPIED_NAMES = ("LICENSE", "NOTICE")
@@ -61,7 +60,9 @@ def plan_side_files(donor: Weights, dtypes: Iterable[tuple[str, int]]) -> tuple[
     for folder in donor.tokenizer_folders:
         for path in sorted([*folder.iterdir(), *(folder / TEMPLATE_FOLDER).glob("*.jinja")]):
             name = path.relative_to(folder).as_posix()
-            if _is_copied(path) and inside(path, folder):
+            if name == "config.json" and folder != donor.config_folder:
+                left_out.append(name)  # the plan went by the base's
+            elif _is_copied(path) and inside(path, folder):
                 found[name] = path
             elif not path.is_dir() and path.suffix != ".safetensors" and name not in ("README.md", *NOT_COPIED):
                 left_out.append(name)
@@ -83,7 +84,7 @@ def tokenizer_conflict(mine: Weights, theirs: Weights) -> str | None:
     files = [_find_tokenizer(model) for model in (mine, theirs)]
     if files[0] is None or files[1] is None or files[0].read_bytes() == files[1].read_bytes():
         return None
-    vocabularies = [_vocabulary(read_json(file)) for file in files if file]
+    vocabularies = [_vocabulary(file) for file in files if file]
     differing = sorted(
         number for number in vocabularies[0].keys() & vocabularies[1].keys()
         if vocabularies[0][number] != vocabularies[1][number]
@@ -114,13 +115,16 @@ def _find_tokenizer(model: Weights) -> Path | None:
     return present[-1] if present else None
 
 
-def _vocabulary(tokenizer: Mapping[str, Any]) -> dict[int, str]:
+def _vocabulary(file: Path) -> dict[int, str]:
     """Return {id: token} of a `tokenizers` file, whatever its model."""
-    model = tokenizer.get("model")
-    vocab = model.get("vocab", {}) if isinstance(model, dict) else {}
-    if isinstance(vocab, list):  # Unigram keeps [token, score] in the order of ids
-        tokens = {number: str(entry[0]) for number, entry in enumerate(vocab) if entry}
-    else:
-        tokens = {number: token for token, number in vocab.items()}
-    tokens.update({entry["id"]: entry["content"] for entry in tokenizer.get("added_tokens") or ()})
+    tokenizer = read_json(file)
+    try:
+        vocab = tokenizer["model"]["vocab"]
+        if isinstance(vocab, list):  # Unigram keeps [token, score] in the order of ids
+            tokens = {number: str(token) for number, (token, _) in enumerate(vocab)}
+        else:
+            tokens = {int(number): token for token, number in vocab.items()}
+        tokens.update({int(entry["id"]): str(entry["content"]) for entry in tokenizer.get("added_tokens") or ()})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{file}: is not a file of the tokenizers library: {error!r}") from error
     return tokens
