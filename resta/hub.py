@@ -37,9 +37,9 @@ def locate(source: str) -> Located:
     """
     try:
         folder = Path(source).expanduser()
-        if folder.is_dir():
+        if source and folder.is_dir():  # "" would be the current directory
             return Located(source=source, folder=folder.resolve())
-        found = "is a file" if folder.exists() else "does not exist"
+        found = "is a file" if folder.is_file() else "does not exist"
     except (OSError, RuntimeError) as error:  # a name too long, no permission, or the home of nobody
         raise CheckpointError(f"{source}: cannot be looked at: {error}") from error
     match = _HUB_ID.fullmatch(source)
