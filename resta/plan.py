@@ -178,6 +178,7 @@ def make_plan(recipe: Recipe) -> Plan:
     weights = read_models(recipe)
     problems = _Problems()
     _check_models(recipe, weights, problems)
+    _check_terms(recipe, weights, problems)
     matcher = _Matcher(recipe.rules)
     drafts = list(_draft_steps(recipe, weights, matcher, problems))
     _check_extras(recipe, weights, matcher, problems)
@@ -262,6 +263,14 @@ def _check_models(recipe: Recipe, weights: Mapping[str, Weights], problems: _Pro
                 problems.add(f"{name}: complex tensors", "Only real floating point can be merged", tensor)
 
 
+def _check_terms(recipe: Recipe, weights: Mapping[str, Weights], problems: _Problems) -> None:
+    """A term whose two models are the same files is zero: a slip that would restore nothing and say nothing."""
+    for term in recipe.terms:
+        to, frm = term.ends
+        if term.scale != 0 and weights[to].tensors == weights[frm].tensors:
+            problems.add(term.delta, "both are the same files, so that the term is zero; name two different models")
+
+
 def _draft_steps(
     recipe: Recipe, weights: Mapping[str, Weights], matcher: _Matcher, problems: _Problems
 ) -> Iterator[Step]:
@@ -289,7 +298,8 @@ def _draft_step(recipe: Recipe, name: str, start: Operand, draft: _Draft) -> Ste
         if floating:
             for index, (to, frm) in ends.items():
                 scale = recipe.terms[index].scale * _factor(rule, recipe.terms[index].name)
-                if scale != 0 and _fits(name, start, to, draft) and _fits(name, start, frm, draft):
+                fits = [scale != 0 and _fits(name, start, end, draft) for end in (to, frm)]  # both are reported
+                if all(fits):
                     if to[1] == frm[1]:  # an adapter does not touch this tensor: the difference is exactly zero
                         continue
                     rows = [_row(operands, owners, end) for end in (to, frm)]
@@ -454,6 +464,8 @@ def _check_donor(
 ) -> None:
     """The result's config comes from one model; its tensors must be what that config promises."""
     donor = weights[recipe.files_from]
+    if not (donor.config_folder / "config.json").is_file():
+        problems.add(recipe.files_from, "has no config.json; name a model that has one in output.files_from")
     if donor is weights[recipe.start]:
         return
     shapes = {step.name: step.slot.spec.shape for step in drafts}

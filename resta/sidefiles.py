@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from resta.checkpoint import Weights, inside, read_json
-from resta.errors import CheckpointError, PlanError
+from resta.errors import CheckpointError
 
 COPIED_SUFFIXES = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 COPIED_NAMES = ("LICENSE", "NOTICE")
@@ -48,13 +48,7 @@ def plan_side_files(donor: Weights, dtypes: Iterable[tuple[str, int]]) -> tuple[
     Args:
         donor: the model; an adapter's own tokenizer and templates win over its base's.
         dtypes: (dtype, bytes) of the result's tensors; the config is corrected to the one with most bytes.
-
-    Raises:
-        PlanError: the donor has no config.json.
-        CheckpointError: its config.json is malformed.
     """
-    if not (donor.config_folder / "config.json").is_file():
-        raise PlanError(f"{donor.config_folder}: has no config.json; name a model that has one in output.files_from")
     found: dict[str, Path] = {}
     left_out: list[str] = []
     for folder in donor.tokenizer_folders:

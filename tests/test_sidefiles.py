@@ -15,7 +15,7 @@ from transformers import AutoConfig
 
 from resta.adapter import read_adapter
 from resta.checkpoint import Weights, read_weights
-from resta.errors import CheckpointError, PlanError
+from resta.errors import CheckpointError
 from resta.hub import locate
 from resta.sidefiles import plan_side_files, tokenizer_conflict
 from tests.conftest import save_model
@@ -116,13 +116,6 @@ def test_a_side_file_that_is_a_link_out_of_the_directory_is_left_out_by_name(tmp
     files, left_out = plan_side_files(donor, [])
     assert {file.name for file in files} == {"config.json", "tokenizer.json", "vocab.txt"}
     assert left_out == ("secret.json",)
-
-
-def test_a_donor_without_a_config_is_refused(tmp_path: Path) -> None:
-    donor = model(tmp_path / "m")
-    (tmp_path / "m" / "config.json").unlink()
-    with pytest.raises(PlanError, match=r"has no config\.json; name a model that has one in output\.files_from"):
-        plan_side_files(donor, [])
 
 
 def adapter(folder: Path, base: Weights, **files: str) -> Weights:
