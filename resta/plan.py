@@ -389,12 +389,11 @@ def _find(name: str, model: str, draft: _Draft) -> Operand | None:
 
 
 def _missing_advice(name: str, weights: Weights) -> str:
-    for other in weights.tensors:
-        if other.endswith("." + name):
-            prefix = other.removesuffix(name)
+    for prefix in _prefixes(next(iter(weights.tensors), "")):
+        if prefix + name in weights.tensors:
             return f"Its names begin with {prefix!r}; say strip_prefix: {prefix!r} for that model"
-        if name.endswith("." + other):
-            prefix = name.removesuffix(other)
+    for prefix in _prefixes(name):
+        if name.removeprefix(prefix) in weights.tensors:
             return f"The start's names begin with {prefix!r}; say strip_prefix: {prefix!r} for the start"
     if weights.config.get("tie_word_embeddings"):
         return (
@@ -402,6 +401,11 @@ def _missing_advice(name: str, weights: Weights) -> str:
             "stand_in: model.embed_tokens.weight; to leave the terms out there, missing: skip"
         )
     return "To leave the terms out there, add a rule with match and missing: skip"
+
+
+def _prefixes(name: str) -> list[str]:
+    """What a name may have in front: "a.b.c" -> ["a.", "a.b."]."""
+    return [name[: index + 1] for index, letter in enumerate(name) if letter == "."]
 
 
 def _fits(name: str, start: Operand, end: _End, draft: _Draft) -> bool:
@@ -449,7 +453,7 @@ def _check_equal(name: str, start: Operand, end: _End, draft: _Draft) -> None:
 def _check_extras(recipe: Recipe, weights: Mapping[str, Weights], matcher: _Matcher, problems: _Problems) -> None:
     start = weights[recipe.start].tensors
     for model in dict.fromkeys(end for term in recipe.terms for end in term.ends):
-        for name in weights[model].tensors.keys() - start.keys():
+        for name in (name for name in weights[model].tensors if name not in start):
             rule = matcher(name)
             if not (rule and rule.extra):
                 problems.add(
@@ -476,7 +480,7 @@ def _check_donor(
             problems.add(f"{about} lack its tensors", "Start from that model, or choose files_from", name)
         elif name in shapes and shapes[name] != operand.shape:
             problems.add(f"{about} other shapes", "Start from that model, or choose files_from", name)
-    for name in shapes.keys() - donor.tensors.keys():
+    for name in (name for name in shapes if name not in donor.tensors):
         rule = matcher(name)
         if not (rule and (rule.missing or rule.stand_in or rule.keep)):
             problems.add(f"{about} tensors that it lacks", "Start from that model, or choose files_from", name)

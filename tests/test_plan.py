@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import pytest
 import torch
 
 import resta
+from resta.checkpoint import read_weights
 from resta.errors import PlanError
+from resta.hub import locate
 from resta.plan import Plan, make_plan
 from resta.recipe import Recipe, make_recipe
 from tests.conftest import CONFIG, Tensors, llama_tensors, nudged, save_model
@@ -492,6 +495,21 @@ def test_everything_that_is_wrong_is_said_at_once(bench: Bench) -> None:
     ):
         assert part in message
     assert f"{len(message.splitlines()) - 1} reasons:" in message
+
+
+def test_a_refusal_names_the_first_tensors_in_the_order_of_their_files(bench: Bench) -> None:
+    bench.trio(aligned=prefixed(ALIGNED, "module."))
+    names = list(read_weights(locate(str(bench.folder / "aligned"))).tensors)
+    assert f"lacks: {', '.join(names[:4])} and {len(names) - 4} more" in bench.refusal()
+
+
+def test_ten_thousand_tensors_under_a_prefix_are_told_in_no_time(bench: Bench) -> None:
+    """Looking each name up among all others took half a minute for a mixture of experts."""
+    experts = {f"layers.{number}.weight": torch.zeros(1) for number in range(10_000)}
+    bench.trio(base=experts, aligned=prefixed(experts, "module."), tuned=experts)
+    begun = time.process_time()
+    assert "say strip_prefix: 'module.' for that model" in bench.refusal()
+    assert time.process_time() - begun < 5  # it takes 0.5 s; a quadratic search takes 10
 
 
 def test_a_thousand_tensors_with_one_cause_make_one_line(bench: Bench) -> None:
