@@ -149,20 +149,12 @@ def audit(
     specs = _read_specs(out, manifest, findings)
     findings += _check_small_files(out, manifest, plan)
     tasks = list(_tasks(out, manifest, specs, plan, sample, findings))
-    checked_bytes = sum(task.stored.spec.nbytes for task in tasks)
-    elements = 0
-    with ThreadPoolExecutor(workers or default_workers()) as pool:
-        for task, (problems, count) in zip(tasks, pool.map(_check_tensor, tasks), strict=True):
-            what = f"tensor {task.name!r} in {task.stored.file.name}"
-            findings += [Finding(what=what, problem=problem) for problem in problems]
-            elements += count
-            if progress:
-                progress(task.name, task.stored.spec.nbytes, checked_bytes)
+    elements = _check_tensors(tasks, workers or default_workers(), progress, findings)
     return Report(
         out=out,
         files=len({fact.file for fact in manifest.tensors.values()}),
         checksums=len(tasks),
-        checked_bytes=checked_bytes,
+        checked_bytes=sum(task.stored.spec.nbytes for task in tasks),
         inputs=len(sources),
         tensors=sum(task.step is not None for task in tasks),
         elements=elements,
@@ -391,6 +383,20 @@ def _tasks(
 
 def _action(step: Step) -> str:
     return "copied" if step.copies else "merged" if step.terms else "converted"
+
+
+def _check_tensors(tasks: list[_Task], workers: int, progress: Progress | None, findings: list[Finding]) -> int:
+    """Check the data of every tensor; return how many elements were recomputed."""
+    total = sum(task.stored.spec.nbytes for task in tasks)
+    elements = 0
+    with ThreadPoolExecutor(workers) as pool:
+        for task, (problems, count) in zip(tasks, pool.map(_check_tensor, tasks), strict=True):
+            what = f"tensor {task.name!r} in {task.stored.file.name}"
+            findings += [Finding(what=what, problem=problem) for problem in problems]
+            elements += count
+            if progress:
+                progress(task.name, task.stored.spec.nbytes, total)
+    return elements
 
 
 def _check_tensor(task: _Task) -> tuple[list[str], int]:

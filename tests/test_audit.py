@@ -6,6 +6,7 @@ and random words are held here against torch and against published numbers.
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import shutil
@@ -23,6 +24,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import resta.audit
 from resta.audit import audit, choose_tensors, philox_words, read_manifest, round_values
 from resta.cli import main
 from resta.engine import merge
@@ -274,6 +276,17 @@ def test_rounding_a_float64_to_a_half_rounds_once(numbers: list[float]) -> None:
     values = np.array(numbers)
     with np.errstate(all="ignore"):
         assert round_values(values, "F16", None).tobytes() == values.astype("<f2").tobytes()
+
+
+def test_the_recomputation_shares_no_arithmetic_with_the_merge() -> None:
+    taken = {
+        name.name
+        for node in ast.walk(ast.parse(Path(resta.audit.__file__).read_text()))
+        if isinstance(node, ast.ImportFrom)
+        and node.module in ("resta", "resta.engine", "resta.kernels", "resta.compute")
+        for name in node.names
+    }
+    assert taken == {"UNIT", "Checksum", "default_workers"}
 
 
 # What was altered afterwards is found and named.
