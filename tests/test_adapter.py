@@ -208,6 +208,22 @@ def test_a_delta_of_two_adapters_is_the_difference_of_what_peft_merges(tmp_path:
     assert not any("q_proj" in name for name in untouched)
 
 
+def test_an_embedding_adapter_acts_on_the_rows_that_a_longer_vocabulary_shares(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", llama(), torch.float32)
+    safe = save_adapter(tmp_path / "safe", base, lora(["embed_tokens"]))
+    longer = save_base(tmp_path / "longer", llama(vocab_size=43), torch.float32)
+    models = {"base": str(base), "safe": {"source": str(safe), "on": "base"}, "tuned": str(longer)}
+    rules = [{"match": ["*embed_tokens*", "lm_head*"], "rows": "shared"}]
+    terms = [{"delta": "safe - base", "scale": 0.5}]
+    recipe = make_recipe({"models": models, "start": "tuned", "terms": terms, "rules": rules})
+    name = "model.embed_tokens.weight"
+    got, start = dict(resta.tensors(recipe))[name], load_file(longer / "model.safetensors")[name]
+    delta = merged_by_peft(base, safe)[name] - load_file(base / "model.safetensors")[name].double()
+    torch.testing.assert_close(got[:40].double(), start[:40].double() + 0.5 * delta, rtol=1e-6, atol=1e-6)
+    assert torch.equal(got[40:], start[40:])
+    assert not torch.equal(got[:40], start[:40])
+
+
 def test_a_merged_adapter_on_disk_is_loaded_by_transformers_as_the_same_weights(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", llama(), torch.float32)
     adapter = save_adapter(tmp_path / "adapter", base, lora(["q_proj", "embed_tokens"]))
