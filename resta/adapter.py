@@ -170,7 +170,7 @@ def _replace(specs: Mapping[str, Stored], base: Weights, folder: Path) -> tuple[
 def _group(specs: Mapping[str, Stored], used: set[str], folder: Path) -> dict[str, dict[str, Stored]]:
     """Sort factor tensors by module: {module: {"lora_A.weight": ...}}."""
     modules: dict[str, dict[str, Stored]] = {}
-    for name in specs.keys() - used:
+    for name in sorted(specs.keys() - used):
         module, _, part = name.rpartition(".lora_")
         modules.setdefault(module, {})["lora_" + part] = specs[name]
     for module, parts in modules.items():

@@ -25,14 +25,14 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Totals:
-    """Sums over a stretch of one tensor; `non_finite` counts NaN and infinity by operand, and last in the result."""
+    """Sums over a stretch of one tensor; `non_finite` is above 0 if NaN or infinity was met anywhere."""
 
     start: float = 0.0
     intended: float = 0.0
     realised: float = 0.0
     product: float = 0.0
     changed: int = 0
-    non_finite: tuple[int, ...] = ()
+    non_finite: int = 0
 
 
 @dataclass
@@ -43,6 +43,7 @@ class Workspace:
     _buffers: dict[tuple[str, str], Array] = field(default_factory=dict)
     _factors: dict[int, tuple[Array, Array]] = field(default_factory=dict)
     _step: Step | None = None
+    _terms: tuple[Array, ...] = ()
 
     def run(
         self, step: Step, first: int, count: int, *, scales: tuple[float, ...], measure: bool
@@ -60,31 +61,24 @@ class Workspace:
             The output bytes, in a buffer that the next call reuses, and the sums.
         """
         if self._step is not step:
-            self._step = step
+            self._step, self._terms = step, _terms_of(step, scales)
             self._factors.clear()
         out = self._bytes("out", count * DTYPE_BITS[step.slot.spec.dtype] // 8)
         if step.copies:
             return out, self._copy(step, first, count, out)
         work_type = np.float64 if step.double else np.float32
         raw, codes = self._load(step, first, count, work_type)
-        work = self._array("work", (len(step.operands) + 3, kernels.TILE), work_type)
         sums = np.zeros(kernels.SUMS, np.float64)
-        bad = np.zeros(len(step.operands) + 1, np.int64)
-        keys = [term.key for term in step.terms] + [step.rounding_key or 0]
-        kernels.combine(
+        non_finite = kernels.combine(
             raw,
             codes,
-            np.array([(term.to, term.frm) for term in step.terms], np.int64).reshape(-1, 2),
-            np.array(scales, work_type),
-            np.array([term.keep for term in step.terms], np.uint64),
-            np.array([split_key(key) for key in keys], np.uint32),
+            *self._terms,
             (first, count, max(0, min(count, step.touched - first)), _measuring(step) if measure else 0),
             out,
             kernels.CODES[step.slot.spec.dtype],
             step.rounding_key is not None,
-            work,
+            self._array("work", (len(step.operands) + 4, kernels.TILE), work_type),
             sums,
-            bad,
         )
         return out, Totals(
             start=float(sums[kernels.START]),
@@ -92,7 +86,7 @@ class Workspace:
             realised=float(sums[kernels.REALISED]),
             product=float(sums[kernels.PRODUCT]),
             changed=int(sums[kernels.CHANGED]),
-            non_finite=tuple(bad.tolist()),
+            non_finite=int(non_finite),
         )
 
     def l1_norms(self, step: Step, term: int) -> tuple[float, float]:
@@ -111,14 +105,23 @@ class Workspace:
         self._factors.clear()
         return float(sums[0]), float(sums[1])
 
+    def count_non_finite(self, operand: Operand, first: int, count: int) -> int:
+        """Return how many of an operand's elements first..first+count, at most CHUNK, are NaN or infinite."""
+        self._factors.clear()
+        raw, codes = self._load_operands((operand,), first, [count], np.float32)
+        self._factors.clear()
+        return self._count(raw[0], int(codes[0]), count)
+
     def _copy(self, step: Step, first: int, count: int, out: Bytes) -> Totals:
         start, bits = step.operands[0], DTYPE_BITS[step.operands[0].dtype]
         self.reader.read(start.stored, first * bits // 8, out.data)
         if start.dtype not in FLOAT_DTYPES:
-            return Totals(non_finite=(0, 0))
+            return Totals()
+        return Totals(non_finite=self._count(out, kernels.CODES[start.dtype], count))
+
+    def _count(self, raw: Bytes, code: int, count: int) -> int:
         row = self._array("work", (1, kernels.TILE), np.float64)[0]
-        bad = int(kernels.scan(out, kernels.CODES[start.dtype], count, row))
-        return Totals(non_finite=(bad, bad))
+        return int(kernels.count_non_finite(raw, code, count, row))
 
     def _load(self, step: Step, first: int, count: int, work_type: type) -> tuple[Bytes, NDArray[np.int64]]:
         touched = max(0, min(count, step.touched - first))
@@ -171,6 +174,17 @@ class Workspace:
         if held is None or held.shape[0] < shape[0] or held.shape[1:] != shape[1:]:
             held = self._buffers[key] = np.zeros(shape, dtype)
         return held[: shape[0]]
+
+
+def _terms_of(step: Step, scales: tuple[float, ...]) -> tuple[Array, Array, Array, Array]:
+    """Return a step's terms as the kernel takes them: rows, scales, thresholds, and keys with the rounding's last."""
+    keys = [term.key for term in step.terms] + [step.rounding_key or 0]
+    return (
+        np.array([(term.to, term.frm) for term in step.terms], np.int64).reshape(-1, 2),
+        np.array(scales, np.float64 if step.double else np.float32),
+        np.array([term.keep for term in step.terms], np.uint64),
+        np.array([split_key(key) for key in keys], np.uint32),
+    )
 
 
 def _measuring(step: Step) -> int:

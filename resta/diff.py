@@ -370,7 +370,8 @@ def _measure(step: Step, stretch: range, workspace: Workspace) -> Distance:
         start += totals.start
         intended += totals.intended
         changed += totals.changed
-        non_finite += sum(totals.non_finite[:-1])
+        if totals.non_finite:
+            non_finite += sum(workspace.count_non_finite(operand, first, count) for operand in step.operands)
     return Distance(
         tensors=1,
         entries=len(stretch),

@@ -32,6 +32,7 @@ from resta.recipe import Recipe, load_recipe
 if TYPE_CHECKING:
     import torch
 
+FLUSH_BYTES = 1 << 28  # written between two requests to put a file on the disk, so that little is left at the end
 UNIT = 1 << 24  # elements: what one worker takes at a time, and what the journal speaks of
 
 Progress = Callable[[str, int], None]  # tensor name, bytes now in place
@@ -211,14 +212,12 @@ class _Run:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._todo = units_of(plan)
-        self._left = dict.fromkeys(plan.heads, 0)
-        for unit in units_of(plan):
-            self._left[plan.steps[unit.step].slot.file] += 1
+        self._unflushed = 0
         self._records: dict[str, dict[str, Any]] = {}
 
     def go(self, workers: int) -> dict[str, dict[str, Any]]:
         """Return every unit's record by its key."""
-        # One thread more, which waits for finished files to reach the disk while the others go on.
+        # One thread more, which waits for what is written to reach the disk while the others go on.
         with ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(1) as self._flusher:
             futures = [pool.submit(self._work) for _ in range(workers)]
             try:
@@ -249,11 +248,13 @@ class _Run:
         step = self._plan.steps[unit.step]
         with self._lock:
             self._records[unit.key] = record
-            self._left[step.slot.file] -= 1
-            if self._left[step.slot.file] == 0:
+            nbytes = unit.count * DTYPE_BITS[step.slot.spec.dtype] // 8
+            self._unflushed += nbytes
+            if self._unflushed >= FLUSH_BYTES:
+                self._unflushed = 0
                 self._flusher.submit(self._output.flush, step.slot.file)
             if self._progress:
-                self._progress(step.name, unit.count * DTYPE_BITS[step.slot.spec.dtype] // 8)
+                self._progress(step.name, nbytes)
 
     def _verified(self, unit: Unit) -> dict[str, Any] | None:
         """Return the record of an earlier attempt if the bytes that it speaks of are still there."""
@@ -326,40 +327,23 @@ def _add(parts: list[Totals]) -> Totals:
 
 
 def _check_finite(step: Step, totals: Totals, reader: Reader) -> None:
-    if not any(totals.non_finite) or step.allow_nonfinite:
+    """Raise if a stretch met NaN or infinity, naming the first model that has them and counting over its tensor."""
+    if not totals.non_finite or step.allow_nonfinite:
         return
-    for row, count in enumerate(totals.non_finite[:-1]):
+    workspace = Workspace(reader)
+    for operand, owner in zip(step.operands, step.owners, strict=True):
+        size = operand.stored.spec.count
+        count = sum(
+            workspace.count_non_finite(operand, first, min(CHUNK, size - first)) for first in range(0, size, CHUNK)
+        )
         if count:
-            operand = step.operands[row]
-            whole = _count_non_finite(step, row, reader)
             raise NonFiniteError(
-                f"{operand.stored.file}: tensor {step.name!r} of {step.owners[row]} holds {whole} NaN or infinite "
+                f"{operand.stored.file}: tensor {step.name!r} of {owner} holds {count} NaN or infinite "
                 "values; the model is damaged, or allow them with a rule: nonfinite: allow"
             )
     raise NonFiniteError(
         f"tensor {step.name!r}: the inputs are finite but the result overflows {step.slot.spec.dtype}; "
         "choose a wider output dtype or a smaller scale"
-    )
-
-
-def _count_non_finite(step: Step, row: int, reader: Reader) -> int:
-    """Count over the whole tensor what was first noticed in one chunk of it."""
-    operand = step.operands[row]
-    alone = Step(
-        name=step.name,
-        operands=(operand,),
-        owners=(step.owners[row],),
-        terms=(),
-        slot=step.slot,
-        touched=0,
-        rounding_key=None,
-        allow_nonfinite=True,
-    )
-    workspace = Workspace(reader)
-    count = operand.stored.spec.count
-    return sum(
-        workspace.run(alone, first, min(CHUNK, count - first), scales=(), measure=False)[1].non_finite[0]
-        for first in range(0, count, CHUNK)
     )
 
 

@@ -106,33 +106,23 @@ def _widen_half(half):
 
 @_compiled
 def _load(raw, code, begin, n, row):
-    """Widen elements begin..begin+n of a raw buffer into `row`; return how many are NaN or infinite."""
-    bad = np.uint32(0)
+    """Widen elements begin..begin+n of a raw buffer into `row`."""
     if code == BF16:
         halves = raw.view(np.uint16)[begin : begin + n]
         for i in range(n):
-            h = np.uint32(halves[i])
-            bad += np.uint32((h & np.uint32(0x7F80)) == np.uint32(0x7F80))
-            row[i] = _as_float(np.uint32(h << np.uint32(16)))
+            row[i] = _as_float(np.uint32(np.uint32(halves[i]) << np.uint32(16)))
     elif code == F16:
         halves = raw.view(np.uint16)[begin : begin + n]
         for i in range(n):
-            h = np.uint32(halves[i])
-            bad += np.uint32((h & np.uint32(0x7C00)) == np.uint32(0x7C00))
-            row[i] = _widen_half(h)
+            row[i] = _widen_half(np.uint32(halves[i]))
     elif code == F32:
         singles = raw.view(np.float32)[begin : begin + n]
         for i in range(n):
-            x = singles[i]
-            bad += np.uint32(not (abs(x) < np.inf))
-            row[i] = x
+            row[i] = singles[i]
     else:
         doubles = raw.view(np.float64)[begin : begin + n]
         for i in range(n):
-            d = doubles[i]
-            bad += np.uint32(not (abs(d) < np.inf))
-            row[i] = d
-    return bad
+            row[i] = doubles[i]
 
 
 @_compiled
@@ -201,48 +191,65 @@ def _round_f16_stochastic(single, word):
 
 
 @_compiled
-def _store(row, n, out, code, begin, stochastic, words):
-    """Round `row` once into the output, and leave in `row` the values that the output now holds."""
-    if code == BF16:
+def _finish(start, delta, result, n, out, code, begin, stochastic, words):
+    """Round start + delta once into the output, leave what it now holds in `result`; count NaN and infinity."""
+    bad = np.uint32(0)
+    if code == BF16 and not stochastic:
         halves = out.view(np.uint16)[begin : begin + n]
-        if stochastic:
-            for i in range(n):
-                h = _round_bf16_stochastic(_to_single(row[i]), words[i])
-                halves[i] = h
-                row[i] = _as_float(np.uint32(h << np.uint32(16)))
-        else:
-            for i in range(n):
-                h = _round_bf16(_to_single(row[i]))
-                halves[i] = h
-                row[i] = _as_float(np.uint32(h << np.uint32(16)))
+        for i in range(n):
+            h = _round_bf16(_to_single(start[i] + delta[i]))
+            halves[i] = h
+            result[i] = _as_float(np.uint32(h << np.uint32(16)))
+            bad += np.uint32((h & np.uint32(0x7F80)) == np.uint32(0x7F80))
+    elif code == BF16:
+        halves = out.view(np.uint16)[begin : begin + n]
+        for i in range(n):
+            h = _round_bf16_stochastic(_to_single(start[i] + delta[i]), words[i])
+            halves[i] = h
+            result[i] = _as_float(np.uint32(h << np.uint32(16)))
+            bad += np.uint32((h & np.uint32(0x7F80)) == np.uint32(0x7F80))
     elif code == F16:
         halves = out.view(np.uint16)[begin : begin + n]
         for i in range(n):
-            single = _to_single(row[i])
+            single = _to_single(start[i] + delta[i])
             h = _round_f16_stochastic(single, words[i]) if stochastic else _round_f16(single)
             halves[i] = h
-            row[i] = _widen_half(h)
+            result[i] = _widen_half(h)
+            bad += np.uint32((h & np.uint32(0x7C00)) == np.uint32(0x7C00))
     elif code == F32:
         singles = out.view(np.float32)[begin : begin + n]
         for i in range(n):
-            singles[i] = row[i]
-            row[i] = singles[i]
+            single = np.float32(start[i] + delta[i])
+            singles[i] = single
+            result[i] = single
+            bad += np.uint32(not (abs(single) < np.float32(np.inf)))
     else:
         doubles = out.view(np.float64)[begin : begin + n]
         for i in range(n):
-            doubles[i] = row[i]
+            double = np.float64(start[i] + delta[i])
+            doubles[i] = double
+            result[i] = double
+            bad += np.uint32(not (abs(double) < np.inf))
+    return bad
 
 
 @_compiled
 def _add_term(delta, to, frm, scale, keep, words, n):
+    """Add a scaled, masked difference; count its NaN and infinities, those that the mask drops included."""
+    bad = np.uint32(0)
     if keep >= np.uint64(0x100000000):
         for i in range(n):
-            delta[i] += scale * (to[i] - frm[i])
+            difference = to[i] - frm[i]
+            bad += np.uint32(not (abs(difference) < np.float32(np.inf)))
+            delta[i] += scale * difference
     else:
         threshold = np.uint32(keep)
         for i in range(n):
-            added = delta[i] + scale * (to[i] - frm[i])
+            difference = to[i] - frm[i]
+            bad += np.uint32(not (abs(difference) < np.float32(np.inf)))
+            added = delta[i] + scale * difference
             delta[i] = added if words[i] < threshold else delta[i]
+    return bad
 
 
 @_compiled
@@ -272,7 +279,7 @@ def _measure(start, delta, result, lanes):
 
 
 @_compiled
-def combine(raw, codes, terms, scales, keeps, keys, span, out, out_code, stochastic, work, sums, bad):
+def combine(raw, codes, terms, scales, keeps, keys, span, out, out_code, stochastic, work, sums):
     """out = round( raw[0] + sum_t scales[t] * mask_t * (raw[terms[t, 0]] - raw[terms[t, 1]]) ), one chunk.
 
     Args:
@@ -285,55 +292,56 @@ def combine(raw, codes, terms, scales, keeps, keys, span, out, out_code, stochas
         span: (first element, a multiple of TILE; elements; elements that have a delta; whether to measure: 0 no,
             1 against the start, 2 against the start rounded like the result, for starts of another dtype).
         out: uint8, the result, dtype by `out_code`; rounded to nearest even, or stochastically.
-        work: (operands + 3, TILE), float32 or float64: the dtype that the arithmetic is done in.
+        work: (operands + 4, TILE), float32 or float64: the dtype that the arithmetic is done in.
         sums: float64 (SUMS,), added to.
-        bad: int64 (operands + 1,), counts of NaN and infinity in each operand and, last, in the result; added to.
+
+    Returns:
+        How many NaN and infinities were met, in differences and in the result; 0 means that all is finite.
     """
     first, n, n_delta, measure = span
     words = np.empty(TILE, np.uint32)
-    operands = codes.size
-    start = work[0]
-    delta = work[operands]
-    result = work[operands + 1]
+    operands, count = codes.size, terms.shape[0]
+    start, delta, result = work[0], work[operands], work[operands + 1]
     lanes = work[operands + 2].reshape((-1, LANES))
+    reference = work[operands + 3] if measure == 2 else start  # the rounding of the start is no part of the change
     lanes[:] = 0
+    bad = 0
     for begin in range(0, n, TILE):
         size = min(TILE, n - begin)
         touched = min(max(n_delta - begin, 0), size)
         for m in range(operands):
-            bad[m] += _load(raw[m], codes[m], begin, size if m == 0 else touched, work[m])
+            _load(raw[m], codes[m], begin, size if m == 0 else touched, work[m])
         delta[:] = -0.0  # the neutral element: +0.0 would turn a start of -0.0 into +0.0
-        for t in range(terms.shape[0]):
+        for t in range(count):
             if keeps[t] < np.uint64(0x100000000):
                 philox(keys[t, 0], keys[t, 1], first + begin, words)
-            _add_term(delta, work[terms[t, 0]], work[terms[t, 1]], scales[t], keeps[t], words, touched)
-        for i in range(size):
-            result[i] = start[i] + delta[i]
+            bad += _add_term(delta, work[terms[t, 0]], work[terms[t, 1]], scales[t], keeps[t], words, touched)
         if stochastic:
-            philox(keys[terms.shape[0], 0], keys[terms.shape[0], 1], first + begin, words)
+            philox(keys[count, 0], keys[count, 1], first + begin, words)
         if measure == 2:
-            _store(start, size, out, out_code, begin, stochastic, words)
-        _store(result, size, out, out_code, begin, stochastic, words)
-        wrong = np.uint32(0)
-        for i in range(size):
-            wrong += np.uint32(not (abs(result[i]) < np.inf))
-        bad[operands] += wrong
+            result[:] = -0.0
+            _finish(start, result, reference, size, out, out_code, begin, stochastic, words)
+        bad += _finish(start, delta, result, size, out, out_code, begin, stochastic, words)
         if measure:
-            start[size:] = 0
+            reference[size:] = 0
             delta[size:] = 0
             result[size:] = 0
-            sums[CHANGED] += _measure(start, delta, result, lanes)
+            sums[CHANGED] += _measure(reference, delta, result, lanes)
     for k in range(CHANGED):
         for j in range(LANES):
             sums[k] += lanes[k, j]
+    return bad
 
 
 @_compiled
-def scan(raw, code, n, row):
-    """Return how many of the first n elements are NaN or infinite; `row` is scratch of TILE elements."""
-    bad = 0
+def count_non_finite(raw, code, n, row):
+    """Count NaN and infinity among the first n elements; `row` is scratch of TILE elements."""
+    bad = np.int64(0)
     for begin in range(0, n, TILE):
-        bad += _load(raw, code, begin, min(TILE, n - begin), row)
+        size = min(TILE, n - begin)
+        _load(raw, code, begin, size, row)
+        for i in range(size):
+            bad += np.uint32(not (abs(row[i]) < np.inf))
     return bad
 
 
