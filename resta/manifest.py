@@ -114,12 +114,15 @@ def layer_of(name: str) -> str:
     return f"layer {int(match[1])}" if match else name.removeprefix("model.").removesuffix(".weight")
 
 
-def change_warning(change: Change) -> str | None:
-    """Say so if rounding lost much of the intended change, and what to do; None if it did not."""
-    if not change.cosine < WARN_BELOW_COSINE or not change.entries:
+def change_warning(change: Change, rounding: str) -> str | None:
+    """Say so if rounding lost much of the intended change, and what to do; None if it did not.
+
+    Stochastic rounding is never warned of: it scatters the change, as its cosine shows, but keeps it on average.
+    """
+    if rounding == "stochastic" or not change.entries or not change.cosine < WARN_BELOW_COSINE:
         return None
     return (
-        f"rounding lost much of the change: only {change.changed:.0%} of the entries moved, and the cosine between "
+        f"rounding lost much of the change: {change.changed:.0%} of the entries moved, and the cosine between "
         f"realised and intended change is {change.cosine:.2f}. Use --dtype float32 to keep all of it, or "
         "--rounding stochastic to keep it on average"
     )

@@ -76,7 +76,7 @@ def print_result(result: Result, seconds: float) -> None:
     console.print(
         f"{readable_bytes(nbytes)} in {seconds:.1f} s ({readable_bytes(nbytes / max(seconds, 1e-9))}/s) -> {result.out}"
     )
-    warning = change_warning(total_change(result.tensors.values()))
+    warning = change_warning(total_change(result.tensors.values()), result.plan.recipe.output.rounding)
     if warning:
         console.print(f"[yellow]warning:[/] {warning}")
     console.print(f"check it:     resta audit {result.out}")

@@ -202,8 +202,9 @@ def test_rounding_that_loses_the_vector_is_warned_of(trio: dict[str, str], tmp_p
     small = run(*everyday(trio, tmp_path / "small", "--scale", 0.001))
     assert "rounding lost much of the change" in " ".join(small.output.split())
     assert json.loads(run(*everyday(trio, tmp_path / "json", "--scale", 0.001, "--json")).stdout)["warning"]
-    kept = run(*everyday(trio, tmp_path / "float", "--scale", 0.001, "--dtype", "float32"))
-    assert "warning" not in kept.output
+    for name, ways_out in {"float": ["--dtype", "float32"], "drawn": ["--rounding", "stochastic"]}.items():
+        kept = run(*everyday(trio, tmp_path / name, "--scale", 0.001, *ways_out))
+        assert "warning" not in kept.output
 
 
 def test_the_demo_makes_a_model_that_its_own_recipe_makes_again(tmp_path: Path) -> None:

@@ -249,5 +249,5 @@ def _summary(result: Result, seconds: float) -> dict[str, Any]:
         "bytes_written": result.plan.bytes_written,
         "seconds": round(seconds, 3),
         "change": asdict(change),
-        "warning": change_warning(change),
+        "warning": change_warning(change, result.plan.recipe.output.rounding),
     }
