@@ -89,6 +89,12 @@ class Workspace:
             non_finite=int(non_finite),
         )
 
+    def read_ahead(self, step: Step, first: int, count: int) -> None:
+        """Ask the kernel to fetch what elements first..first+count will need."""
+        for operand in step.operands:
+            itemsize = DTYPE_BITS[operand.dtype] // 8
+            self.reader.read_ahead(operand.stored, first * itemsize, count * itemsize)
+
     def l1_norms(self, step: Step, term: int) -> tuple[float, float]:
         """Return the L1 norms of a term's difference over the tensor, whole and masked."""
         planned = step.terms[term]

@@ -278,6 +278,7 @@ class _Run:
         width = DTYPE_BITS[spec.dtype] // 8
         checksum = Checksum()
         parts = []
+        workspace.read_ahead(step, unit.first, unit.count)
         for first in range(unit.first, unit.first + unit.count, CHUNK):
             if self._stop.is_set():
                 return None
