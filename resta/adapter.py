@@ -114,9 +114,7 @@ def _check_base(config: Mapping[str, Any], base: Weights, recorded_base: str | N
         raise AdapterError(f"{folder}: its base {base.located.source} is an adapter itself; merge that first")
     recorded = str(config.get("base_model_name_or_path") or "")
     located = base.located
-    name = recorded.rstrip("/").rpartition("/")[2]
-    same_name = name and name in (located.folder.name, (located.hub_id or "").rpartition("/")[2])
-    if recorded_base != recorded and not same_name:
+    if recorded_base != recorded and not _same_model(recorded, located):
         raise AdapterError(
             f"{folder}: was trained on {recorded or 'a base that it does not name'!r}, and would be put on "
             f"{located.source!r}. If those are the same weights, confirm it with recorded_base: {recorded!r} "
@@ -125,6 +123,14 @@ def _check_base(config: Mapping[str, Any], base: Weights, recorded_base: str | N
     revision = str(config.get("revision") or "")
     if located.commit and re.fullmatch(r"[0-9a-f]{40}", revision) and revision != located.commit:
         raise AdapterError(f"{folder}: was trained on revision {revision} of its base; {located.commit} is given")
+
+
+def _same_model(recorded: str, located: Located) -> bool:
+    """Whether a recorded name and a base are called the same: Hub ids in full, else by their last part."""
+    if located.hub_id and re.fullmatch(r"[\w.-]+/[\w.-]+", recorded):
+        return recorded == located.hub_id
+    name = recorded.rstrip("/").rpartition("/")[2]
+    return bool(name) and name in (located.folder.name, (located.hub_id or "").rpartition("/")[2])
 
 
 def _read_tensors(folder: Path) -> dict[str, Stored]:

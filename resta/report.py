@@ -80,7 +80,6 @@ def print_result(result: Result, seconds: float) -> None:
     if warning:
         console.print(f"[yellow]warning:[/] {warning}")
     console.print(f"check it:     resta audit {result.out}")
-    console.print(f"talk to it:   transformers chat {result.out}")
 
 
 def _change_table(result: Result) -> Table:
