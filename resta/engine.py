@@ -11,7 +11,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -213,6 +213,7 @@ class _Run:
         self._stop = threading.Event()
         self._todo = units_of(plan)
         self._unflushed = 0
+        self._flushes: list[Future[None]] = []
         self._records: dict[str, dict[str, Any]] = {}
 
     def go(self, workers: int) -> dict[str, dict[str, Any]]:
@@ -224,7 +225,7 @@ class _Run:
                 wait(futures, return_when=FIRST_EXCEPTION)
             finally:
                 self._stop.set()
-            for future in futures:
+            for future in (*futures, *self._flushes):  # an error of fsync is reported once, perhaps only here
                 future.result()
         return self._records
 
@@ -252,7 +253,7 @@ class _Run:
             self._unflushed += nbytes
             if self._unflushed >= FLUSH_BYTES:
                 self._unflushed = 0
-                self._flusher.submit(self._output.flush, step.slot.file)
+                self._flushes.append(self._flusher.submit(self._output.flush, step.slot.file))
             if self._progress:
                 self._progress(step.name, nbytes)
 

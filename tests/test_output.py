@@ -308,3 +308,23 @@ def test_an_error_while_working_keeps_inputs_and_partial(
     assert {name: digests(Path(path)) for name, path in trio.items()} == before
     engine.merge(recipe, tmp_path / "out")
     assert digests(tmp_path / "out") == whole
+
+
+def test_an_error_of_a_background_fsync_is_not_lost(
+    recipe: Recipe, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync, calls = os.fsync, []
+
+    def failing_once(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 1:
+            raise OSError(5, "Input/output error")
+        fsync(descriptor)
+
+    monkeypatch.setattr(engine, "FLUSH_BYTES", 1)
+    monkeypatch.setattr(os, "fsync", failing_once)
+    with pytest.raises(RestaError, match="Input/output error"):
+        engine.merge(recipe, tmp_path / "out", workers=1)
+    assert not (tmp_path / "out").exists()
+    engine.merge(recipe, tmp_path / "out", workers=1)
+    assert digests(tmp_path / "out") == whole
