@@ -52,8 +52,9 @@ def command(
     try:
         from resta.sft import run
     except ModuleNotFoundError as error:
+        library = str(error.name).split(".")[0]
         raise MissingExtraError(
-            f"resta sft needs {error.name}; install what it uses with: pip install 'resta[sft]'"
+            f"resta sft needs {library}; install what it uses with: pip install 'resta[sft]'"
         ) from None
     job = run.Job(recipe=checked, root=recipe.parent, out=out or Path("out"), device=device, resume=resume)
     if preview:

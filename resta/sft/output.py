@@ -73,13 +73,17 @@ def save_weights(job: Job, trained: Trained, folder: Path) -> None:
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if not is_main():
         return
-    if job.recipe.method == "full":
-        dtype = _save_dtype(job)
+    dtype = _save_dtype(job) if job.recipe.method == "full" else None
+    if dtype is not None:
         state = _cast(state, dtype)
-        model.config.dtype = dtype
     _stop_at_turn_end(model, trained.chat)
     model.save_pretrained(str(folder), state_dict=state, safe_serialization=True, max_shard_size=SHARD_SIZE)
     model.generation_config.save_pretrained(str(folder))
+    if dtype is not None:
+        # The model in memory is float32 and says so; the files hold what was rounded above.
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _cast(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
