@@ -13,6 +13,7 @@ from resta.version import VERSION
 
 # name -> (module that defines `command`, one line for `resta --help`)
 COMMANDS = {
+    "collect": ("resta.cli.collect", "Collect safe conversations from a well-aligned model, each judged."),
     "sft": ("resta.cli.sft", "Fine-tune a model on conversations: safety (Starling) or any other task."),
     "merge": ("resta.cli.merge", "Add a safety vector to a fine-tuned model, streaming, on disk."),
 }

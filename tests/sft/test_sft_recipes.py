@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 
 from resta.sft import recipe as recipes
+from resta.sft.collect import Collect
 from resta.sft.data import load
 from resta.sft.recipe import Recipe
 from resta.sft.train import Job, accumulation, build_config, launch_line
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "sft"
-FILES = sorted(FOLDER.glob("*.yaml"))
+FILES = sorted(path for path in FOLDER.glob("*.yaml") if path.stem != "collect")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -59,3 +60,7 @@ def test_starling_blue_red_differs_from_blue_in_the_objective_and_the_red_source
     assert {line.split(":")[0].split(".")[0] for line in recipes.changes(blue, both)} == {"objective", "data"}
     assert [s["name"] for s in both["data"] if s["side"] == "red"] == ["red"]
     assert [s for s in both["data"] if s["side"] == "blue"] == blue["data"]
+
+
+def test_the_collect_recipe_is_valid() -> None:
+    assert recipes.load(Collect, FOLDER / "collect.yaml").turns == 3
