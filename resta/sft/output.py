@@ -76,6 +76,9 @@ def save_weights(job: Job, trained: Trained, folder: Path) -> None:
     dtype = _save_dtype(job) if job.recipe.method == "full" else None
     if dtype is not None:
         state = _cast(state, dtype)
+    if job.recipe.method != "full":
+        for adapter in model.peft_config.values():
+            adapter.revision = base_revision(job, base_directory(job))
     _stop_at_turn_end(model, trained.chat)
     model.save_pretrained(str(folder), state_dict=state, safe_serialization=True, max_shard_size=SHARD_SIZE)
     model.generation_config.save_pretrained(str(folder))
@@ -175,6 +178,13 @@ def base_directory(job: Job) -> Path:
     return Path(snapshot_download(job.base, revision=job.recipe.revision, local_files_only=True))
 
 
+def base_revision(job: Job, folder: Path) -> str | None:
+    """Return the commit of a Hub base: a branch moves, and the cache keeps a snapshot under its commit's
+    name.
+    """
+    return job.recipe.revision if Path(job.base).is_dir() else folder.name
+
+
 def base_facts(job: Job, folder: Path) -> dict[str, Any]:
     """Name the base so that no other model can be taken for it: id, revision, and the digest of each weight
     file.
@@ -183,11 +193,9 @@ def base_facts(job: Job, folder: Path) -> dict[str, Any]:
     config = folder / "config.json"
     if not weights or not config.is_file():
         raise CheckpointError(f"{folder}: no config.json or no weights; the base cannot be named")
-    from_hub = not Path(job.base).is_dir()
     return {
         "source": job.base,
-        # The cache keeps a snapshot under its commit's name: that is what a branch name meant on this day.
-        "revision": folder.name if from_hub else job.recipe.revision,
+        "revision": base_revision(job, folder),
         "files": {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in weights},
         "config_sha256": _sha256(config),
     }

@@ -226,16 +226,22 @@ def _device_options(job: Job) -> dict[str, Any]:
         "activation_checkpointing": recipe.train.gradient_checkpointing,
         "dataloader_pin_memory": not cpu,
     }
-    if world_size() > 1 and recipe.parallel.strategy == "fsdp":
+    return options | (split_options(recipe) if world_size() > 1 else {})
+
+
+def split_options(recipe: Recipe) -> dict[str, Any]:
+    """Return the trainer's options for a model that is split over processes."""
+    if recipe.parallel.strategy == "fsdp":
         # FSDP recomputes activations itself; both at once would do it twice.
-        options |= {"fsdp": True, "activation_checkpointing": False}
-        options["fsdp_config"] = {
-            "activation_checkpointing": recipe.train.gradient_checkpointing,
-            **recipe.parallel.fsdp,
+        checkpointing = {"activation_checkpointing": recipe.train.gradient_checkpointing}
+        return {
+            "fsdp": True,
+            "activation_checkpointing": False,
+            "fsdp_config": checkpointing | recipe.parallel.fsdp,
         }
-    if world_size() > 1 and recipe.parallel.strategy == "deepspeed":
-        options["deepspeed"] = recipe.parallel.deepspeed
-    return options
+    if recipe.parallel.strategy == "deepspeed":
+        return {"deepspeed": recipe.parallel.deepspeed}
+    return {}
 
 
 # --- model ----------------------------------------------------------------------------------------
@@ -477,13 +483,29 @@ def _check_same_run(record: Path, now: dict[str, Any]) -> None:
 
 
 def check_launch(job: Job) -> None:
-    """Refuse a recipe whose model is to be split over processes when only one was started."""
-    if job.recipe.parallel.strategy != "ddp" and world_size() == 1:
+    """Refuse a recipe whose model is to be split, with only one process or no GPU to split it over."""
+    strategy = job.recipe.parallel.strategy
+    if strategy == "ddp":
+        return
+    if on_cpu(job):
+        # The library underneath would quietly keep a whole copy in every process.
         raise PlanError(
-            f"parallel.strategy: {job.recipe.parallel.strategy} splits the model over processes, and one "
-            "was started; "
-            f"launch it with: {launch_line('RECIPE', job.recipe, str(job.out))}"
+            f"parallel.strategy: {strategy} splits a model over GPUs only; on a CPU use strategy: ddp"
         )
+    if world_size() == 1:
+        raise PlanError(
+            f"parallel.strategy: {strategy} splits the model over processes, and one was started; launch "
+            "it with: " + launch_line("RECIPE", job.recipe, str(job.out))
+        )
+
+
+def _strategy(trainer: SFTTrainer) -> str | None:
+    """Return how the trainer really split the work, by its own account."""
+    if trainer.is_fsdp_enabled:
+        return "fsdp"
+    if trainer.is_deepspeed_enabled:
+        return "deepspeed"
+    return "ddp" if world_size() > 1 else None
 
 
 def train(job: Job) -> Trained:
@@ -513,5 +535,6 @@ def train(job: Job) -> Trained:
         "runtime_s": round(time.monotonic() - started, 2),
         "precision": precision(job),
         "processes": world_size(),
+        "strategy": _strategy(trainer),
     }
     return Trained(trainer=trainer, chat=chat, mixture=mixture, prepared=prepared, metrics=metrics)

@@ -205,9 +205,8 @@ def start(recipe: Path, out: Path, *flags: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_killed_run_resumes_to_the_same_bytes(make: Make, tmp_path: Path, method: str) -> None:
-    job = make(method=method, lora={"rank": 4, "dropout": 0.1}, train={"max_steps": 100, "save_every": 10})
+def test_a_killed_run_resumes_to_the_same_bytes(make: Make, tmp_path: Path) -> None:
+    job = make(out="whole", lora={"rank": 4, "dropout": 0.1}, train={"max_steps": 100, "save_every": 10})
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(job.recipe.model_dump(mode="json")), encoding="utf-8")
     killed = start(recipe, tmp_path / "killed")
@@ -221,10 +220,9 @@ def test_a_killed_run_resumes_to_the_same_bytes(make: Make, tmp_path: Path, meth
     killed.communicate()
     assert not (tmp_path / "killed").exists()
     resumed = start(recipe, tmp_path / "killed", "--resume")
-    whole = start(recipe, tmp_path / "whole")
-    for process in (resumed, whole):
-        output = process.communicate(timeout=100)[0]
-        assert process.returncode == 0, output
+    run(job)  # meanwhile, the same recipe without a stop
+    output = resumed.communicate(timeout=100)[0]
+    assert resumed.returncode == 0, output
     assert_same_weights(tmp_path / "killed", tmp_path / "whole")
     ends = [
         json.loads((tmp_path / name / "resta.json").read_text())["metrics"] for name in ("killed", "whole")
@@ -248,6 +246,18 @@ def interrupt(job: Job, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
         patch.setattr(training.StopOnNaN, "on_step_end", on_step_end)
         with pytest.raises(Stop):
             run(job)
+
+
+def test_an_interrupted_full_fine_tune_resumes_to_the_same_bytes(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"method": "full", "train": {"max_steps": 30}}  # into the fourth epoch
+    whole, cut = make(out="whole", **settings), make(out="cut", **settings)
+    run(whole)
+    interrupt(cut, monkeypatch, at=21)
+    run(make(out="cut", resume=True, **settings))
+    assert facts(cut)["metrics"]["resumed_from_step"] == 20
+    assert_same_weights(cut.out, whole.out)
 
 
 def test_a_torn_checkpoint_is_passed_over_for_the_whole_one_before(
@@ -393,10 +403,25 @@ def test_a_loss_that_is_no_number_ends_the_run(make: Make) -> None:
         run(make(train={"max_steps": 30, "learning_rate": 1e30, "max_grad_norm": 1e30}))
 
 
-def test_a_split_model_started_alone_gets_its_launch_line(make: Make) -> None:
+def test_a_model_is_never_split_where_it_cannot_be(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     job = make(parallel={"strategy": "fsdp", "processes": 8})
-    with pytest.raises(PlanError, match="torchrun --nproc-per-node 8 -m resta sft"):
+    with pytest.raises(PlanError, match="splits a model over GPUs only"):
         run(job)
+    monkeypatch.setattr(training, "on_cpu", lambda _: False)
+    with pytest.raises(PlanError, match="torchrun --nproc-per-node 8 -m resta sft"):
+        training.check_launch(job)
+
+
+def test_the_trainer_accepts_the_fsdp_options_and_checkpoints_only_once(make: Make) -> None:
+    settings = {"gradient_checkpointing": True}
+    recipe = make(train=settings, parallel={"strategy": "fsdp", "fsdp": {"cpu_offload": True}}).recipe
+    config = training.SFTConfig(
+        output_dir="unused", use_cpu=True, bf16=False, **training.split_options(recipe)
+    )
+    assert config.fsdp is True
+    assert not config.activation_checkpointing
+    assert config.fsdp_config["activation_checkpointing"]
+    assert config.fsdp_plugin_args["cpu_offload"]
 
 
 def test_qlora_without_its_library_says_what_to_install(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
