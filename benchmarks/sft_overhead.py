@@ -2,8 +2,9 @@
 
     python benchmarks/sft_overhead.py BASE_MODEL [--steps 8] [--rounds 3]
 
-Start-up is the time from nothing loaded to the first training step (libraries imported before). A step is timed
-from its beginning to its end. The two take turns, so that a machine that slows down slows both.
+Start-up is the time from nothing loaded to the first training step (libraries imported before). A step is
+timed from its beginning to its end, on the clock and in processor time, which other programs disturb less.
+The two take turns, so that a machine that slows down slows both.
 """
 
 from __future__ import annotations
@@ -37,17 +38,18 @@ class Timer(TrainerCallback):
 
     def __init__(self) -> None:
         self.began = 0.0
-        self.started = 0.0
-        self.steps: list[float] = []
+        self.started = (0.0, 0.0)
+        self.steps: list[tuple[float, float]] = []  # seconds on the clock, seconds of processor time
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self.began = time.perf_counter()
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.started = time.perf_counter()
+        self.started = (time.perf_counter(), time.process_time())
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.steps.append(time.perf_counter() - self.started)
+        clock, processor = self.started
+        self.steps.append((time.perf_counter() - clock, time.process_time() - processor))
 
 
 def write_rows(path: Path, count: int) -> None:
@@ -63,7 +65,9 @@ def write_rows(path: Path, count: int) -> None:
     path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
 
 
-def wrapped(base: str, rows: Path, folder: Path, steps: int) -> tuple[float, list[float], float]:
+def wrapped(
+    base: str, rows: Path, folder: Path, steps: int
+) -> tuple[float, list[tuple[float, float]], float]:
     recipe = Recipe.model_validate(
         {
             "base": base,
@@ -90,7 +94,7 @@ def wrapped(base: str, rows: Path, folder: Path, steps: int) -> tuple[float, lis
     return timer.began - begun, timer.steps, loss
 
 
-def bare(base: str, rows: Path, folder: Path, steps: int) -> tuple[float, list[float], float]:
+def bare(base: str, rows: Path, folder: Path, steps: int) -> tuple[float, list[tuple[float, float]], float]:
     timer, begun = Timer(), time.perf_counter()
     config = training.SFTConfig(
         output_dir=str(folder / "bare"),
@@ -124,9 +128,12 @@ def main() -> None:
     arguments.add_argument("--steps", type=int, default=8)
     arguments.add_argument("--rounds", type=int, default=3)
     given = arguments.parse_args()
-    sides: dict[str, Callable[..., tuple[float, list[float], float]]] = {"bare": bare, "resta": wrapped}
+    sides: dict[str, Callable[..., tuple[float, list[tuple[float, float]], float]]] = {
+        "bare": bare,
+        "resta": wrapped,
+    }
     starts: dict[str, list[float]] = {name: [] for name in sides}
-    steps: dict[str, list[float]] = {name: [] for name in sides}
+    steps: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     losses: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -139,18 +146,25 @@ def main() -> None:
                 starts[name].append(start)
                 steps[name] += each[1:]  # the first step of a process warms caches up
     print(
-        f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+        f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, "
+        f"{torch.get_num_threads()} threads"
     )
     print(", ".join(f"{name} {version}" for name, version in versions().items()))
+    middle: dict[str, tuple[float, float]] = {}
     for name in sides:
+        clock, processor = zip(*steps[name], strict=True)
+        middle[name] = (statistics.median(clock), statistics.median(processor))
         print(
-            f"{name:<6} step median {statistics.median(steps[name]):.4f} s, fastest {min(steps[name]):.4f}, "
-            f"slowest {max(steps[name]):.4f}, of {len(steps[name])}; "
-            f"start-up {statistics.median(starts[name]):.2f} s, loss {losses[name]:.4f}"
+            f"{name:<6} step: clock median {middle[name][0]:.4f} s ({min(clock):.4f} to {max(clock):.4f}), "
+            f"processor median {middle[name][1]:.4f} s ({min(processor):.4f} to {max(processor):.4f}), "
+            f"of {len(clock)}; start-up {statistics.median(starts[name]):.2f} s, loss {losses[name]:.4f}"
         )
-    ratio = statistics.median(steps["resta"]) / statistics.median(steps["bare"])
+    clock_ratio, processor_ratio = (middle["resta"][i] / middle["bare"][i] for i in (0, 1))
     late = statistics.median(starts["resta"]) - statistics.median(starts["bare"])
-    print(f"resta: {ratio - 1:+.1%} per step, {late:+.2f} s to start")
+    print(
+        f"resta per step: {clock_ratio - 1:+.1%} clock, {processor_ratio - 1:+.1%} processor; start "
+        f"{late:+.2f} s"
+    )
 
 
 if __name__ == "__main__":

@@ -21,9 +21,6 @@ from resta.errors import MissingExtraError, RecipeError
 @click.option(
     "--dry-run", is_flag=True, help="Print the launch line and the memory each GPU needs; train nothing."
 )
-@click.option(
-    "--resume", is_flag=True, help="Go on from the last whole checkpoint of a run that was stopped."
-)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Change one recipe setting.")
 @click.option("--keep-checkpoints", is_flag=True, help="Keep OUT.partial with its checkpoints after success.")
@@ -33,7 +30,6 @@ def command(
     preview: bool,
     samples: int,
     dry_run: bool,
-    resume: bool,
     device: str,
     assignments: tuple[str, ...],
     keep_checkpoints: bool,
@@ -44,7 +40,8 @@ def command(
     resta sft recipe.yaml --preview            what is trained on, and what is left out
     resta sft recipe.yaml --dry-run            the launch line and a memory estimate
     resta sft recipe.yaml --out DIR            train; DIR appears when it is whole
-    resta sft recipe.yaml --out DIR --resume   go on after a kill
+
+    A run that was killed goes on from its last checkpoint when the same command is run again.
     """
     from resta.sft import recipe as recipes
 
@@ -56,7 +53,7 @@ def command(
         raise MissingExtraError(
             f"resta sft needs {library}; install what it uses with: pip install 'resta[sft]'"
         ) from None
-    job = run.Job(recipe=checked, root=recipe.parent, out=out or Path("out"), device=device, resume=resume)
+    job = run.Job(recipe=checked, root=recipe.parent, out=out or Path("out"), device=device)
     if preview:
         run.preview(job, samples)
     elif dry_run:

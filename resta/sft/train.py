@@ -53,7 +53,6 @@ class Job:
     root: Path
     out: Path
     device: str = "auto"  # "auto", "cpu" or "cuda"
-    resume: bool = False
 
     @property
     def partial(self) -> Path:
@@ -405,8 +404,8 @@ def memory_advice(recipe: Recipe) -> Iterator[None]:
             advice.append("method: qlora")
         raise TrainingError(
             f"out of memory. Lower or set, in this order: {'; '.join(advice)}. `--dry-run` estimates the "
-            "need, and "
-            f"`--resume` goes on from the last checkpoint. ({str(error).splitlines()[0]})"
+            "need, and the same command goes on from the last checkpoint. "
+            f"({str(error).splitlines()[0]})"
         ) from error
 
 
@@ -432,33 +431,27 @@ def newest_checkpoint(partial: Path, processes: int) -> Path | None:
 
 
 def open_partial(job: Job, mixture: Mixture) -> Path | None:
-    """Claim the working folder; return the checkpoint to go on from, if any. Raises `PlanError`,
-    `ResumeError`.
+    """Claim the working folder, or go on in it; return the checkpoint to start from, if any.
+
+    Raises `PlanError` for an output that exists, `ResumeError` for a folder that another recipe or other data
+    began.
     """
     if job.out.exists():
         raise PlanError(f"{job.out} already exists; choose another --out, or remove it")
-    identity = {
-        "recipe": recipes.dump(job.recipe),
-        "recipe_digest": recipes.digest(job.recipe),
-        "base": job.base,
-        "data": {loaded.source.name: loaded.digest for loaded in mixture.sources},
-        "processes": world_size(),
-    }
-    record = job.partial / "run.json"
-    if not job.partial.exists():
-        if job.resume:
-            raise ResumeError(f"{job.partial}: nothing to resume; run without --resume")
-        if is_main():
+    if is_main():  # the other processes see the same folder, and end with the main one if it refuses
+        identity = {
+            "recipe": recipes.dump(job.recipe),
+            "recipe_digest": recipes.digest(job.recipe),
+            "base": job.base,
+            "data": {loaded.source.name: loaded.digest for loaded in mixture.sources},
+            "processes": world_size(),
+        }
+        record = job.partial / "run.json"
+        if job.partial.exists():
+            _check_same_run(record, identity)
+        else:
             job.partial.mkdir(parents=True)
             record.write_text(json.dumps(identity, indent=1), encoding="utf-8")
-        return None
-    if not job.resume:
-        if not is_main():
-            return None  # the main process has just made it
-        raise ResumeError(
-            f"{job.partial} holds an unfinished run; pass --resume to go on, or remove it to start anew"
-        )
-    _check_same_run(record, identity)
     return newest_checkpoint(job.partial, world_size())
 
 
@@ -509,8 +502,8 @@ def _strategy(trainer: SFTTrainer) -> str | None:
 
 
 def train(job: Job) -> Trained:
-    """Train as the recipe says, from the newest checkpoint with `job.resume`. Raises every error of this
-    module.
+    """Train as the recipe says, from the newest whole checkpoint of a run that was stopped. Raises every
+    error of this module.
     """
     check_launch(job)
     chat = load_chat(job)

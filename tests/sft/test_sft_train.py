@@ -45,9 +45,7 @@ def _one_thread() -> None:
 
 @pytest.fixture
 def make(tiny_base: Path, sums_file: Path, tmp_path: Path) -> Make:
-    def build(
-        *, out: str = "out", train: dict[str, Any] | None = None, resume: bool = False, **changes: Any
-    ) -> Job:
+    def build(*, out: str = "out", train: dict[str, Any] | None = None, **changes: Any) -> Job:
         recipe = {
             "base": str(tiny_base),
             "chat_template": "vicuna_v1.1",
@@ -58,7 +56,7 @@ def make(tiny_base: Path, sums_file: Path, tmp_path: Path) -> Make:
             "train": TRAIN | (train or {}),
         }
         checked = Recipe.model_validate(recipe | changes)
-        return Job(recipe=checked, root=tmp_path, out=tmp_path / out, device="cpu", resume=resume)
+        return Job(recipe=checked, root=tmp_path, out=tmp_path / out, device="cpu")
 
     return build
 
@@ -219,7 +217,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(make: Make, tmp_path: Path) -> N
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     assert not (tmp_path / "killed").exists()
-    resumed = start(recipe, tmp_path / "killed", "--resume")
+    resumed = start(recipe, tmp_path / "killed")
     run(job)  # meanwhile, the same recipe without a stop
     output = resumed.communicate(timeout=100)[0]
     assert resumed.returncode == 0, output
@@ -255,7 +253,7 @@ def test_an_interrupted_full_fine_tune_resumes_to_the_same_bytes(
     whole, cut = make(out="whole", **settings), make(out="cut", **settings)
     run(whole)
     interrupt(cut, monkeypatch, at=21)
-    run(make(out="cut", resume=True, **settings))
+    run(make(out="cut", **settings))
     assert facts(cut)["metrics"]["resumed_from_step"] == 20
     assert_same_weights(cut.out, whole.out)
 
@@ -267,7 +265,7 @@ def test_a_torn_checkpoint_is_passed_over_for_the_whole_one_before(
     interrupt(job, monkeypatch, at=5)
     newest = job.partial / "checkpoint-4"
     (newest / "trainer_state.json").write_text('{"global_st', encoding="utf-8")
-    run(make(out="torn", train={"max_steps": 6}, resume=True))
+    run(make(out="torn", train={"max_steps": 6}))
     assert facts(job)["metrics"]["resumed_from_step"] == 2
     whole = make(out="whole", train={"max_steps": 6})
     run(whole)
@@ -278,7 +276,7 @@ def test_a_resume_with_a_changed_recipe_names_the_change(make: Make, monkeypatch
     job = make()
     interrupt(job, monkeypatch, at=3)
     with pytest.raises(ResumeError, match=r"the recipe changed.*train\.learning_rate: 0\.01 -> 0\.02"):
-        run(make(train={"learning_rate": 0.02}, resume=True))
+        run(make(train={"learning_rate": 0.02}))
 
 
 def test_a_resume_with_changed_data_is_refused(
@@ -288,18 +286,19 @@ def test_a_resume_with_changed_data_is_refused(
     interrupt(job, monkeypatch, at=3)
     sums_file.write_text(sums_file.read_text() + json.dumps(exchange("New?", "Yes.")) + "\n")
     with pytest.raises(ResumeError, match="the data changed"):
-        run(make(resume=True))
-
-
-def test_nothing_is_overwritten_or_resumed_by_accident(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ResumeError, match="nothing to resume"):
-        run(make(resume=True))
-    interrupt(make(), monkeypatch, at=3)
-    with pytest.raises(ResumeError, match="unfinished run; pass --resume"):
         run(make())
+
+
+def test_an_existing_output_is_not_overwritten(make: Make) -> None:
     make().out.mkdir()
     with pytest.raises(PlanError, match="already exists"):
-        run(make(resume=True))
+        run(make())
+
+
+def test_a_working_folder_without_its_record_is_refused(make: Make) -> None:
+    make().partial.mkdir()
+    with pytest.raises(ResumeError, match=r"run\.json cannot be read"):
+        run(make())
 
 
 def test_blue_red_trains_logs_both_losses_and_resumes_exactly(
@@ -325,7 +324,7 @@ def test_blue_red_trains_logs_both_losses_and_resumes_exactly(
     assert {"eval_blue_loss", "eval_red_loss"} <= facts(whole)["metrics"].keys()
     cut = make(out="cut", **settings)
     interrupt(cut, monkeypatch, at=9)
-    run(make(out="cut", resume=True, **settings))
+    run(make(out="cut", **settings))
     assert_same_weights(cut.out, whole.out)
 
 
