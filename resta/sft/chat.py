@@ -167,9 +167,7 @@ def _with_one_bos(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
 
 
 def _turn_end(chat: Chat) -> str:
-    """Return what closes an assistant turn: the template's text after the last one, to its first special
-    token.
-    """
+    """Return what closes an assistant turn: the text after the last one, to its first special token."""
     skeleton = _skeleton(chat, ("user", "assistant"))
     tail = skeleton.pieces[-1]
     ends = [tail.index(token) + len(token) for token in chat.specials if token in tail]
@@ -177,8 +175,7 @@ def _turn_end(chat: Chat) -> str:
     if not end.strip():
         raise TemplateError(
             "the chat template writes nothing after an assistant turn, so the model could never learn to "
-            "stop; "
-            "add the end-of-turn token to it, or set `chat_template` to one of: " + ", ".join(NAMED)
+            "stop; add the end-of-turn token to it, or set `chat_template` to one of: " + ", ".join(NAMED)
         )
     return end
 
@@ -274,8 +271,7 @@ def render(chat: Chat, messages: Sequence[Message]) -> Rendered:
     if contents is None:
         raise TemplateError(
             "the chat template changes what a turn says, so its tokens cannot be told apart; mark the "
-            "assistant turn "
-            "with {% generation %} ... {% endgeneration %} in a `chat_template` file"
+            "assistant turn with {% generation %} ... {% endgeneration %} in a `chat_template` file"
         )
     spans, place = [], 0
     for piece, turn in zip(skeleton.pieces, skeleton.order, strict=False):
@@ -308,9 +304,7 @@ def _fill(skeleton: Skeleton, messages: Sequence[Message], text: str) -> list[st
 
 
 def _prompt_length(chat: Chat, skeleton: Skeleton, roles: tuple[str, ...], turn: int) -> int:
-    """Return how much of the piece before an assistant turn the generation prompt writes; the rest is
-    trained.
-    """
+    """Return how much of the text before an answer the generation prompt writes; the rest is trained."""
     position = skeleton.order.index(turn)
     piece = skeleton.pieces[position]
     prompt = _prompt_skeleton(chat, roles[:turn])

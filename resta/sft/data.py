@@ -192,9 +192,7 @@ def _read_hub(source: Source) -> tuple[str, list[tuple[str, Any]]]:
     assert source.hub is not None
     try:
         table = datasets.load_dataset(source.hub, source.subset, split=source.split, revision=source.revision)
-    except (
-        Exception
-    ) as error:  # the library raises a different class for every kind of hub, split and parse failure
+    except Exception as error:  # which class differs by version and cause
         raise DataError(f"data source {source.name!r}: cannot load {source.hub!r}: {error}") from error
     origin = source.hub + (f"@{source.revision}" if source.revision else "")
     rows = [(f"{origin} ({source.split}), row {n}", row) for n, row in enumerate(table, start=1)]

@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -51,23 +52,15 @@ def write(job: Job, trained: Trained, *, keep_checkpoints: bool) -> None:
         (staging / "README.md").write_text(card(job, facts), encoding="utf-8")
         staging.rename(job.out)
         if not keep_checkpoints:
-            _remove_partial(job.partial)
+            shutil.rmtree(job.partial)
     trained.trainer.accelerator.wait_for_everyone()
-
-
-def _remove_partial(partial: Path) -> None:
-    import shutil
-
-    shutil.rmtree(partial)
 
 
 # --- weights --------------------------------------------------------------------------------------
 
 
 def save_weights(job: Job, trained: Trained, folder: Path) -> None:
-    """Gather the weights and write them as safetensors: the adapter alone, or the whole model in
-    `save_dtype`.
-    """
+    """Gather the weights and write safetensors: the adapter alone, or the whole model in `save_dtype`."""
     trainer = trained.trainer
     model = trainer.accelerator.unwrap_model(trainer.model)
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
@@ -90,9 +83,7 @@ def save_weights(job: Job, trained: Trained, folder: Path) -> None:
 
 
 def _cast(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Round each tensor once; tensors that share memory go on sharing it, so that tied weights are saved
-    once.
-    """
+    """Round each tensor once; those that share memory go on sharing it, so tied weights are saved once."""
     done: dict[int, torch.Tensor] = {}
     result = {}
     for name, tensor in state.items():

@@ -100,14 +100,10 @@ def on_cpu(job: Job) -> bool:
 
 
 def load_chat(job: Job) -> Chat:
-    """Load the base's tokenizer and fit it with the recipe's template. Raises `CheckpointError`,
-    `TemplateError`.
-    """
+    """Load the base's tokenizer, fit it with the template. Raises `CheckpointError`, `TemplateError`."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(job.base, revision=job.recipe.revision)
-    except (
-        Exception
-    ) as error:  # missing folder, missing file, unreachable hub and broken JSON differ by version
+    except Exception as error:  # which class differs by version and cause
         raise CheckpointError(f"base {job.recipe.base!r}: its tokenizer cannot be loaded: {error}") from error
     return open_chat(
         tokenizer,
