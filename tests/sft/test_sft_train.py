@@ -431,6 +431,22 @@ def test_qlora_without_its_library_says_what_to_install(make: Make, monkeypatch:
         run(make(method="qlora"))
 
 
+def test_qlora_trains_an_adapter_that_loads_on_the_base(make: Make, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    from sft_tiny import sentencepiece_like, tiny_config
+    from transformers import LlamaForCausalLM
+
+    base, tokenizer = tmp_path / "wide", sentencepiece_like()  # 4-bit blocks are 64 weights wide
+    LlamaForCausalLM(tiny_config(len(tokenizer), hidden_size=64)).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    job = make(base=str(base), method="qlora", train={"max_steps": 6, "learning_rate": 0.05})
+    run(job)
+    metrics = facts(job)["metrics"]
+    assert metrics["last_loss"] < metrics["first_loss"]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(job.out))
+    assert model(torch.tensor([[1, 5, 9]])).logits.isfinite().all()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_bf16_training_on_a_gpu_lowers_the_loss(make: Make) -> None:
     job = make(train={"max_steps": 12})
