@@ -9,7 +9,9 @@ import click
 
 @click.command("collect")
 @click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The JSON file to write.")
+@click.option(
+    "-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="The JSON file to write."
+)
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Change one recipe setting.")
 def command(recipe: Path, out: Path, assignments: tuple[str, ...]) -> None:
     """Collect safe conversations from the model that RECIPE (a YAML file) names, in HarmfulQA's schema.

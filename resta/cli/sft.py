@@ -12,7 +12,11 @@ from resta.errors import MissingExtraError, RecipeError
 @click.command("sft")
 @click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path))
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="The directory that will hold the finished model."
+    "-o",
+    "--output",
+    "out",
+    type=click.Path(path_type=Path),
+    help="The directory that will hold the finished model.",
 )
 @click.option(
     "--preview", is_flag=True, help="Show samples with the trained tokens marked, and counts; train nothing."
@@ -37,9 +41,9 @@ def command(
     """Fine-tune a model on conversations, as RECIPE (a YAML file) says: LoRA, QLoRA or full.
 
     \b
-    resta sft recipe.yaml --preview            what is trained on, and what is left out
-    resta sft recipe.yaml --dry-run            the launch line and a memory estimate
-    resta sft recipe.yaml --out DIR            train; DIR appears when it is whole
+    resta sft recipe.yaml --preview      what is trained on, and what is left out
+    resta sft recipe.yaml --dry-run      the launch line and a memory estimate
+    resta sft recipe.yaml -o DIR         train; DIR appears when it is whole
 
     A run that was killed goes on from its last checkpoint when the same command is run again.
     """
@@ -59,6 +63,6 @@ def command(
     elif dry_run:
         run.dry_run(job, recipe)
     elif out is None:
-        raise RecipeError("--out DIR is needed to train; --preview and --dry-run do without")
+        raise RecipeError("-o DIR is needed to train; --preview and --dry-run do without")
     else:
         run.run(job, keep_checkpoints=keep_checkpoints)

@@ -297,7 +297,7 @@ def collect(recipe: Collect, root: Path, out: Path, wait_s: float = 1.0) -> dict
     `PlanError`.
     """
     if out.exists():
-        raise PlanError(f"{out} already exists; choose another --out, or remove it")
+        raise PlanError(f"{out} already exists; choose another --output, or remove it")
     client = open_client(recipe.endpoint, wait_s)
     judge = client if recipe.judge is None else open_client(recipe.judge, wait_s)
     bank = None if recipe.bank is None else (root / recipe.bank).expanduser()

@@ -46,7 +46,7 @@ OWNED_BY_RECIPE = {
     "model_init_kwargs": "base and train.attention",
     "num_train_epochs": "train.epochs",
     "optim": "train.optimizer",
-    "output_dir": "--out",
+    "output_dir": "--output",
     "packing": "train.packing",
     "per_device_train_batch_size": "train.per_device_batch",
     "save_steps": "train.save_every",

@@ -142,7 +142,7 @@ def accumulation(recipe: Recipe, processes: int) -> int:
 
 def launch_line(recipe_path: str, recipe: Recipe, out: str) -> str:
     """Return the command that starts this recipe on the devices it asks for."""
-    run = f"resta sft {recipe_path} --out {out}"
+    run = f"resta sft {recipe_path} -o {out}"
     if recipe.parallel.processes == 1:
         return run
     return f"torchrun --nproc-per-node {recipe.parallel.processes} -m {run}"
@@ -433,7 +433,7 @@ def open_partial(job: Job, mixture: Mixture) -> Path | None:
     began.
     """
     if job.out.exists():
-        raise PlanError(f"{job.out} already exists; choose another --out, or remove it")
+        raise PlanError(f"{job.out} already exists; choose another --output, or remove it")
     if is_main():  # the other processes see the same folder, and end with the main one if it refuses
         identity = {
             "recipe": recipes.dump(job.recipe),

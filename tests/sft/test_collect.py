@@ -305,7 +305,7 @@ def test_the_command_collects_and_says_what_was_dropped(stub: Stub, tmp_path: Pa
     path = tmp_path / "collect.yaml"
     bank = bank_of(tmp_path, ["Placeholder?", "Placeholder?"])
     path.write_text(yaml.safe_dump(recipe(stub, bank=bank).model_dump(mode="json")), encoding="utf-8")
-    result = CliRunner().invoke(main, ["collect", str(path), "--out", str(tmp_path / "out.json")])
+    result = CliRunner().invoke(main, ["collect", str(path), "--output", str(tmp_path / "out.json")])
     assert result.exit_code == 0, result.output
     assert "2 conversations on 1 of 1 questions" in result.output
     assert "dropped: 1 x a repeated or empty question" in result.output

@@ -54,7 +54,7 @@ def test_two_processes_train_what_one_trains(
     path.write_text(yaml.safe_dump(settings_of(case, tiny_base, sums_file, red)), encoding="utf-8")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     ran = subprocess.run(
-        [*launch, "-m", "resta", "sft", str(path), "--out", str(tmp_path / "two"), "--device", "cpu"],
+        [*launch, "-m", "resta", "sft", str(path), "--output", str(tmp_path / "two"), "--device", "cpu"],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -95,7 +95,7 @@ def test_fsdp_on_two_gpus_trains_what_one_trains(tiny_base: Path, sums_file: Pat
             "--nproc-per-node",
             str(processes),
         ]
-        words = ["-m", "resta", "sft", str(path), "--out", str(tmp_path / name), "--device", "cuda"]
+        words = ["-m", "resta", "sft", str(path), "--output", str(tmp_path / name), "--device", "cuda"]
         subprocess.run([*launch, *words], check=True)
         facts = json.loads((tmp_path / name / "resta.json").read_text())
         losses.append(facts["metrics"]["last_loss"])

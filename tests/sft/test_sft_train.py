@@ -196,7 +196,7 @@ RUN = "import sys; from resta.cli import main; sys.argv[0] = 'resta'; main()"
 
 
 def start(recipe: Path, out: Path, *flags: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", RUN, "sft", str(recipe), "--out", str(out), "--device", "cpu", *flags]
+    command = [sys.executable, "-c", RUN, "sft", str(recipe), "--output", str(out), "--device", "cpu", *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -436,10 +436,11 @@ def test_qlora_trains_an_adapter_that_loads_on_the_base(make: Make, tmp_path: Pa
     from sft_tiny import sentencepiece_like, tiny_config
     from transformers import LlamaForCausalLM
 
+    torch.manual_seed(0)
     base, tokenizer = tmp_path / "wide", sentencepiece_like()  # 4-bit blocks are 64 weights wide
     LlamaForCausalLM(tiny_config(len(tokenizer), hidden_size=64)).save_pretrained(base)
     tokenizer.save_pretrained(base)
-    job = make(base=str(base), method="qlora", train={"max_steps": 6, "learning_rate": 0.05})
+    job = make(base=str(base), method="qlora", train={"max_steps": 12, "global_batch": 8})
     run(job)
     metrics = facts(job)["metrics"]
     assert metrics["last_loss"] < metrics["first_loss"]
