@@ -72,6 +72,8 @@ def save_weights(job: Job, trained: Trained, folder: Path) -> None:
     if job.recipe.method != "full":
         for adapter in model.peft_config.values():
             adapter.revision = base_revision(job, base_directory(job))
+            if isinstance(adapter.target_modules, set):  # in an order of its own in every process
+                adapter.target_modules = sorted(adapter.target_modules)
     _stop_at_turn_end(model, trained.chat)
     model.save_pretrained(str(folder), state_dict=state, safe_serialization=True, max_shard_size=SHARD_SIZE)
     model.generation_config.save_pretrained(str(folder))

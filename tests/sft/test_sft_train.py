@@ -221,7 +221,8 @@ def test_a_killed_run_resumes_to_the_same_bytes(make: Make, tmp_path: Path) -> N
     run(job)  # meanwhile, the same recipe without a stop
     output = resumed.communicate(timeout=100)[0]
     assert resumed.returncode == 0, output
-    assert_same_weights(tmp_path / "killed", tmp_path / "whole")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     ends = [
         json.loads((tmp_path / name / "resta.json").read_text())["metrics"] for name in ("killed", "whole")
     ]
