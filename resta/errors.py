@@ -7,9 +7,13 @@
     │   ├── AdapterError        a LoRA adapter that cannot be applied exactly
     │   ├── RecipeError         a recipe (or flags) that does not say one clear thing
     │   ├── PlanError           models that do not fit each other, the recipe, or the disk
+    │   ├── DataError           conversations that are malformed, too few, or cannot be trained on
+    │   ├── TemplateError       a tokenizer or chat template that cannot render or mask them exactly
     │   └── MissingExtraError   an optional dependency is not installed
     ├── NonFiniteError          NaN or infinity in weights, where the recipe does not allow it
     ├── ResumeError             a partial output that belongs to another recipe, input or process
+    ├── TrainingError           a training run that had to stop, such as one out of memory
+    ├── EndpointError           a model server that does not answer, or not as its protocol says
     └── AuditError              a finished output that is not what its manifest says
 
 A message says which file or tensor, what was expected, what was found, and what to do.
@@ -50,6 +54,14 @@ class PlanError(RequestError):
     """Models that do not fit each other, the recipe, or the disk."""
 
 
+class DataError(RequestError):
+    """Training conversations that are malformed, too few, or cannot be trained on."""
+
+
+class TemplateError(RequestError):
+    """A tokenizer or chat template that cannot render or mask conversations exactly."""
+
+
 class MissingExtraError(RequestError):
     """An optional dependency is not installed."""
 
@@ -60,6 +72,14 @@ class NonFiniteError(RestaError):
 
 class ResumeError(RestaError):
     """A partial output that this command may not continue."""
+
+
+class TrainingError(RestaError):
+    """A training run that had to stop."""
+
+
+class EndpointError(RestaError):
+    """A model server that does not answer, or not as its protocol says."""
 
 
 class AuditError(RestaError):

@@ -14,8 +14,10 @@ from resta.version import VERSION
 # name -> (module that defines `command`, one line for `resta --help`)
 COMMANDS = {
     "merge": ("resta.cli.merge", "Add a safety vector to a fine-tuned model, streaming, on disk."),
-    "diff": ("resta.cli.diff", "Show how far two checkpoints are apart, per layer and module."),
-    "audit": ("resta.cli.audit", "Re-read a finished merge and recompute it from its inputs."),
+    "sft": ("resta.cli.sft", "Fine-tune a model on conversations: safety (Starling) or any other task."),
+    "collect": ("resta.cli.collect", "Collect safe conversations from a well-aligned model, each judged."),
+    "diff": ("resta.cli.diff", "Show how far two checkpoints are apart, by layer and by module."),
+    "audit": ("resta.cli.audit", "Check a finished merge by computing it a second time."),
     "demo": ("resta.cli.demo", "Make three small checkpoints and merge them."),
     "schema": ("resta.cli.schema", "Print the JSON Schema of a merge recipe."),
     "completion": ("resta.cli.completion", "Print the completion script of a shell."),

@@ -1,0 +1,134 @@
+"""One call to an OpenAI-compatible chat endpoint, with a rate limit and retries; it knows nothing of what is
+asked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from resta.errors import EndpointError, RecipeError
+from resta.sft.data import Message
+from resta.sft.recipe import Frozen, Positive
+
+RETRIED = {408, 409, 429, 500, 502, 503, 504}
+LONGEST_WAIT_S = 60.0
+
+
+class Endpoint(Frozen):
+    """Where a model is served, and how it is asked."""
+
+    url: str = Field(pattern=r"^https?://")  # up to and including /v1
+    model: str = Field(min_length=1)
+    # The name of the environment variable that holds the key: keys never stand in a file.
+    api_key_env: str | None = None
+    temperature: float = Field(default=0.7, ge=0.0)
+    max_tokens: Positive = 512
+    timeout_s: float = Field(default=120.0, gt=0.0)
+    requests_per_minute: float | None = Field(default=None, gt=0.0)
+    concurrency: Positive = 4
+    tries: Annotated[int, Field(ge=1)] = 5
+
+
+@dataclass
+class Client:
+    """An endpoint in use: its key, the time of its next free request, and how many were made."""
+
+    endpoint: Endpoint
+    key: str | None
+    wait_s: float = 1.0  # before the second try; doubled for each further one
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    next_start: float = 0.0
+    requests: int = 0
+
+
+def open_client(endpoint: Endpoint, wait_s: float = 1.0) -> Client:
+    """Return a client. Raises `RecipeError` if the key's environment variable is not set."""
+    key = None
+    if endpoint.api_key_env is not None:
+        key = os.environ.get(endpoint.api_key_env)
+        if not key:
+            raise RecipeError(f"api_key_env: the environment variable {endpoint.api_key_env} is not set")
+    return Client(endpoint=endpoint, key=key, wait_s=wait_s)
+
+
+def ask(client: Client, messages: list[Message], seed: int) -> str:
+    """Return the model's answer. Raises `EndpointError` when it cannot be had, naming the endpoint and the
+    cause.
+    """
+    endpoint = client.endpoint
+    body = {
+        "model": endpoint.model,
+        "messages": messages,
+        "temperature": endpoint.temperature,
+        "max_tokens": endpoint.max_tokens,
+        "seed": seed,
+    }
+    cause = ""
+    for attempt in range(endpoint.tries):
+        _wait_for_turn(client)
+        try:
+            return _text_of(_post(client, body), endpoint)
+        except urllib.error.HTTPError as error:
+            with error:
+                said = error.read(500).decode("utf-8", "replace").strip()
+            cause = f"HTTP {error.code}: {said}"
+            if error.code not in RETRIED:
+                break
+            pause = _retry_after(error.headers.get("Retry-After"))
+        except (urllib.error.URLError, TimeoutError, ConnectionError, json.JSONDecodeError) as error:
+            cause, pause = str(error), None
+        if attempt + 1 < endpoint.tries:
+            time.sleep(pause if pause is not None else min(client.wait_s * 2**attempt, LONGEST_WAIT_S))
+    raise EndpointError(
+        f"{endpoint.url} ({endpoint.model}) gave no answer: {cause}. What was collected is kept; "
+        "run the same command again to go on"
+    )
+
+
+def _wait_for_turn(client: Client) -> None:
+    """Sleep until this request may start, so that starts are evenly spaced over all threads."""
+    with client.lock:
+        client.requests += 1
+        now = time.monotonic()
+        start = max(now, client.next_start)
+        if client.endpoint.requests_per_minute is not None:
+            client.next_start = start + 60.0 / client.endpoint.requests_per_minute
+    time.sleep(start - now)
+
+
+def _post(client: Client, body: dict[str, Any]) -> Any:
+    headers = {"Content-Type": "application/json"}
+    if client.key is not None:
+        headers["Authorization"] = f"Bearer {client.key}"
+    request = urllib.request.Request(
+        client.endpoint.url.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers
+    )
+    with urllib.request.urlopen(request, timeout=client.endpoint.timeout_s) as response:
+        return json.load(response)
+
+
+def _text_of(reply: Any, endpoint: Endpoint) -> str:
+    try:
+        text = reply["choices"][0]["message"]["content"]
+    except (KeyError, IndexError, TypeError):
+        raise EndpointError(
+            f"{endpoint.url} does not answer as a chat completions endpoint: no choices[0].message.content in the reply"
+        ) from None
+    return text.strip() if isinstance(text, str) else ""
+
+
+def _retry_after(header: str | None) -> float | None:
+    """Return the seconds that a server asks to wait, if it says so in a number."""
+    try:
+        return min(max(float(header or ""), 0.0), LONGEST_WAIT_S)
+    except ValueError:
+        return None

@@ -1,0 +1,191 @@
+"""How much memory a recipe needs on each device, and how fast it may run: arithmetic on the base's config, no
+weights.
+
+Parameters, gradients and optimiser state are exact counts. Activations are counted from what a Llama-like
+layer keeps for its backward pass, per token: 8 h + 2 k + 4 i numbers (h hidden size, k width of keys, i width
+of the MLP), 2 h of them in float32; with checkpointing, h per layer and one layer in full. Tests hold that
+count against what torch saves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from resta.errors import CheckpointError
+from resta.sft.recipe import Recipe
+from resta.sft.train import Job, build_adapter, precision
+
+GIB = 2**30
+# Bytes of optimiser state per trained parameter; what is not listed is taken for AdamW with two float32
+# moments.
+OPTIMIZER_BYTES = {"sgd": 0, "adafactor": 0, "adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2}
+ADAMW_BYTES = 8
+# 4 bits a weight, and a doubly quantised scale for every 64 of them.
+NF4_BYTES = 0.5 + (8 + 32 / 256) / 64 / 8
+# The trainer projects to the vocabulary in tiles of this many tokens by this many entries.
+HEAD_TOKENS, HEAD_ENTRIES = 4096, 32768
+# For the estimate of speed only: what the tensor cores of one A100 do in bfloat16, and the part of it that
+# fine-tuning commonly reaches. Both are assumptions, not measurements.
+ASSUMED_FLOPS, ASSUMED_USE = 312e12, 0.4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What the base's config says about its size; widths in numbers, not bytes."""
+
+    parameters: int
+    trained: int
+    linear: int  # parameters in the layers' linear maps, which 4-bit loading compresses
+    layers: int
+    hidden: int
+    keys: int  # width of the keys of a layer, all heads together
+    mlp: int
+    vocabulary: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Bytes on one device, by purpose, and the arithmetic of speed."""
+
+    bytes: dict[str, float]
+    shape: Shape
+    tokens_at_once: int
+    flops_per_token: float
+
+    @property
+    def total(self) -> float:
+        """Bytes on one device, all purposes together."""
+        return sum(self.bytes.values())
+
+
+def estimate(job: Job) -> Estimate:
+    """Estimate from the base's config alone. Raises `CheckpointError` if that cannot be read."""
+    shape = read_shape(job)
+    recipe = job.recipe
+    width = 2 if precision(job) in {"bf16", "fp16"} or recipe.parallel.processes > 1 else 4
+    tokens = recipe.train.per_device_batch * recipe.max_length
+    state = _state_bytes(recipe, shape, width)
+    activations = activation_bytes(shape, tokens, width=width, checkpointing=recipe.train.gradient_checkpointing)
+    head = min(tokens, HEAD_TOKENS) * min(shape.vocabulary, HEAD_ENTRIES) * (width + 4)
+    # Forward 2 and backward 4 operations per parameter and token; a frozen weight needs no gradient of its
+    # own (2 less), and checkpointing computes the forward pass twice (2 more).
+    passes = (6.0 if recipe.method == "full" else 4.0) + (2.0 if recipe.train.gradient_checkpointing else 0.0)
+    return Estimate(
+        bytes={**state, "activations": activations, "vocabulary head": head},
+        shape=shape,
+        tokens_at_once=tokens,
+        flops_per_token=passes * shape.parameters,
+    )
+
+
+def read_shape(job: Job) -> Shape:
+    """Count parameters on the meta device: exact, and without memory."""
+    try:
+        config: Any = AutoConfig.from_pretrained(job.base, revision=job.recipe.revision)
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # the library's failures here have no common class
+        raise CheckpointError(f"base {job.recipe.base!r}: its config cannot be read: {error}") from error
+    text = config.get_text_config()
+    parameters = sum(p.numel() for p in model.parameters())
+    head = model.get_output_embeddings()
+    linear = sum(
+        module.weight.numel()
+        for module in model.modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    )
+    adapter = build_adapter(job)
+    if adapter is not None:
+        with torch.device("meta"):
+            model = get_peft_model(model, adapter)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return Shape(
+        parameters=parameters,
+        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        linear=linear,
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        keys=heads * head_width,
+        mlp=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        vocabulary=text.vocab_size,
+    )
+
+
+def activation_bytes(shape: Shape, tokens: int, *, width: int, checkpointing: bool) -> float:
+    """Return what is kept for the backward pass of `tokens` tokens, computed in numbers of `width` bytes."""
+    numbers = 8 * shape.hidden + 2 * shape.keys + 4 * shape.mlp
+    layer = tokens * (numbers * width + 2 * shape.hidden * (4 - width))
+    if not checkpointing:
+        return float(layer * shape.layers)
+    return float(tokens * shape.hidden * width * shape.layers + layer)
+
+
+def _state_bytes(recipe: Recipe, shape: Shape, width: int) -> dict[str, float]:
+    """Return bytes of parameters, gradients and optimiser on one device, after sharding."""
+    optimizer = OPTIMIZER_BYTES.get(recipe.train.optimizer, ADAMW_BYTES)
+    copies = 0.0
+    if recipe.method == "full":
+        parameters = 4.0 * shape.parameters
+        copies = float(width * shape.parameters) if width < 4 else 0.0
+    elif recipe.method == "lora":
+        parameters = width * shape.parameters + 4.0 * shape.trained
+    else:
+        parameters = NF4_BYTES * shape.linear + width * (shape.parameters - shape.linear) + 2.0 * shape.trained
+    shards = _shards(recipe)
+    if shards["parameters"] > 1:
+        # Only the layer at work and the one being fetched are ever whole.
+        copies = 2 * width * shape.parameters / shape.layers
+    return {
+        "parameters": parameters / shards["parameters"],
+        "copies to compute with": copies,
+        "gradients": 4.0 * shape.trained / shards["gradients"],
+        "optimiser": float(optimizer) * shape.trained / shards["optimiser"],
+    }
+
+
+def _shards(recipe: Recipe) -> dict[str, int]:
+    """Return over how many devices each kind of state is split."""
+    count, strategy = recipe.parallel.processes, recipe.parallel.strategy
+    stage = 3 if strategy == "fsdp" else 0
+    if strategy == "deepspeed":
+        stage = int((recipe.parallel.deepspeed or {}).get("zero_optimization", {}).get("stage", 0))
+    return {
+        "parameters": count if stage >= 3 else 1,
+        "gradients": count if stage >= 2 else 1,
+        "optimiser": count if stage >= 1 else 1,
+    }
+
+
+def table(job: Job, estimate: Estimate) -> str:
+    """Return the estimate as text, with its arithmetic."""
+    shape, processes = estimate.shape, job.recipe.parallel.processes
+    lines = [
+        f"{shape.parameters:,} parameters, {shape.trained:,} trained ({shape.trained / shape.parameters:.2%})",
+        f"memory on each of {processes} device(s), estimated:",
+    ]
+    lines += [f"  {name:<24}{size / GIB:9.3f} GiB" for name, size in estimate.bytes.items() if size]
+    lines.append(f"  {'total':<24}{estimate.total / GIB:9.3f} GiB, and 1 to 2 GiB of the libraries' own on a GPU")
+    speed = ASSUMED_FLOPS * ASSUMED_USE / estimate.flops_per_token
+    lines += [
+        "",
+        f"speed, not measured: {speed:,.0f} tokens/s on each GPU, if it sustains {ASSUMED_USE:.0%} of "
+        f"{ASSUMED_FLOPS / 1e12:.0f} TFLOP/s (an A100 in bfloat16)",
+        f"  = {ASSUMED_USE} x {ASSUMED_FLOPS:.3g} / ({estimate.flops_per_token / shape.parameters:.0f} "
+        "FLOP x "
+        f"{shape.parameters:,} parameters); attention, about {_attention_share(job, shape):.0%} more, "
+        "left out",
+    ]
+    return "\n".join(lines)
+
+
+def _attention_share(job: Job, shape: Shape) -> float:
+    """Return the work of attention scores over that of the weights: 2 s h per layer and token against
+    parameters.
+    """
+    return 2.0 * job.recipe.max_length * shape.hidden * shape.layers / (2.0 * shape.parameters)

@@ -1,0 +1,362 @@
+"""The sft recipe: what a user writes, as frozen and strict models; it knows nothing of torch or of any file
+but itself.
+
+Everything that changes the resulting weights is here, so the digest of a recipe names its result. The one
+section that only changes speed is `parallel`; the digest leaves it out.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from resta.errors import RecipeError
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+# Options of the underlying trainer that the recipe already says in its own words: two places would be one too
+# many.
+OWNED_BY_RECIPE = {
+    "bf16": "train.precision",
+    "data_seed": "seed",
+    "eval_strategy": "train.eval_every",
+    "eval_steps": "train.eval_every",
+    "fp16": "train.precision",
+    "fsdp": "parallel.strategy",
+    "deepspeed": "parallel.deepspeed",
+    "fsdp_config": "parallel.fsdp",
+    "gradient_accumulation_steps": "train.global_batch",
+    "activation_checkpointing": "train.gradient_checkpointing",
+    "gradient_checkpointing": "train.gradient_checkpointing",
+    "learning_rate": "train.learning_rate",
+    "load_best_model_at_end": "train.early_stop_patience",
+    "logging_steps": "train.log_every",
+    "lr_scheduler_type": "train.schedule",
+    "max_grad_norm": "train.max_grad_norm",
+    "max_length": "max_length",
+    "max_steps": "train.max_steps",
+    "model_init_kwargs": "base and train.attention",
+    "num_train_epochs": "train.epochs",
+    "optim": "train.optimizer",
+    "output_dir": "--output",
+    "packing": "train.packing",
+    "per_device_train_batch_size": "train.per_device_batch",
+    "save_steps": "train.save_every",
+    "save_strategy": "train.save_every",
+    "seed": "seed",
+    "use_cpu": "--device",
+    "warmup_steps": "train.warmup",
+    "weight_decay": "train.weight_decay",
+}
+
+
+Checked = TypeVar("Checked", bound=BaseModel)
+
+
+class Frozen(BaseModel):
+    """The common settings of every recipe section: immutable, strict types, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Source(Frozen):
+    """One source of conversations: a local file or folder, or a Hub dataset at a revision."""
+
+    name: str = Field(min_length=1)
+    path: str | None = None
+    hub: str | None = None
+    revision: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    side: Literal["blue", "red"] = "blue"
+    # Passes over this source per epoch: 0.5 draws a seeded half of it, 2 reads every conversation twice.
+    weight: float = Field(default=1.0, gt=0.0)
+    # Use at most this many conversations, drawn with the recipe's seed.
+    limit: Positive | None = None
+    # As many conversations as these sources give together, times `weight`.
+    equal_to: tuple[str, ...] = Field(default=(), strict=False)
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Source:
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("give exactly one of `path` (a local file or folder) and `hub` (a dataset id)")
+        if self.path is not None and (self.revision is not None or self.subset is not None):
+            raise ValueError("`revision` and `subset` belong to a `hub` dataset, not to a `path`")
+        return self
+
+
+class Lora(Frozen):
+    """A low-rank adapter: rank, alpha (delta = alpha / rank * B @ A, or alpha / sqrt(rank) with rslora)."""
+
+    rank: Positive = 16
+    alpha: float = Field(default=32.0, gt=0.0)
+    dropout: Share = 0.0
+    target_modules: str | Annotated[tuple[str, ...], Field(strict=False)] = "all-linear"
+    rslora: bool = False
+
+
+class Objective(Frozen):
+    """What is minimised: `blue`, the mean NLL of safe answers, or `blue_red`, L_blue - lambda2 * L_red."""
+
+    kind: Literal["blue", "blue_red"] = "blue"
+    lambda2: float = Field(default=0.1, ge=0.0)
+    # The ascent is off where the red NLL is already above this; required, as without it the loss has no lower
+    # bound.
+    red_cutoff: float = Field(default=1.0, gt=0.0)
+    red_threshold_scope: Literal["token", "sample"] = "token"
+    # Red conversations per blue one, in every batch up to rounding.
+    red_per_blue: float = Field(default=1.0, gt=0.0)
+
+
+class Train(Frozen):
+    """How long, how fast and in what precision."""
+
+    epochs: float = Field(default=3.0, gt=0.0)
+    max_steps: Positive | None = None
+    global_batch: Positive = 64
+    per_device_batch: Positive = 2
+    learning_rate: float = Field(default=1e-5, gt=0.0)
+    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    # Below 1: share of all steps. From 1 on: a number of steps.
+    warmup: float = Field(default=0.0, ge=0.0)
+    weight_decay: float = Field(default=0.0, ge=0.0)
+    max_grad_norm: float = Field(default=1.0, gt=0.0)
+    optimizer: str = "adamw"
+    precision: Literal["auto", "bf16", "fp16", "float32"] = "auto"
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "auto"
+    gradient_checkpointing: bool = True
+    packing: bool = False
+    eval_every: Positive | None = None
+    save_every: Positive | None = 200
+    keep_checkpoints: int = Field(default=2, ge=2)
+    early_stop_patience: Positive | None = None
+    log_every: Positive = 10
+
+
+class Parallel(Frozen):
+    """On how many devices, and how they share the model; the samples of a step stay the same."""
+
+    processes: Positive = 1
+    strategy: Literal["ddp", "fsdp", "deepspeed"] = "ddp"
+    fsdp: dict[str, Any] = Field(default_factory=dict)
+    deepspeed: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _options_match(self) -> Parallel:
+        if self.fsdp and self.strategy != "fsdp":
+            raise ValueError("`fsdp` options need `strategy: fsdp`")
+        if (self.deepspeed is not None) != (self.strategy == "deepspeed"):
+            raise ValueError("`strategy: deepspeed` and a `deepspeed` configuration go together")
+        return self
+
+
+class Recipe(Frozen):
+    """One fine-tuning run, whole."""
+
+    base: str = Field(min_length=1)
+    revision: str | None = None
+    chat_template: str | None = None
+    system_turn: Literal["refuse", "into_user", "drop"] = "refuse"
+    pad_token: str | None = None
+    max_length: Annotated[int, Field(ge=8)] = 1280
+    data: tuple[Source, ...] = Field(min_length=1, strict=False)
+    holdout: Share = 0.02
+    bad_rows: Literal["refuse", "drop"] = "refuse"
+    # With bad_rows: drop, the largest share of conversations that may be lost before the run is refused.
+    max_dropped: Share = 0.1
+    method: Literal["lora", "qlora", "full"] = "lora"
+    lora: Lora = Lora()
+    objective: Objective = Objective()
+    train: Train = Train()
+    # "auto" writes a full model in the number format of its base.
+    save_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    parallel: Parallel = Parallel()
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    # Passed to the underlying trainer as it is, and checked by it.
+    trainer: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one_clear_thing(self) -> Recipe:
+        _check_sources(self)
+        _check_objective(self)
+        for key in self.trainer:
+            if key in OWNED_BY_RECIPE:
+                raise ValueError(f"`trainer.{key}` is said by `{OWNED_BY_RECIPE[key]}`; set it there")
+        _check_rhythm(self.train, self.holdout)
+        return self
+
+
+def _check_sources(recipe: Recipe) -> None:
+    names = [source.name for source in recipe.data]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two data sources are called {name!r}; give each its own name")
+    for source in recipe.data:
+        for other in source.equal_to:
+            target = next((s for s in recipe.data if s.name == other), None)
+            if target is None:
+                raise ValueError(f"data source {source.name!r}: equal_to names {other!r}, which is not a source")
+            if target.equal_to:
+                raise ValueError(f"data source {source.name!r}: equal_to names {other!r}, which itself is equal_to")
+
+
+def _check_rhythm(train: Train, holdout: float) -> None:
+    if train.eval_every is not None and not holdout:
+        raise ValueError("`train.eval_every` needs a `holdout` above 0")
+    if train.save_every is not None and train.save_every % train.log_every:
+        raise ValueError("`train.save_every` must be a multiple of `log_every`, or a resumed run logs another curve")
+    if train.early_stop_patience is not None:
+        if train.eval_every is None or train.save_every is None:
+            raise ValueError("`train.early_stop_patience` needs `train.eval_every` and `train.save_every`")
+        if train.save_every % train.eval_every:
+            raise ValueError("`train.save_every` must be a multiple of `eval_every`, so that the best can be kept")
+
+
+def _check_objective(recipe: Recipe) -> None:
+    sides = {source.side for source in recipe.data}
+    if recipe.objective.kind == "blue" and "red" in sides:
+        raise ValueError("a `side: red` source needs `objective.kind: blue_red`; blue would imitate it")
+    if recipe.objective.kind == "blue_red" and sides != {"blue", "red"}:
+        raise ValueError("`objective.kind: blue_red` needs at least one blue and one `side: red` source")
+    if recipe.objective.kind == "blue" and recipe.objective != Objective():
+        raise ValueError("lambda2, red_cutoff, red_threshold_scope and red_per_blue need `kind: blue_red`")
+    if recipe.objective.kind == "blue_red" and recipe.train.packing:
+        raise ValueError("`train.packing` joins samples, and blue_red needs each sample's own side; turn it off")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with two traps removed: 1e-5 is a number, and a key given twice is an error."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _unique_mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read one YAML mapping. Raises `RecipeError` naming file, line and cause."""
+    try:
+        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(value, dict):
+        raise RecipeError(f"{path}: expected a mapping of settings, found {type(value).__name__}")
+    return value
+
+
+def override(settings: dict[str, Any], assignments: tuple[str, ...]) -> dict[str, Any]:
+    """Return settings with `a.b=value` assignments applied; values are read as YAML, list items by number."""
+    result: dict[str, Any] = json.loads(json.dumps(settings))
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals or not path:
+            raise RecipeError(f"--set {assignment}: expected KEY=VALUE, for example train.epochs=1")
+        *parents, last = path.split(".")
+        place: Any = result
+        for part in parents:
+            place = _step(place, part, assignment)
+        if isinstance(place, list):
+            _step(place, last, assignment)
+            place[int(last)] = yaml.load(text, Loader=_Loader)
+        else:
+            place[last] = yaml.load(text, Loader=_Loader)
+    return result
+
+
+def _step(place: Any, part: str, assignment: str) -> Any:
+    if isinstance(place, list):
+        if not part.isdigit() or int(part) >= len(place):
+            raise RecipeError(f"--set {assignment}: {part!r} is not a place in a list of {len(place)}")
+        return place[int(part)]
+    inner = place.setdefault(part, {})
+    if not isinstance(inner, dict | list):
+        raise RecipeError(f"--set {assignment}: {part!r} is a value, not a section")
+    return inner
+
+
+def load(model: type[Checked], path: Path, assignments: tuple[str, ...] = ()) -> Checked:
+    """Read and check a YAML file as one of the models of this file. Raises `RecipeError`."""
+    settings = override(read_yaml(path), assignments)
+    try:
+        return model.model_validate(settings)
+    except ValidationError as error:
+        raise RecipeError(f"{path}: " + "; ".join(explain(model, error))) from None
+
+
+def explain(model: type[BaseModel], error: ValidationError) -> list[str]:
+    """Return one sentence per problem, with the nearest known key for an unknown one."""
+    known = sorted(_all_keys(model))
+    sentences = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"]) or "recipe"
+        if problem["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+            hint = f"; did you mean `{near[0]}`?" if near else ""
+            sentences.append(f"unknown key `{where}`{hint}")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            sentences.append(f"`{where}`: {message}" if problem["loc"] else message)
+    return sentences
+
+
+def _all_keys(model: type[BaseModel]) -> set[str]:
+    keys = set(model.model_fields)
+    for field in model.model_fields.values():
+        for inner in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                keys |= _all_keys(inner)
+    return keys
+
+
+def dump(recipe: BaseModel) -> dict[str, Any]:
+    """Return the recipe as plain JSON values, defaults included."""
+    value: dict[str, Any] = recipe.model_dump(mode="json")
+    return value
+
+
+def digest(recipe: Recipe) -> str:
+    """Return the sha256 that names what this recipe makes; `parallel` is left out, as it changes only the
+    speed.
+    """
+    settings = dump(recipe)
+    del settings["parallel"]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def changes(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
+    """Return `key: old -> new` for every setting that differs between two dumped recipes."""
+    lines: list[str] = []
+    for key in sorted({*before, *after}):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += changes(old, new, f"{prefix}{key}.")
+        elif old != new:
+            lines.append(f"{prefix}{key}: {old!r} -> {new!r}")
+    return lines

@@ -1,0 +1,89 @@
+"""What people see in the terminal: samples with the trained tokens marked, and the counts of everything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from resta.sft.chat import Chat
+from resta.sft.data import Mixture, Tally
+from resta.sft.samples import Prepared, Sample, lengths
+
+TRAINED_STYLE = "bold green"
+
+
+def preview(chat: Chat, mixture: Mixture, prepared: Prepared, samples: int) -> None:
+    """Print the first samples of the run in their order, then the statistics of the data."""
+    console = Console(highlight=False)
+    for sample in prepared.train[:samples]:
+        tokens, trained = len(sample.encoded.ids), int(sample.encoded.trained.sum())
+        console.rule(f"{sample.conversation.where} ({sample.conversation.side}): {trained} of {tokens} tokens trained")
+        console.print(marked(chat, sample, colour=console.is_terminal))
+    console.rule("data")
+    console.print(sources(mixture))
+    console.print(token_table(prepared))
+    for loaded in mixture.sources:
+        for title, tally in (("dropped", loaded.dropped), ("changed", loaded.changed)):
+            _print_tally(console, f"{title} from {loaded.source.name}", tally)
+    _print_tally(console, "dropped when encoding", prepared.dropped)
+    _print_tally(console, "cut to max_length", prepared.cut)
+
+
+def _print_tally(console: Console, title: str, tally: Tally) -> None:
+    for reason, count in tally.counts.items():
+        console.print(f"{title}: {count} x {reason} (first: {tally.first[reason]})", markup=False, soft_wrap=True)
+
+
+def marked(chat: Chat, sample: Sample, *, colour: bool) -> Text:
+    """Return the decoded sample; trained runs of tokens are green, or between [[ and ]] where there is no
+    colour.
+    """
+    ids, trained = sample.encoded.ids, sample.encoded.trained
+    text, start = Text(), 0
+    while start < len(ids):
+        end = start
+        while end < len(ids) and trained[end] == trained[start]:
+            end += 1
+        # Decoded as one run: token by token would tear characters that take several tokens.
+        piece = chat.tokenizer.decode(ids[start:end].tolist())
+        if not trained[start]:
+            text.append(piece)
+        else:
+            text.append(piece if colour else f"[[{piece}]]", style=TRAINED_STYLE)
+        start = end
+    return text
+
+
+def sources(mixture: Mixture) -> Table:
+    """Return the table of data sources."""
+    table = Table("source", "side", "rows", "conversations", "dropped", "drawn", "sha256")
+    for loaded in mixture.sources:
+        table.add_row(
+            loaded.source.name,
+            loaded.source.side,
+            str(loaded.rows),
+            str(len(loaded.conversations)),
+            str(loaded.dropped.total()),
+            str(mixture.drawn[loaded.source.name]),
+            loaded.digest[:12],
+        )
+    return table
+
+
+def token_table(prepared: Prepared) -> Table:
+    """Return the table of sample lengths, training beside held-out."""
+    train, held = lengths(prepared.train), lengths(prepared.heldout)
+    table = Table("tokens", "train", "held out")
+    for key in train:
+        table.add_row(key, str(train[key]), str(held.get(key, "-")))
+    return table
+
+
+def finished(out: Path, metrics: dict[str, Any]) -> None:
+    """Print where the model is and how training ended."""
+    shown = {key: f"{value:.4f}" if isinstance(value, float) else value for key, value in metrics.items()}
+    print(f"{out}: " + ", ".join(f"{key} {value}" for key, value in shown.items() if value is not None))
