@@ -7,9 +7,13 @@
     │   ├── AdapterError        a LoRA adapter that cannot be applied exactly
     │   ├── RecipeError         a recipe (or flags) that does not say one clear thing
     │   ├── PlanError           models that do not fit each other, the recipe, or the disk
+    │   ├── BankError           a question bank or prompt template that cannot be used as it stands
+    │   ├── JudgeError          a judge that is not declared clearly, or may not judge this model
+    │   ├── ModelError          a model to ask that cannot be loaded or prompted
     │   └── MissingExtraError   an optional dependency is not installed
     ├── NonFiniteError          NaN or infinity in weights, where the recipe does not allow it
     ├── ResumeError             a partial output that belongs to another recipe, input or process
+    ├── UnansweredError         some questions got no answer; those that did are kept
     └── AuditError              a finished output that is not what its manifest says
 
 A message says which file or tensor, what was expected, what was found, and what to do.
@@ -50,6 +54,18 @@ class PlanError(RequestError):
     """Models that do not fit each other, the recipe, or the disk."""
 
 
+class BankError(RequestError):
+    """A question bank or prompt template that cannot be used as it stands."""
+
+
+class JudgeError(RequestError):
+    """A judge that is not declared clearly, or may not judge this model."""
+
+
+class ModelError(RequestError):
+    """A model to ask that cannot be loaded or prompted."""
+
+
 class MissingExtraError(RequestError):
     """An optional dependency is not installed."""
 
@@ -60,6 +76,10 @@ class NonFiniteError(RestaError):
 
 class ResumeError(RestaError):
     """A partial output that this command may not continue."""
+
+
+class UnansweredError(RestaError):
+    """Some questions got no answer (an endpoint down, out of memory); the answers that came are kept."""
 
 
 class AuditError(RestaError):

@@ -14,6 +14,7 @@ from resta.version import VERSION
 # name -> (module that defines `command`, one line for `resta --help`)
 COMMANDS = {
     "merge": ("resta.cli.merge", "Add a safety vector to a fine-tuned model, streaming, on disk."),
+    "redeval": ("resta.cli.redeval", "Measure how often a model can be led to harm (Red-Eval)."),
 }
 
 
