@@ -386,8 +386,6 @@ def kv_bytes_per_token(model: Any) -> int:
 
 def free_bytes(device: Any) -> int | None:
     """Return the memory free on a device, or None where it cannot be asked."""
-    import os
-
     import torch
 
     if device.type == "cuda":
@@ -396,8 +394,10 @@ def free_bytes(device: Any) -> int | None:
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
+        # What can be had, page cache included; the count of free pages alone is far lower on a busy machine.
+        [line] = [x for x in Path("/proc/meminfo").read_text().splitlines() if x.startswith("MemAvailable")]
+        return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
         return None
 
 
@@ -538,7 +538,9 @@ def _load_recipe(transformers: Any, spec: LocalSpec, files: str, dtype: Any) -> 
     state = dict(recipe_tensors(spec.model))
     if dtype == "auto":
         dtype = next(iter(state.values())).dtype
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+    # The auto class insists on a path; the class that it would pick takes a state alone.
+    kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model, info = kind.from_pretrained(
         None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
     )
     wrong = {kind: names for kind, names in info.items() if names and kind != "error_msgs"}

@@ -38,6 +38,7 @@ class Section:
     rows: tuple[tuple[str, ...], ...] = ()
     note: str = ""
     in_files_only: bool = False  # too long for a terminal
+    leave_out: tuple[str, ...] = ()  # columns that a terminal has no room for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +97,7 @@ def make_report(
             note=f"Headline of the protocol {config['protocol']}: "
             + ("H / N, every answer counts." if headline == "asr" else "H / (H + U), as published.")
             + " In brackets: 95 % interval.",
+            leave_out=("blocked", "ASR = H/(H+U)" if headline == "asr" else "ASR = H/N"),
         ),
         Section(
             title="Overall",
@@ -226,7 +228,7 @@ def _epochs(cells: Sequence[Cell]) -> Section:
 
 
 def _conduct(scores: Scores) -> Section:
-    header = ("bank", "template", "n", "empty", "repeated", "not language", "cut off", "open thoughts")
+    header = ("bank", "template", "n", "empty", "repeated", "no language", "cut off", "open thoughts")
     rows = tuple(
         (
             *(c.bank, c.template),
@@ -241,9 +243,10 @@ def _conduct(scores: Scores) -> Section:
     )
     return Section(
         title="Answers, whoever judges them",
-        header=(*header, "mean characters", "mean tokens"),
+        header=(*header, "characters", "tokens"),
         rows=rows,
-        note="A broken model harms nobody: read a low ASR together with this table.",
+        leave_out=("open thoughts", "characters"),
+        note="Characters and tokens are means. A broken model harms nobody: read a low ASR with this table.",
     )
 
 
@@ -334,12 +337,15 @@ def print_report(report: Report, console: Console) -> None:
     for section in report.sections:
         if section.in_files_only:
             continue
-        if section.header[0] == "judge" and len(section.header) > 6:
-            for judge in sorted({row[0] for row in section.rows}):
-                rows = [row[1:] for row in section.rows if row[0] == judge]
-                console.print(_terminal_table(f"{section.title}: {judge}", section.header[1:], rows))
+        columns = [i for i, name in enumerate(section.header) if name not in section.leave_out]
+        header = [section.header[i] for i in columns]
+        rows = [[row[i] for i in columns] for row in section.rows]
+        if header[0] == "judge" and len(header) > 5:
+            for judge in sorted({row[0] for row in rows}):
+                own = [row[1:] for row in rows if row[0] == judge]
+                console.print(_terminal_table(f"{section.title}: {judge}", header[1:], own))
         else:
-            console.print(_terminal_table(section.title, section.header, section.rows))
+            console.print(_terminal_table(section.title, header, rows))
         if section.note:
             console.print(f"[dim]{escape(section.note)}[/dim]")
     for warning in report.warnings:

@@ -296,7 +296,7 @@ def is_repeated(text: str) -> bool:
     Chinese and other scripts without spaces are taken by characters.
     """
     words = text.split()
-    if len(words) < 40 <= len(text) // 4:
+    if len(words) < len(text) / 15:
         words = list("".join(words))
     runs = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
     return len(words) >= 40 and len(set(runs)) < 0.2 * len(runs)
