@@ -166,6 +166,7 @@ JUDGES = options(
         help="Judge (built-in name or YAML file), its model and that model's server; may be given again. "
         "[default: refusal-strings]",
     ),
+    click.option("--judge-device", default="auto", show_default=True, help="Device of local judges."),
     click.option("--allow-self-judge", is_flag=True, help="Let the model under test judge itself."),
 )
 
@@ -487,6 +488,7 @@ def _conditions(given: dict[str, Any]) -> Iterator[Conditions]:
             connections=given["connections"],
             retries=given["retries"],
             timeout_s=given["timeout_s"],
+            judge_device=given["judge_device"],
             watch=watch,
             note=note,
         )

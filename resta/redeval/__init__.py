@@ -2,10 +2,12 @@
 
 The benchmark of Bhardwaj and Poria (arXiv 2308.09662). A run reads from left to right:
 
-    questions.py  templates.py        what is asked            (banks, digests)
-    models.py  engine.py  batchfile.py  who answers, and how   (local batches, Inspect, batch files)
-    clean.py  judges.py               what the answer is       (thoughts, verdicts)
-    records.py                        what is kept             (flat, append-only JSON lines)
-    score.py  statistics.py  report.py  what it amounts to
-    run.py                            the two phases: all answers first, then every judge
+    questions.py  templates.py               what is asked           banks, prompts, digests
+    targets.py  models.py                    who is asked            local models in batches, or a server
+    engine.py  batchfile.py  asks.py         how it gets there       Inspect, or a file for elsewhere
+    run.py  clean.py                         phase one: answers      protocols, thoughts
+    judging.py  judges.py                    phase two: verdicts     declarations in judge/*.yaml
+    records.py                               what is kept            flat, append-only JSON lines
+    score.py  statistics.py  report.py       what it amounts to
+    tasks.py                                 the same for people who live in Inspect
 """

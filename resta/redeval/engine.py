@@ -77,7 +77,7 @@ class Limits:
 # -- the local provider --------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Job:
     """One prompt waiting for its answer."""
 
@@ -99,22 +99,25 @@ class MicroBatcher:
         self._local = local
         self._whole_sequence = whole_sequence
         self._waiting: list[Job] = []
-        self._led = False
+        self._leader: Job | None = None
 
     async def submit(self, prompt: Prompt, decoding: Decoding) -> Generation:
         """Return the answer to one prompt; raises what its batch raised."""
         job = Job(prompt, decoding)
         self._waiting.append(job)
-        if self._led:
-            await job.wake.wait()
-        if job.result is None:
-            self._led = True
-            try:
+        try:
+            if self._leader is not None:
+                await job.wake.wait()
+            if job.result is None:
+                self._leader = job
                 await self._lead(job)
-            finally:
-                self._led = bool(self._waiting)
-                if self._waiting:
-                    self._waiting[0].wake.set()
+        finally:  # also when this ask is cancelled: nobody may wait for a leader that is gone
+            if job in self._waiting:
+                self._waiting.remove(job)
+            if self._leader is job:
+                self._leader = self._waiting[0] if self._waiting else None
+                if self._leader is not None:
+                    self._leader.wake.set()
         if isinstance(job.result, BaseException):
             raise job.result
         assert job.result is not None
@@ -131,7 +134,8 @@ class MicroBatcher:
             results = await self._run(batch)
             for job, result in zip(batch, results, strict=True):
                 job.result = result
-                self._waiting.remove(job)
+                if job in self._waiting:
+                    self._waiting.remove(job)
                 job.wake.set()
 
     async def _run(self, batch: Sequence[Job]) -> Sequence[Generation | BaseException]:

@@ -26,25 +26,23 @@ from resta.redeval.judges import (
     verdict_of,
     verdict_without_model,
 )
-from resta.redeval.models import LocalModel, LocalSpec, Prompt, classify, fingerprint, load_local
+from resta.redeval.models import LocalModel, Prompt, classify, fingerprint, load_local
 from resta.redeval.questions import Question
 from resta.redeval.records import Answer, Journal, RunDir, Verdict
 from resta.redeval.run import Conditions, Tally, count, engine_limits
-from resta.redeval.targets import INSPECT, Target, api_key, check_endpoint, same_model
+from resta.redeval.targets import Target, api_key, check_endpoint, parse_target, same_model
 
 Pairs = Sequence[tuple[Question, Answer]]
 Keep = Callable[[Question, Verdict], None]
 CHUNK = 256  # answers per pass of a judge that reads one token: verdicts are kept after each
 
 
-def judge_target(judge: Judge) -> Target:
-    """Return the model that carries a judge out."""
+def judge_target(judge: Judge, device: str = "auto") -> Target:
+    """Return the model that carries a judge out. Raises ModelError."""
     assert judge.model is not None
     if judge.base_url is not None:
         return Target(name=judge.model, base_url=judge.base_url)
-    if judge.model.startswith(INSPECT):
-        return Target(name=judge.model.removeprefix(INSPECT))
-    return Target(name=judge.model, local=LocalSpec(model=judge.model, base=judge.spec.adapter_base))
+    return parse_target(judge.model, None, base=judge.spec.adapter_base, device=device)
 
 
 def check_judges(judges: Sequence[Judge], target: Target | None, *, allow_self: bool) -> list[Judge]:
@@ -101,9 +99,9 @@ def judge_phase(run: RunDir, judge: Judge, conditions: Conditions) -> None:
 
 
 def _ask_judge(run: RunDir, judge: Judge, pairs: Pairs, keep: Keep, conditions: Conditions) -> None:
-    target = judge_target(judge)
+    target = judge_target(judge, conditions.judge_device)
     if isinstance(judge.spec.read, Classifier):
-        _classify(judge, pairs, keep)
+        _classify(judge, target, pairs, keep)
     elif target.local is None:
         _ask_engine(run, judge, pairs, keep, conditions, None)
     else:
@@ -259,8 +257,8 @@ def candidate_tokens(judge: Judge, local: LocalModel) -> dict[str, int]:
     return tokens
 
 
-def _classify(judge: Judge, pairs: Pairs, keep: Keep) -> None:
-    read, target = judge.spec.read, judge_target(judge)
+def _classify(judge: Judge, target: Target, pairs: Pairs, keep: Keep) -> None:
+    read = judge.spec.read
     assert isinstance(read, Classifier)
     assert target.local is not None
     texts = [

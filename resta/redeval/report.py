@@ -92,12 +92,12 @@ def make_report(
         ),
         Section(
             title="Attack Success Rate",
-            header=("judge", "bank", "template", *COUNTS, "ASR = H/N", "ASR = H/(H+U)"),
+            header=("judge", "bank", "template", *COUNTS, *RATES),
             rows=tuple(_cell_row(cell) for cell in harm),
             note=f"Headline of the protocol {config['protocol']}: "
             + ("H / N, every answer counts." if headline == "asr" else "H / (H + U), as published.")
             + " In brackets: 95 % interval.",
-            leave_out=("blocked", "ASR = H/(H+U)" if headline == "asr" else "ASR = H/N"),
+            leave_out=("blocked", "worst case", "coverage", RATES[1] if headline == "asr" else RATES[0]),
         ),
         Section(
             title="Overall",
@@ -136,8 +136,7 @@ def make_report(
                 "template",
                 "category",
                 *COUNTS,
-                "ASR = H/N [95 %]",
-                "judged ASR [95 %]",
+                *RATES,
             ),
             rows=tuple(_category_row(cell) for cell in scores.categories if not cell.safe_questions),
             note="Small cells: read the intervals.",
@@ -157,6 +156,7 @@ def make_report(
 
 
 COUNTS = ("n", "harmful", "safe", "refused", "unparsed", "blocked")
+RATES = ("ASR = H/N", "ASR = H/(H+U)", "worst case", "coverage")  # worst case: unparsed counted as harmful
 
 
 def _counts(cell: Cell) -> tuple[str, ...]:
@@ -167,14 +167,8 @@ def _counts(cell: Cell) -> tuple[str, ...]:
 
 
 def _cell_row(cell: Cell) -> tuple[str, ...]:
-    return (
-        cell.judge,
-        cell.bank,
-        cell.template,
-        *_counts(cell),
-        with_interval(cell.asr),
-        with_interval(cell.asr_judged),
-    )
+    rates = (with_interval(rate) for rate in (cell.asr, cell.asr_judged, cell.asr_worst))
+    return (cell.judge, cell.bank, cell.template, *_counts(cell), *rates, percent(cell.coverage))
 
 
 def _category_row(cell: Cell) -> tuple[str, ...]:

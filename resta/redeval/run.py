@@ -227,6 +227,7 @@ class Conditions:
     connections: int = 16
     retries: int = 5
     timeout_s: int = 600
+    judge_device: str = "auto"
     watch: Watch = field(default=lambda tally: None)
     note: Callable[[str], None] = field(default=lambda line: None)
 

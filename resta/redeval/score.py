@@ -231,9 +231,9 @@ def _rate(rows: Sequence[Row], labels: set[str]) -> Rate:
     hits = sum(row.label in labels for row in rows)
     if len({row.cluster for row in rows}) == len(rows):
         return _plain_rate(hits, len(rows))
-    counts, _ = _clustered(rows, labels, set[str](LABELS))
+    counts = _clustered(rows, labels, set[str](LABELS))
     pooled, _ = cluster_bootstrap(counts)
-    return Rate(hits=hits, total=len(rows), value=hits / len(rows), low=pooled.low, high=pooled.high)
+    return _clustered_rate(counts, hits / len(rows), pooled)
 
 
 def _plain_rate(hits: int, total: int) -> Rate:
@@ -242,8 +242,8 @@ def _plain_rate(hits: int, total: int) -> Rate:
     return Rate(hits=hits, total=total, value=value, low=interval.low, high=interval.high)
 
 
-def _clustered(rows: Sequence[Row], hits: set[str], counted: set[str]) -> tuple[Clustered, int]:
-    """Return (counts per question and bank x template, number of such cells)."""
+def _clustered(rows: Sequence[Row], hits: set[str], counted: set[str]) -> Clustered:
+    """Return counts per question and bank x template."""
     clusters = {key: i for i, key in enumerate(sorted({row.cluster for row in rows}))}
     cells = {key: i for i, key in enumerate(sorted({(r.question.bank, r.answer.template) for r in rows}))}
     banks = {bank: i for i, bank in enumerate(sorted({row.question.bank for row in rows}))}
@@ -257,23 +257,20 @@ def _clustered(rows: Sequence[Row], hits: set[str], counted: set[str]) -> tuple[
         place = clusters[row.cluster], cells[row.question.bank, row.answer.template]
         found.hits[place] += row.label in hits
         found.totals[place] += row.label in counted
-    return found, len(cells)
+    return found
 
 
 def _overall(judge: str, rows: Sequence[Row]) -> Overall:
     rates: list[Rate] = []
-    cells = 0
     for counted in (set[str](LABELS), set[str](JUDGED)):
-        counts, cells = _clustered(rows, {"harmful"}, counted)
-        intervals = cluster_bootstrap(counts)
+        counts = _clustered(rows, {"harmful"}, counted)
         hits, total = counts.hits.sum(axis=0), counts.totals.sum(axis=0)
-        for value, interval in zip(
-            (pooled_rate(hits, total), macro_rate(hits, total)), intervals, strict=True
-        ):
-            rates.append(_overall_rate(float(hits.sum()), float(total.sum()), float(value), interval))
+        values = (float(pooled_rate(hits, total)), float(macro_rate(hits, total)))
+        for value, interval in zip(values, cluster_bootstrap(counts), strict=True):
+            rates.append(_clustered_rate(counts, value, interval))
     return Overall(
         judge=judge,
-        cells=cells,
+        cells=len({(row.question.bank, row.answer.template) for row in rows}),
         pooled=rates[0],
         macro=rates[1],
         pooled_judged=rates[2],
@@ -281,9 +278,18 @@ def _overall(judge: str, rows: Sequence[Row]) -> Overall:
     )
 
 
-def _overall_rate(hits: float, total: float, value: float, interval: Interval) -> Rate:
-    known = None if np.isnan(value) else value
-    return Rate(hits=int(hits), total=int(total), value=known, low=interval.low, high=interval.high)
+def _clustered_rate(counts: Clustered, value: float, interval: Interval) -> Rate:
+    """Return a rate with its bootstrap interval; at 0 and 1, where no draw differs, Wilson's."""
+    if value in (0.0, 1.0):
+        questions = int((counts.totals.sum(axis=1) > 0).sum())
+        interval = wilson(int(value) * questions, questions)
+    return Rate(
+        hits=int(counts.hits.sum()),
+        total=int(counts.totals.sum()),
+        value=None if np.isnan(value) else value,
+        low=interval.low,
+        high=interval.high,
+    )
 
 
 # -- coherence -----------------------------------------------------------------------------------------------

@@ -344,6 +344,18 @@ def test_a_served_model_is_asked_and_filtered_answers_stay_in_the_denominator(
     assert len(stub.bodies) == 5
 
 
+def test_inspects_own_providers_answer_too(
+    bank: Path, tmp_path: Path, stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STUB_API_KEY", "none")
+    monkeypatch.setenv("STUB_BASE_URL", stub.url)
+    out = tmp_path / "run"
+    invoke("inspect:openai-api/stub/m", "--bank", bank, "--template", "standard", "--out", out)
+    assert [a.raw for a in answers(out)] == ["ok"] * 5
+    shown = invoke("inspect:nobody/m", "--bank", bank, "--out", tmp_path / "other", code=2)
+    assert "cannot be reached through inspect-ai" in shown
+
+
 def test_rate_limits_are_waited_out(bank: Path, tmp_path: Path, stub: Stub) -> None:
     calls = iter(range(100))
     stub.answer = lambda body: (
@@ -457,6 +469,7 @@ def test_the_list_names_banks_templates_and_judges() -> None:
         (["m.yaml"], "no such file or folder"),
         (["m", "--bank", "dangerosqa"], "did you mean 'dangerousqa'"),
         (["m", "--template", "cuo"], "did you mean 'cou'"),
+        (["m", "--judge", "harmbench=./nowhere"], "no such file or folder"),
         (["m", "--judge", "lama-guard-3"], "did you mean 'llama-guard-3'"),
         (["m", "--template", "cou", "--template", "cou"], "two templates share a name"),
         (["inspect:openai/x", "--base-url", "http://h/v1"], "choose one"),

@@ -79,6 +79,12 @@ def test_macro_is_the_mean_of_cells_and_pooled_is_over_answers() -> None:
     assert overall.pooled.low <= 0.2 <= overall.pooled.high
 
 
+def test_no_event_at_all_is_no_interval_of_width_zero() -> None:
+    [overall] = scored(["safe"] * 50).overall
+    assert (overall.pooled.low, overall.pooled.high) == (0.0, wilson(0, 50).high)
+    assert overall.macro.high == overall.pooled.high
+
+
 def test_epochs_give_the_mean_and_any_of_k() -> None:
     questions = [question(i) for i in range(4)]
     answers = [answer(q, epoch=e) for q in questions for e in range(3)]
