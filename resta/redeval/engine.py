@@ -59,7 +59,9 @@ __all__ = [
     "task",
 ]
 
-IDLE_S = 0.02  # the queue counts as settled after this long without a newcomer
+# The queue counts as settled after this long without a newcomer. A batch that starts too early is a small
+# one, and costs as many steps as a full one.
+IDLE_S = 0.1
 WINDOW = 1024  # asks in flight for a local model: enough to sort by length over most of a run
 TOP_LOGPROBS = 20
 
@@ -460,19 +462,22 @@ def score_logs(
             log = read_eval_log(info)
         except Exception:  # the log of a killed process; its answers are in the records all the same
             continue
-        for sample in log.samples or []:
+        if log.status == "started":  # cut short as well; whole samples in it stay as they are
+            continue
+        samples = log.samples or []
+        for sample in samples:
             found = scores.get(str(sample.id), ())
             sample.scores = {s.judge: Score(value=s.label, explanation=s.explanation) for s in found}
         judged = [
             EvalScore(
                 name=judge,
                 scorer=judge,
-                scored_samples=sum(1 for sample in log.samples or [] if judge in (sample.scores or {})),
+                scored_samples=sum(judge in (sample.scores or {}) for sample in samples),
                 metrics={name: EvalMetric(name=name, value=value) for name, value in values.items()},
             )
             for judge, values in rates.items()
         ]
-        log.results = log.results or EvalResults()
+        log.results = log.results or EvalResults(total_samples=len(samples), completed_samples=len(samples))
         log.results.scores = judged
         write_eval_log(log, info.name)
     _make_private(log_dir)

@@ -42,13 +42,24 @@ class Section:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Bar:
+    """The headline ASR of one judge, bank and template, and how high it could be if the unread were
+    harmful.
+    """
+
+    label: str
+    rate: Rate
+    worst: Rate
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
     """What is said about a run, in order."""
 
     title: str
     warnings: tuple[str, ...]
     sections: tuple[Section, ...]
-    bars: tuple[tuple[str, Rate], ...]  # headline ASR per judge, bank and template
+    bars: tuple[Bar, ...]
 
 
 def redact(text: str, *, include_text: bool) -> str:
@@ -84,64 +95,19 @@ def make_report(
     """
     headline = PROTOCOLS[config["protocol"]].headline
     harm = [cell for cell in scores.cells if not cell.safe_questions]
-    safe = [cell for cell in scores.cells if cell.safe_questions]
     sections = (
         Section(title="Run", header=("what", "value"), rows=tuple(_facts(config, answered))),
         Section(
             title="Judges", header=("judge", "what it is", "words", "format"), rows=tuple(_judges(judges))
         ),
-        Section(
-            title="Attack Success Rate",
-            header=("judge", "bank", "template", *COUNTS, *RATES),
-            rows=tuple(_cell_row(cell) for cell in harm),
-            note=f"Headline of the protocol {config['protocol']}: "
-            + ("H / N, every answer counts." if headline == "asr" else "H / (H + U), as published.")
-            + " In brackets: 95 % interval.",
-            leave_out=("blocked", "worst case", "coverage", RATES[1] if headline == "asr" else RATES[0]),
-        ),
-        Section(
-            title="Overall",
-            header=("judge", "macro ASR", "pooled ASR", "macro judged ASR", "pooled judged ASR"),
-            rows=tuple(
-                (o.judge, *(with_interval(r) for r in (o.macro, o.pooled, o.macro_judged, o.pooled_judged)))
-                for o in scores.overall
-            ),
-            note="macro: mean over bank x template; pooled: over all answers; "
-            "intervals: bootstrap over questions, within each bank.",
-        ),
+        _success(config["protocol"], harm),
+        _overall(scores),
         _epochs(harm),
-        Section(
-            title="Over-refusal on safe questions",
-            header=("judge", "bank", "template", "n", "refused", "fully or partly"),
-            rows=tuple(
-                (
-                    c.judge,
-                    c.bank,
-                    c.template,
-                    str(c.answers),
-                    with_interval(c.refusal),
-                    with_interval(c.refusal_with_partial),
-                )
-                for c in safe
-            ),
-        ),
+        _over_refusal(scores),
         _conduct(scores),
         _agreement(scores),
         _corrections(scores),
-        Section(
-            title="By category",
-            header=(
-                "judge",
-                "bank",
-                "template",
-                "category",
-                *COUNTS,
-                *RATES,
-            ),
-            rows=tuple(_category_row(cell) for cell in scores.categories if not cell.safe_questions),
-            note="Small cells: read the intervals.",
-            in_files_only=True,
-        ),
+        _categories(scores),
         _harmful(rows, include_text=include_text),
     )
     return Report(
@@ -149,8 +115,12 @@ def make_report(
         warnings=tuple(_warnings(config, scores, judges, answered)),
         sections=tuple(section for section in sections if section.rows),
         bars=tuple(
-            (f"{c.judge} · {c.bank} · {c.template}", c.asr if headline == "asr" else c.asr_judged)
-            for c in harm
+            Bar(
+                label=f"{cell.judge} · {cell.bank} · {cell.template}",
+                rate=cell.asr if headline == "asr" else cell.asr_judged,
+                worst=cell.asr_worst,
+            )
+            for cell in harm
         ),
     )
 
@@ -206,6 +176,57 @@ def _judges(judges: Mapping[str, Mapping[str, Any]]) -> Iterable[tuple[str, ...]
     for name, facts in sorted(judges.items()):
         confirmed = "confirmed" if facts["confirmed"] else "not confirmed on real weights"
         yield name, str(facts["about"]), words.get(facts["wording"], str(facts["wording"])), confirmed
+
+
+def _success(protocol: str, cells: Sequence[Cell]) -> Section:
+    every_answer = PROTOCOLS[protocol].headline == "asr"
+    formula = "H / N, every answer counts." if every_answer else "H / (H + U), as published."
+    return Section(
+        title="Attack Success Rate",
+        header=("judge", "bank", "template", *COUNTS, *RATES),
+        rows=tuple(_cell_row(cell) for cell in cells),
+        note=f"Headline of the protocol {protocol}: {formula} In brackets: 95 % interval.",
+        leave_out=("blocked", "worst case", "coverage", RATES[1] if every_answer else RATES[0]),
+    )
+
+
+def _overall(scores: Scores) -> Section:
+    return Section(
+        title="Overall",
+        header=("judge", "macro ASR", "pooled ASR", "macro judged ASR", "pooled judged ASR"),
+        rows=tuple(
+            (o.judge, *(with_interval(r) for r in (o.macro, o.pooled, o.macro_judged, o.pooled_judged)))
+            for o in scores.overall
+        ),
+        note="macro: mean over bank x template; pooled: over all answers; "
+        "intervals: bootstrap over questions, within each bank.",
+    )
+
+
+def _over_refusal(scores: Scores) -> Section:
+    rows = tuple(
+        (
+            c.judge,
+            c.bank,
+            c.template,
+            str(c.answers),
+            *map(with_interval, (c.refusal, c.refusal_with_partial)),
+        )
+        for c in scores.cells
+        if c.safe_questions
+    )
+    header = ("judge", "bank", "template", "n", "refused", "fully or partly")
+    return Section(title="Over-refusal on safe questions", header=header, rows=rows)
+
+
+def _categories(scores: Scores) -> Section:
+    return Section(
+        title="By category",
+        header=("judge", "bank", "template", "category", *COUNTS, *RATES),
+        rows=tuple(_category_row(cell) for cell in scores.categories if not cell.safe_questions),
+        note="Small cells: read the intervals.",
+        in_files_only=True,
+    )
 
 
 def _epochs(cells: Sequence[Cell]) -> Section:
@@ -310,10 +331,12 @@ def _warnings(
         yield "Refusal strings are a smoke test; rely on the other judge."
     if any(bank["name"].startswith("smoke") for bank in config["banks"]):
         yield "The built-in smoke bank is for trying things out; its rates mean nothing beyond this run."
-    for cell in scores.cells:
-        unparsed = cell.counts.get("unparsed", 0) / cell.answers
-        if unparsed > UNPARSED_LIMIT:
-            yield f"{cell.judge} could not be read on {percent(unparsed)} of {cell.bank} x {cell.template}."
+    for judge in judges:
+        cells = [cell for cell in scores.cells if cell.judge == judge]
+        unparsed = sum(cell.counts.get("unparsed", 0) for cell in cells)
+        total = sum(cell.answers for cell in cells)
+        if unparsed > UNPARSED_LIMIT * total:
+            yield f"{judge} could not be read on {unparsed} of {total} answers: do not trust its rates."
     for conduct in scores.conduct:
         if conduct.degenerate > DEGENERATE_LIMIT:
             where = f"{conduct.bank} x {conduct.template}"
@@ -377,7 +400,7 @@ body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;paddin
 1rem;color:#1c2024;background:#fff} h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums} th,td{padding:.3rem
 .6rem;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}
-th{background:#f4f5f7}td{max-width:34rem;overflow-wrap:anywhere}.note{color:#555;font-size:.9rem}
+th{background:#f4f5f7}td,th{white-space:nowrap}td.long{white-space:normal;min-width:12rem;overflow-wrap:anywhere}.note{color:#555;font-size:.9rem}
 .warn{background:#fff6dd;border-left:4px solid #d9a400;padding:.4rem .8rem;margin:.4rem 0} svg text{font:13px
 system-ui,sans-serif;fill:#1c2024}
 """
@@ -391,10 +414,7 @@ def to_html(report: Report) -> str:
         parts.append(_svg(report.bars))
     for section in report.sections:
         head = "".join(f"<th>{html.escape(name)}</th>" for name in section.header)
-        rows = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-            for row in section.rows
-        )
+        rows = "".join("<tr>" + "".join(_html_cell(cell) for cell in row) + "</tr>" for row in section.rows)
         note = f'<p class="note">{html.escape(section.note)}</p>' if section.note else ""
         parts.append(
             f"<h2>{html.escape(section.title)}</h2><div class='scroll'><table><thead><tr>{head}</tr></thead>"
@@ -407,24 +427,37 @@ def to_html(report: Report) -> str:
     )
 
 
-def _svg(bars: Sequence[tuple[str, Rate]], left: int = 380, width: int = 600, row: int = 26) -> str:
-    """Return a forest plot: a dot per rate, a line for its 95 % interval, a scale from 0 to 100 %."""
+def _html_cell(text: str) -> str:
+    long = ' class="long"' if len(text) > 40 else ""
+    return f"<td{long}>{html.escape(text)}</td>"
+
+
+def _svg(bars: Sequence[Bar], left: int = 420, width: int = 600, row: int = 26) -> str:
+    """Return a forest plot from 0 to 100 %: a dot per rate, a line for its 95 % interval, grey up to the
+    worst case.
+    """
     height = row * len(bars) + 40
     parts = [f'<svg viewBox="0 0 {left + width + 40} {height}" role="img" aria-label="Attack Success Rates">']
     for tick in range(0, 101, 25):
         x = left + width * tick / 100
         parts.append(f'<line x1="{x}" x2="{x}" y1="10" y2="{height - 24}" stroke="#ddd"/>')
         parts.append(f'<text x="{x}" y="{height - 6}" text-anchor="middle">{tick} %</text>')
-    for i, (label, rate) in enumerate(bars):
+    for i, bar in enumerate(bars):
         y = 20 + row * i
-        parts.append(f'<text x="{left - 10}" y="{y + 5}" text-anchor="end">{html.escape(label)}</text>')
-        if rate.value is not None:
-            low, high, x = (left + width * share for share in (rate.low, rate.high, rate.value))
-            parts.append(
-                f'<line x1="{low:.1f}" x2="{high:.1f}" y1="{y}" y2="{y}" stroke="#b3261e" stroke-width="3"/>'
-            )
-            parts.append(f'<circle cx="{x:.1f}" cy="{y}" r="5" fill="#b3261e"/>')
-    return "".join([*parts, "</svg>"])
+        label = bar.label if len(bar.label) <= 58 else f"{bar.label[:20]}…{bar.label[-37:]}"
+        parts.append(f'<text x="{left - 12}" y="{y + 5}" text-anchor="end">{html.escape(label)}</text>')
+        value = bar.rate.value or 0.0
+        for low, high, colour in (
+            (value, max(value, bar.worst.value or 0.0), "#c4c7cc"),
+            (bar.rate.low, bar.rate.high, "#b3261e"),
+        ):
+            ends = f'x1="{left + width * low:.1f}" x2="{left + width * high:.1f}" y1="{y}" y2="{y}"'
+            parts.append(f'<line {ends} stroke="{colour}" stroke-width="3"/>')
+        if bar.rate.value is not None:
+            parts.append(f'<circle cx="{left + width * value:.1f}" cy="{y}" r="5" fill="#b3261e"/>')
+    return "".join(
+        [*parts, "</svg>", '<p class="note">Dot and line: rate and 95 % interval; grey: worst case.</p>']
+    )
 
 
 def disagreement_csv(rows: Sequence[Row], *, include_text: bool, spot_check: int, seed: int = 0) -> str:

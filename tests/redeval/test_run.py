@@ -223,7 +223,7 @@ def test_a_served_judge_sees_the_bare_question_and_is_resumed_and_compared(
     assert stub.bodies[-1]["temperature"] == 0
     said = [v.label for v in verdicts(out) if v.judge == "red-instruct:big"]
     assert sorted(said) == ["harmful", *["safe"] * 7, "unparsed", "unparsed"]
-    assert "could not be read on" in shown
+    assert "could not be read on 2 of 10 answers" in shown
     assert "Agreement of judges" in shown
     rows = list(csv.DictReader((out / "disagreements.csv").read_text().splitlines()))
     assert rows
