@@ -2,14 +2,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
 
-from resta.redeval.asks import Decoding
-from resta.redeval.engine import MicroBatcher
-from resta.redeval.models import Generation, Prompt
+from resta.redeval.asks import Ask, Decoding, Message
+from resta.redeval.engine import MicroBatcher, ask_all, local_handle
+from resta.redeval.models import Generation, LocalSpec, Prompt, load_local
 
 GREEDY = Decoding(max_new_tokens=1)
 
@@ -59,6 +60,22 @@ def test_everyone_gets_their_own_answer_from_few_batches_longest_first() -> None
     texts = ["x" * n for n in (3, 1, 7, 5, 2, 6, 4)]
     assert ask_together(echo, texts) == texts
     assert [[len(text) for text in batch] for batch in echo.batches] == [[7, 6, 5], [4, 3, 2], [1]]
+
+
+def test_the_engine_fills_one_batch_with_all_that_fits(tiny: Path, tmp_path: Path) -> None:
+    local = load_local(LocalSpec(model=str(tiny), device="cpu"))
+    sizes: list[int] = []
+    real = local.answer
+
+    def answer(prompts: Sequence[Prompt], *args: Any, **given: Any) -> list[Generation]:
+        sizes.append(len(prompts))
+        return real(prompts, *args, **given)
+
+    local.answer = answer  # type: ignore[method-assign]
+    asks = [Ask(id=str(i), messages=(Message(role="user", content=f"{i}?"),)) for i in range(60)]
+    handle = local_handle(local, GREEDY)
+    ask_all(handle, asks, lambda reply: None, log_dir=tmp_path, title="fill")
+    assert sizes == [60]
 
 
 def test_an_error_reaches_its_own_batch_and_the_next_one_still_runs() -> None:
