@@ -255,7 +255,7 @@ def local_handle(
     """Return a handle to a model already in memory."""
     key = str(len(_LOADED))
     _LOADED[key] = Loaded(local=local, rendering=rendering or Rendering(), raw=raw, decoding=decoding)
-    # Said outright: Inspect would otherwise begin with 20 at once and feel its way up, in small, slow batches.
+    # Said outright: Inspect would otherwise begin with 20 at once and feel its way up, in small batches.
     config = GenerateConfig(max_connections=WINDOW)
     return get_model(f"resta/{Path(local.name).name}", config=config, memoize=False, loaded=key)
 
