@@ -9,11 +9,15 @@
     │   ├── PlanError           models that do not fit each other, the recipe, or the disk
     │   ├── DataError           conversations that are malformed, too few, or cannot be trained on
     │   ├── TemplateError       a tokenizer or chat template that cannot render or mask them exactly
+    │   ├── BankError           a question bank or prompt template that cannot be used as it stands
+    │   ├── JudgeError          a judge that is not declared clearly, or may not judge this model
+    │   ├── ModelError          a model to ask that cannot be loaded or prompted
     │   └── MissingExtraError   an optional dependency is not installed
     ├── NonFiniteError          NaN or infinity in weights, where the recipe does not allow it
     ├── ResumeError             a partial output that belongs to another recipe, input or process
     ├── TrainingError           a training run that had to stop, such as one out of memory
     ├── EndpointError           a model server that does not answer, or not as its protocol says
+    ├── UnansweredError         some questions got no answer; those that did are kept
     └── AuditError              a finished output that is not what its manifest says
 
 A message says which file or tensor, what was expected, what was found, and what to do.
@@ -62,6 +66,18 @@ class TemplateError(RequestError):
     """A tokenizer or chat template that cannot render or mask conversations exactly."""
 
 
+class BankError(RequestError):
+    """A question bank or prompt template that cannot be used as it stands."""
+
+
+class JudgeError(RequestError):
+    """A judge that is not declared clearly, or may not judge this model."""
+
+
+class ModelError(RequestError):
+    """A model to ask that cannot be loaded or prompted."""
+
+
 class MissingExtraError(RequestError):
     """An optional dependency is not installed."""
 
@@ -80,6 +96,10 @@ class TrainingError(RestaError):
 
 class EndpointError(RestaError):
     """A model server that does not answer, or not as its protocol says."""
+
+
+class UnansweredError(RestaError):
+    """Some questions got no answer (an endpoint down, out of memory); the answers that came are kept."""
 
 
 class AuditError(RestaError):

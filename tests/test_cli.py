@@ -160,6 +160,21 @@ def test_damaged_weights_exit_with_1(trio: dict[str, str], tmp_path: Path) -> No
     assert "model.norm.weight" in done.stderr
 
 
+def test_an_interrupted_merge_says_so_and_goes_on(
+    trio: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("resta.engine.Output.commit", interrupted)
+        done = run(*everyday(trio, tmp_path / "out", "--scale", 0.5))
+    assert done.exit_code == 130
+    assert done.stderr.startswith("interrupted")
+    assert (tmp_path / "out.partial").is_dir()
+    assert run(*everyday(trio, tmp_path / "out", "--scale", 0.5)).exit_code == 0
+
+
 def test_a_recipe_file_takes_no_flag_that_changes_the_result(trio: dict[str, str], tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text(

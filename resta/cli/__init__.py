@@ -12,11 +12,14 @@ import click
 from resta.errors import RestaError
 from resta.version import VERSION
 
+INTERRUPTED = 130  # what shells return for a program ended by Ctrl-C
+
 # name -> (module that defines `command`, one line for `resta --help`)
 COMMANDS = {
     "merge": ("resta.cli.merge", "Add a safety vector to a fine-tuned model, streaming, on disk."),
     "sft": ("resta.cli.sft", "Fine-tune a model on conversations: safety (Starling) or any other task."),
     "collect": ("resta.cli.collect", "Collect safe conversations from a well-aligned model, each judged."),
+    "redeval": ("resta.cli.redeval", "Measure how often a model can be led to harm (Red-Eval)."),
     "diff": ("resta.cli.diff", "Show how far two checkpoints are apart, by layer and by module."),
     "audit": ("resta.cli.audit", "Check a finished merge by computing it a second time."),
     "demo": ("resta.cli.demo", "Make three small checkpoints and merge them."),
@@ -59,6 +62,9 @@ class LazyGroup(click.Group):
         except RestaError as error:
             click.echo(f"error: {error}", err=True)
             sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("interrupted; what writes a directory goes on when the same command is run again", err=True)
+            sys.exit(INTERRUPTED)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -206,7 +206,7 @@ def command(ctx: click.Context, /, tuned_or_recipe: str, out: Path, **options: A
         click.echo(json.dumps(_summary(result, seconds)))
     elif not quiet:
         print_result(result, seconds)
-        click.echo(f"talk to it:   transformers chat {result.out}")
+        click.echo(f"evaluate it:  resta redeval {result.out}")
 
 
 def _recipe(ctx: click.Context, tuned_or_recipe: str, options: dict[str, Any]) -> Recipe:

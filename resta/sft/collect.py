@@ -15,7 +15,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -347,7 +347,8 @@ def hold_conversations(work: Work, questions: list[Question]) -> None:
     with ThreadPoolExecutor(work.recipe.endpoint.concurrency) as pool:
         futures = [pool.submit(one, step) for step in steps]
         try:
-            for future in track(futures, description="conversations", transient=True):
+            done = as_completed(futures)  # so that one that fails stops the others at once, whichever it is
+            for future in track(done, description="conversations", total=len(futures), transient=True):
                 future.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)

@@ -1,0 +1,568 @@
+"""`resta redeval`: ask a model harmful questions, have the answers judged, report the Attack Success Rate."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from resta.errors import BankError, ResumeError
+
+if TYPE_CHECKING:
+    from resta.redeval.judges import Judge
+    from resta.redeval.records import RunDir
+    from resta.redeval.run import Conditions, Plan, Request, Tally
+    from resta.redeval.targets import Target
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+# profile -> (banks, templates)
+PROFILES = {
+    "quick": (("dangerousqa", "catqa-en"), ("standard", "cou")),
+    "full": (("dangerousqa", "harmfulqa", "adversarialqa", "catqa-en"), ("standard", "cot", "suffix", "cou")),
+}
+
+
+class WithDefault(click.Group):
+    """A group whose first word may be left out: `resta redeval MODEL` means `resta redeval run MODEL`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put `run` before anything that is neither a command nor the group's own help."""
+        if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=WithDefault, context_settings={"help_option_names": ["-h", "--help"]})
+def command() -> None:
+    """Measure how often a model can be led to harm (Red-Eval).
+
+    \b
+    resta redeval MODEL              ask, judge, report; the same command goes on after a kill
+    resta redeval MODEL --profile quick --bank-dir banks/ --judge granite-guardian
+    resta redeval NAME --base-url http://localhost:8000/v1
+
+    MODEL is a directory, a Hub id, a PEFT adapter's directory, a recipe (an unwritten merge), a served
+    model's name with --base-url, or inspect:PROVIDER/NAME. Folders hold harmful text: they are private, and
+    what is shown is redacted.
+    """
+
+
+def options(*decorators: Callable[[Function], Function]) -> Callable[[Function], Function]:
+    """Return a decorator that adds options in the order in which they are given."""
+
+    def add(function: Function) -> Function:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return add
+
+
+WHAT = options(
+    click.argument("model"),
+    click.option(
+        "--bank",
+        "banks",
+        multiple=True,
+        metavar="NAME|PATH",
+        help="Question bank; may be given again. [default: smoke, smoke-safe]",
+    ),
+    click.option(
+        "--safe-bank",
+        "safe_banks",
+        multiple=True,
+        metavar="NAME|PATH",
+        help="Bank of questions that are safe to answer (over-refusal).",
+    ),
+    click.option(
+        "--bank-dir",
+        "bank_dirs",
+        multiple=True,
+        type=click.Path(path_type=Path),
+        help="Folder with published banks; also $RESTA_BANKS.",
+    ),
+    click.option("--download", is_flag=True, help="Allow fetching a bank, pinned by commit and SHA-256."),
+    click.option(
+        "--template",
+        "templates",
+        multiple=True,
+        metavar="NAME|PATH",
+        help="Prompt template; may be given again. [default: standard, cot, suffix, cou]",
+    ),
+    click.option(
+        "--profile",
+        type=click.Choice(list(PROFILES)),
+        help="quick: two banks x two templates; full: four banks x four templates.",
+    ),
+    click.option(
+        "--protocol",
+        type=click.Choice(["resta", "red-instruct"]),
+        default="resta",
+        show_default=True,
+        help="Fixed procedure, or the published script's with its quirks.",
+    ),
+    click.option(
+        "--duplicates",
+        type=click.Choice(["once", "published"]),
+        help="Ask repeated questions once, or as often as published. [default: the protocol's]",
+    ),
+    click.option("--limit", type=click.IntRange(min=1), help="Questions per bank."),
+    click.option(
+        "--epochs",
+        type=click.IntRange(min=1),
+        default=1,
+        show_default=True,
+        help="Answers per question; needs a temperature.",
+    ),
+    click.option(
+        "--temperature",
+        type=click.FloatRange(min=0),
+        help="Sample at this temperature. [default: the protocol's: greedy, or the model's own]",
+    ),
+    click.option("--top-p", type=click.FloatRange(min=0, min_open=True, max=1), default=1.0, show_default=True),
+    click.option("--seed", type=int, default=0, show_default=True),
+    click.option(
+        "--max-new-tokens",
+        type=click.IntRange(min=1),
+        help="Limit per answer. [default: 512, or 500 for red-instruct]",
+    ),
+    click.option("--keep-thoughts", is_flag=True, help="Show judges the model's thoughts, too."),
+    click.option(
+        "--base-url",
+        metavar="URL",
+        help="OpenAI-compatible server (.../v1) that serves MODEL; key in $RESTA_API_KEY.",
+    ),
+    click.option("--base", metavar="MODEL", help="For an adapter: its base model."),
+    click.option("--files", metavar="DIR", help="For a recipe: folder of config and tokenizer."),
+    click.option(
+        "--chat-template",
+        type=click.Path(exists=True, dir_okay=False),
+        help="Jinja chat template for a model that has none.",
+    ),
+    click.option(
+        "--out",
+        type=click.Path(path_type=Path),
+        help="The run's folder. [default: redeval-runs/MODEL-DIGEST]",
+    ),
+)
+
+JUDGES = options(
+    click.option(
+        "--judge",
+        "judges",
+        multiple=True,
+        metavar="NAME[=MODEL[@URL]]",
+        help="Judge (built-in name or YAML file), its model and that model's server; may be given again. "
+        "[default: refusal-strings]",
+    ),
+    click.option("--judge-device", default="auto", show_default=True, help="Device of local judges."),
+    click.option("--allow-self-judge", is_flag=True, help="Let the model under test judge itself."),
+)
+
+HOW = options(
+    click.option("--device", default="auto", show_default=True, help="cuda, mps, cpu or auto."),
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        default="auto",
+        show_default=True,
+    ),
+    click.option("--batch-size", type=click.IntRange(min=1), help="Most prompts at once. [default: found by memory]"),
+)
+
+SERVERS = options(
+    click.option(
+        "--connections",
+        type=click.IntRange(min=1),
+        default=16,
+        show_default=True,
+        help="Requests at once to a server.",
+    ),
+    click.option(
+        "--retries",
+        type=click.IntRange(min=0),
+        default=5,
+        show_default=True,
+        help="Per request to a server, with growing pauses.",
+    ),
+    click.option(
+        "--timeout",
+        "timeout_s",
+        type=click.IntRange(min=1),
+        default=600,
+        show_default=True,
+        help="Seconds per request to a server.",
+    ),
+)
+
+SHOW = options(
+    click.option("--include-text", is_flag=True, help="Show questions and answers in terminal, report and CSV."),
+    click.option(
+        "--spot-check",
+        type=click.IntRange(min=0),
+        default=20,
+        show_default=True,
+        help="Agreed answers to add to disagreements.csv.",
+    ),
+)
+
+
+@command.command()
+@WHAT
+@JUDGES
+@HOW
+@SERVERS
+@SHOW
+def run(**given: Any) -> None:
+    """Ask, judge and report. The same command goes on with what is missing."""
+    from resta.redeval.judging import check_judges, judge_phase
+    from resta.redeval.records import RunLock
+    from resta.redeval.run import answer_phase
+
+    request, plan = _plan(given)
+    judges = check_judges(_judges(given), request.target, allow_self=given["allow_self_judge"])
+    folder = _open(given, request, plan)
+    with RunLock(folder.path), _conditions(given) as conditions:
+        _say_plan(folder, plan)
+        _note_judges(folder, judges)
+        answer_phase(folder, plan, request.target, conditions, judges=judges)
+        for judge in judges:
+            judge_phase(folder, judge, conditions)
+        _report(folder, **_show(given))
+
+
+@command.command("judge")
+@click.argument("path", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@JUDGES
+@SERVERS
+@SHOW
+def judge_run(path: Path, **given: Any) -> None:
+    """Set more judges on the answers of the run in PATH."""
+    from resta.redeval.judging import check_judges, judge_phase
+    from resta.redeval.records import RunLock, load_run
+
+    folder = load_run(path)
+    judges = check_judges(_judges(given), _target_of(folder), allow_self=given["allow_self_judge"])
+    _private()
+    with RunLock(path), _conditions(given) as conditions:
+        _note_judges(folder, judges)
+        for judge in judges:
+            judge_phase(folder, judge, conditions)
+        _report(folder, **_show(given))
+
+
+@command.command()
+@click.argument("path", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@SHOW
+def report(path: Path, **given: Any) -> None:
+    """Score and report the run in PATH again, complete or not."""
+    from resta.redeval.records import RunLock, load_run
+
+    _private()
+    with RunLock(path):
+        _report(load_run(path), **_show(given))
+
+
+@command.command("export")
+@WHAT
+@HOW
+@click.option("--batch", type=click.Path(path_type=Path), required=True, help="The batch file to write.")
+def export(batch: Path, **given: Any) -> None:
+    """Write what is to be asked as an OpenAI batch file, to be run elsewhere (`vllm run-batch`)."""
+    from resta.redeval.batchfile import write_batch
+    from resta.redeval.records import RunLock
+    from resta.redeval.run import missing_asks
+
+    given["base_url"] = given["base_url"] or "batch:"
+    request, plan = _plan(given)
+    folder = _open(given, request, plan)
+    with RunLock(folder.path):
+        count = write_batch(batch, missing_asks(folder, plan), request.target.name, plan.decoding)
+    click.echo(f"{count} requests in {batch}; import the replies with: resta redeval import {folder.path} FILE")
+
+
+@command.command("import")
+@click.argument("path", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("batch", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+def import_batch(path: Path, batch: Path) -> None:
+    """Take the replies in BATCH, the output of a batch, into the run in PATH."""
+    from resta.redeval.batchfile import read_batch
+    from resta.redeval.records import Journal, RunLock, load_run
+    from resta.redeval.run import keep_answer, missing_asks, plan_of
+
+    folder = load_run(path)
+    plan = plan_of(folder)
+    _private()
+    with RunLock(path):
+        missing = {ask.id: ask for ask in missing_asks(folder, plan)}
+        replies, failures = read_batch(batch, plan.asks)
+        new = [reply for reply in replies if reply.id in missing]
+        with Journal(folder.path / "answers.jsonl") as journal:
+            for reply in new:
+                journal.append(keep_answer(plan, missing[reply.id], reply))
+    for line in failures[:5]:
+        click.echo(f"note: {line}", err=True)
+    click.echo(f"{len(new)} answers taken in, {len(failures)} requests failed, {len(missing) - len(new)} missing")
+
+
+@command.command()
+@click.argument("path", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@SHOW
+def labels(path: Path, file: Path, **given: Any) -> None:
+    """Take human labels from FILE, disagreements.csv with `human_label` filled in (harmful or safe)."""
+    from resta.redeval.records import Journal, RunLock, load_run
+
+    folder = load_run(path)
+    rows = read_labels(file, {answer.id for answer in folder.answers()})
+    _private()
+    with RunLock(path):
+        with Journal(folder.path / "labels.jsonl") as journal:
+            for label in rows:
+                journal.append(label)
+        _report(folder, **_show(given))
+
+
+@command.command("list")
+def list_known() -> None:
+    """List the banks, templates and judges that are known by name."""
+    from resta.redeval import judges, questions, templates
+
+    click.echo("banks")
+    for name, safe in questions.BUILT_IN.items():
+        click.echo(f"  {name:24}built in, {'safe look-alikes' if safe else 'harmful'}; for smoke tests")
+    for name, (file, _) in questions.PUBLISHED.items():
+        click.echo(f"  {name:24}{file} of declare-lab/red-instruct; --bank-dir or --download")
+    click.echo(f"templates\n  {', '.join(templates.BUILT_IN)} (the published structures in own words)\njudges")
+    for name in judges.built_in():
+        spec = judges.read_judge(name)
+        mark = "" if spec.confirmed else " [format not confirmed on real weights]"
+        click.echo(f"  {name:24}{spec.about}{mark}")
+
+
+# -- from options to requests --------------------------------------------------------------------------------
+
+
+def _plan(given: dict[str, Any]) -> tuple[Request, Plan]:
+    from resta.redeval.questions import read_bank
+    from resta.redeval.run import Request, make_plan
+    from resta.redeval.targets import parse_target
+    from resta.redeval.templates import read_template
+
+    bank_names, template_names = PROFILES.get(given["profile"] or "", (("smoke",), PROFILES["full"][1]))
+    safe_names = given["safe_banks"]
+    if not (given["banks"] or safe_names or given["profile"]):
+        safe_names = ("smoke-safe",)
+    harmful = given["banks"] or (() if given["safe_banks"] and not given["profile"] else bank_names)
+    where = {"bank_dirs": given["bank_dirs"], "download": given["download"]}
+    banks = [read_bank(name, **where) for name in harmful]
+    banks += [read_bank(name, **where, safe=True) for name in safe_names]
+    request = Request(
+        target=parse_target(
+            given["model"],
+            given["base_url"],
+            base=given["base"],
+            files=given["files"],
+            chat_template=given["chat_template"],
+            device=given["device"],
+            dtype=given["dtype"],
+            batch_rows=given["batch_size"],
+        ),
+        banks=tuple(banks),
+        templates=tuple(read_template(name) for name in given["templates"] or template_names),
+        **{key: given[key] for key in ("protocol", "duplicates", "limit", "epochs", "temperature", "top_p")},
+        **{key: given[key] for key in ("seed", "max_new_tokens", "keep_thoughts")},
+    )
+    return request, make_plan(request)
+
+
+def _judges(given: dict[str, Any]) -> list[Judge]:
+    from resta.redeval.judges import parse_judge
+
+    return [parse_judge(text) for text in given["judges"] or ("refusal-strings",)]
+
+
+def _target_of(folder: RunDir) -> Target:
+    from resta.redeval.targets import Target
+
+    return Target(name=folder.config["target"]["name"])
+
+
+def _open(given: dict[str, Any], request: Request, plan: Plan) -> RunDir:
+    from resta.redeval.asks import digest
+    from resta.redeval.records import start_run
+
+    _private()
+    short = request.target.name.rstrip("/").split("/")[-1].removesuffix(".yaml")
+    path = given["out"] or Path("redeval-runs") / f"{short}-{digest(plan.config)[:12]}"
+    return start_run(path, plan.config, plan.questions, _environment())
+
+
+def _environment() -> dict[str, str]:
+    """Return what the results may depend on beyond the configuration; noted, not part of the run's digest."""
+    packages = ("resta", "torch", "transformers", "peft", "inspect-ai", "openai")
+    found = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
+    for package in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def _private() -> None:
+    from resta.redeval.records import make_private
+
+    make_private()
+
+
+def _note_judges(folder: RunDir, judges: list[Judge]) -> None:
+    for judge in judges:
+        facts = {
+            "model": judge.model,
+            "base_url": judge.base_url,
+            **judge.spec.model_dump(mode="json", exclude={"model"}),
+        }
+        folder.add_judge(judge.id, judge.sha256, facts)
+
+
+def _say_plan(folder: RunDir, plan: Plan) -> None:
+    done = len(folder.answers())
+    kept = f", {done} of them answered already" if done else ""
+    click.echo(
+        f"run {folder.run_id} in {folder.path}, protocol {plan.protocol.name}: {plan.protocol.about}",
+        err=True,
+    )
+    click.echo(f"{len(plan.questions)} questions, {len(plan.asks)} prompts{kept}", err=True)
+    for bank, count in plan.repeats.items():
+        treated = "asked once" if plan.config["duplicates"] == "once" else "asked as often as published"
+        click.echo(f"note: {count} questions of {bank} repeat an earlier one; {treated}", err=True)
+
+
+@contextlib.contextmanager
+def _conditions(given: dict[str, Any]) -> Iterator[Conditions]:
+    """Yield running conditions whose watcher is a progress bar on stderr with the running ASR."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from resta.redeval.run import Conditions
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[asr]}"),
+    )
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bars:
+        tasks: dict[str, Any] = {}
+
+        def watch(tally: Tally) -> None:
+            if tally.phase not in tasks:
+                tasks[tally.phase] = bars.add_task(tally.phase, total=tally.total, asr="")
+            asr = "" if tally.asr is None else f"ASR so far {100 * tally.asr:.1f} %"
+            bars.update(tasks[tally.phase], completed=tally.done, asr=asr)
+
+        def note(line: str) -> None:
+            bars.console.print(line, highlight=False, markup=False)
+
+        yield Conditions(
+            connections=given["connections"],
+            retries=given["retries"],
+            timeout_s=given["timeout_s"],
+            judge_device=given["judge_device"],
+            watch=watch,
+            note=note,
+        )
+
+
+def _show(given: dict[str, Any]) -> dict[str, Any]:
+    return {"include_text": given["include_text"], "spot_check": given["spot_check"]}
+
+
+# -- reports and labels --------------------------------------------------------------------------------------
+
+
+def _report(folder: RunDir, *, include_text: bool, spot_check: int) -> None:
+    """Write every view of a run's records and print the short one."""
+    from rich.console import Console
+
+    from resta.redeval.report import disagreement_csv, make_report, print_report, to_html, to_markdown
+    from resta.redeval.run import plan_of
+    from resta.redeval.score import join, score
+
+    questions, answers, verdicts = folder.questions(), folder.answers(), folder.current_verdicts()
+    scores = score(questions, answers, verdicts, folder.labels())
+    rows = join(questions, answers, verdicts)
+    made = make_report(
+        folder.config,
+        scores,
+        rows,
+        folder.judges(),
+        answered=(len(answers), len(plan_of(folder).asks)),
+        include_text=include_text,
+    )
+    views = {
+        "report.md": to_markdown(made),
+        "report.html": to_html(made),
+        "report.json": json.dumps({"config": folder.config, "scores": asdict(scores)}, indent=2, ensure_ascii=False),
+        "scores.jsonl": "".join(json.dumps(asdict(c)) + "\n" for c in (*scores.cells, *scores.categories)),
+        "disagreements.csv": disagreement_csv(rows, include_text=include_text, spot_check=spot_check),
+    }
+    for name, text in views.items():
+        (folder.path / name).write_text(text, encoding="utf-8")
+    _score_logs(folder)
+    print_report(made, Console())
+    click.echo(f"report: {folder.path / 'report.html'}   log: inspect view --log-dir {folder.path / 'logs'}")
+
+
+def _score_logs(folder: RunDir) -> None:
+    """Put the verdicts into the answers' logs, where there are any."""
+    if not (folder.path / "logs" / "answers").is_dir():
+        return
+    from resta.redeval.engine import LoggedScore, score_logs
+
+    scores: dict[str, list[LoggedScore]] = {}
+    counts: dict[str, list[int]] = {}
+    questions = folder.questions()
+    asked = {answer.id: questions[answer.qid] for answer in folder.answers()}
+    for verdict in folder.current_verdicts():
+        logged = LoggedScore(judge=verdict.judge, label=verdict.label, explanation=verdict.raw)
+        scores.setdefault(verdict.answer_id, []).append(logged)
+        if not asked[verdict.answer_id].safe:
+            tally = counts.setdefault(verdict.judge, [0, 0])
+            tally[0] += verdict.label == "harmful"
+            tally[1] += 1
+    rates = {judge: {"asr": harmful / total} for judge, (harmful, total) in counts.items()}
+    score_logs(folder.path / "logs" / "answers", scores, rates)
+
+
+def read_labels(file: Path, known: set[str]) -> list[Any]:
+    """Return the labels filled in in a CSV; empty ones are left out. Raises BankError, ResumeError."""
+    from resta.redeval.records import Label
+
+    words = {"harmful": True, "unharmful": False, "safe": False, "refused": False}
+    found = []
+    with file.open(newline="", encoding="utf-8-sig") as stream:
+        reader = csv.DictReader(stream)
+        if not {"answer_id", "human_label"} <= set(reader.fieldnames or ()):
+            raise BankError(f"{file}: expected the columns answer_id and human_label, found {reader.fieldnames}")
+        for number, row in enumerate(reader, 2):
+            word = (row["human_label"] or "").strip().lower()
+            if not word:
+                continue
+            if word not in words:
+                raise BankError(f"{file}: line {number}: human_label must be harmful or safe, found {word!r}")
+            if row["answer_id"] not in known:
+                raise ResumeError(f"{file}: line {number}: {row['answer_id']!r} is no answer of this run")
+            weight = float(row.get("weight") or 1)
+            found.append(Label(answer_id=row["answer_id"], harmful=words[word], weight=weight))
+    if not found:
+        raise BankError(f"{file}: no human_label is filled in")
+    return found

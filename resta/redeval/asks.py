@@ -1,0 +1,85 @@
+"""What is sent to any model and what comes back: the nouns that engine, batch files, judges and runs share.
+
+Knows nothing of banks, judges, files or any library.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Finish = Literal["stop", "length", "content_filter"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Message:
+    """One chat turn; `role` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ask:
+    """One question to one model: chat `messages`, or for `raw` the one message's text as the whole prompt."""
+
+    id: str
+    messages: tuple[Message, ...]
+    raw: bool = False
+    facts: dict[str, str] = field(default_factory=dict)  # for people who browse the log; the model never sees it
+
+    @property
+    def custom_id(self) -> str:
+        """Return the id in a form that every batch service takes: 32 hexadecimal digits."""
+        return hashlib.sha256(self.id.encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reply:
+    """What a model said. `top` holds, per generated token, {token text: log-probability} where asked for."""
+
+    id: str
+    text: str
+    finish: Finish
+    prompt_tokens: int | None = None
+    new_tokens: int | None = None
+    top: tuple[dict[str, float], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decoding:
+    """How tokens are chosen.
+
+    `greedy`: the most likely token, always. `sample`: `temperature` and `top_p`, each draw keyed by `seed`,
+    the ask's id and the position. `model`: as the model's own generation config (or the server) says.
+    """
+
+    max_new_tokens: int
+    mode: Literal["greedy", "sample", "model"] = "greedy"
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    logprobs: bool = False  # ask for the 20 likeliest tokens at each position
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rendering:
+    """How a local model's prompt is made from messages; part of the protocol, so part of the run's digest."""
+
+    generation_prompt: bool = True
+    template_args: dict[str, Any] = field(default_factory=dict)
+    parts: bool = False  # message content as a list of typed parts (Llama Guard 4)
+    suffix: str = ""  # forced start of the reply
+    whole_sequence: bool = False  # decode prompt and reply, then cut the prompt's text out, as red-instruct does
+
+
+def sha256_text(text: str) -> str:
+    """Return the hexadecimal SHA-256 of UTF-8 text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest(facts: object) -> str:
+    """Return the hexadecimal SHA-256 of JSON-able facts, independent of key order."""
+    return sha256_text(json.dumps(facts, sort_keys=True, ensure_ascii=False, separators=(",", ":")))

@@ -1,0 +1,513 @@
+"""The one file that knows inspect-ai: our provider, running asks through it, and putting verdicts in its
+logs.
+
+Inspect gives concurrency, retries, some forty providers and a log that `inspect view` browses. The truth
+stays in records.py: an answer counts once it is in answers.jsonl, whatever the log says. Inspect's own `hf`
+provider is not used: it loads the weights twice, doubles the BOS, samples by default and batches slowly.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from resta.errors import MissingExtraError, ModelError, UnansweredError
+from resta.redeval.asks import Ask, Decoding, Finish, Message, Rendering, Reply, sha256_text
+
+try:
+    import anyio
+    import anyio.to_thread
+    from inspect_ai import Task, eval, task
+    from inspect_ai.dataset import MemoryDataset, Sample
+    from inspect_ai.log import EvalResults, list_eval_logs, read_eval_log, write_eval_log
+    from inspect_ai.log._log import EvalMetric, EvalScore
+    from inspect_ai.model import (
+        ChatCompletionChoice,
+        ChatMessage,
+        ChatMessageAssistant,
+        ChatMessageSystem,
+        ChatMessageUser,
+        GenerateConfig,
+        Model,
+        ModelAPI,
+        ModelInfo,
+        ModelOutput,
+        ModelUsage,
+        get_model,
+        modelapi,
+        set_model_info,
+    )
+    from inspect_ai.scorer import Score, Scorer, Target, mean, scorer
+    from inspect_ai.solver import Generate, Solver, TaskState, solver
+except ImportError as error:
+    raise MissingExtraError("Red-Eval needs inspect-ai: pip install 'resta[redeval]'") from error
+
+from resta.redeval.models import Generation, LocalModel, LocalSpec, Prompt, load_local
+
+__all__ = [
+    "Limits",
+    "Scorer",
+    "Task",
+    "ask_all",
+    "connect",
+    "local_handle",
+    "redeval_task",
+    "score_logs",
+    "task",
+]
+
+# The queue counts as settled after this long without a newcomer. A batch that starts too early is a small
+# one, and costs as many steps as a full one.
+IDLE_S = 0.1
+WINDOW = 1024  # asks in flight for a local model: enough to sort by length over most of a run
+TOP_LOGPROBS = 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """How hard to lean on an endpoint. Times in seconds; `retries` per request, with growing pauses."""
+
+    connections: int = 16
+    retries: int = 5
+    timeout_s: int = 600
+    errors: int = 20  # failed asks after which the phase gives up
+
+
+# -- the local provider --------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One prompt waiting for its answer."""
+
+    prompt: Prompt
+    decoding: Decoding
+    wake: anyio.Event = field(default_factory=anyio.Event)
+    result: Generation | BaseException | None = None
+
+
+class MicroBatcher:
+    """Gathers prompts that wait at the same time and runs them in batches, longest first, in one worker
+    thread.
+
+    Whoever finds nobody leading leads: waits until the queue settles, runs batches until its own answer is
+    there, and hands over to the next in the queue. So there is no background task to start, stop or leak.
+    """
+
+    def __init__(self, local: LocalModel, *, whole_sequence: bool = False):
+        self._local = local
+        self._whole_sequence = whole_sequence
+        self._waiting: list[Job] = []
+        self._leader: Job | None = None
+
+    async def submit(self, prompt: Prompt, decoding: Decoding) -> Generation:
+        """Return the answer to one prompt; raises what its batch raised."""
+        job = Job(prompt, decoding)
+        self._waiting.append(job)
+        try:
+            if self._leader is not None:
+                await job.wake.wait()
+            if job.result is None:
+                self._leader = job
+                await self._lead(job)
+        finally:  # also when this ask is cancelled: nobody may wait for a leader that is gone
+            if job in self._waiting:
+                self._waiting.remove(job)
+            if self._leader is job:
+                self._leader = self._waiting[0] if self._waiting else None
+                if self._leader is not None:
+                    self._leader.wake.set()
+        if isinstance(job.result, BaseException):
+            raise job.result
+        assert job.result is not None
+        return job.result
+
+    async def _lead(self, own: Job) -> None:
+        while own.result is None:
+            waiting = -1
+            while waiting != len(self._waiting):
+                waiting = len(self._waiting)
+                await anyio.sleep(IDLE_S)
+            same = [job for job in self._waiting if job.decoding == self._waiting[0].decoding]
+            batch = [same[i] for i in self._local.take([job.prompt for job in same], same[0].decoding)]
+            results = await self._run(batch)
+            for job, result in zip(batch, results, strict=True):
+                job.result = result
+                if job in self._waiting:
+                    self._waiting.remove(job)
+                job.wake.set()
+
+    async def _run(self, batch: Sequence[Job]) -> Sequence[Generation | BaseException]:
+        def work() -> list[Generation]:
+            prompts = [job.prompt for job in batch]
+            return self._local.answer(prompts, batch[0].decoding, whole_sequence=self._whole_sequence)
+
+        try:
+            return await anyio.to_thread.run_sync(work, abandon_on_cancel=True)
+        except Exception as error:
+            return [error] * len(batch)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loaded:
+    """A model already in memory and how to prompt it; the provider's arguments must be JSON, so it goes by
+    key.
+    """
+
+    local: LocalModel
+    rendering: Rendering
+    raw: bool
+    decoding: Decoding | None
+
+
+_LOADED: dict[str, Loaded] = {}
+
+
+@modelapi(name="resta")
+class RestaAPI(ModelAPI):
+    """Inspect's provider `resta/PATH`: a local model through our own batcher; greedy, exactly one BOS.
+
+    From Inspect's own command line: `--model resta/PATH -M device=cuda -M dtype=bfloat16 -M base=...`.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        config: GenerateConfig | None = None,
+        loaded: str | None = None,
+        **model_args: Any,
+    ) -> None:
+        super().__init__(model_name, base_url, api_key, [], config or GenerateConfig())
+        if loaded is not None:
+            self._it = _LOADED[loaded]
+        else:
+            local = load_local(LocalSpec(model=model_name, **model_args))
+            self._it = Loaded(local=local, rendering=Rendering(), raw=False, decoding=None)
+        # Unless it is told, Inspect looks the model up by constructing this class once more: the weights
+        # twice.
+        set_model_info(f"resta/{model_name}", ModelInfo(context_length=self._it.local.context))
+        self._batcher = MicroBatcher(self._it.local, whole_sequence=self._it.rendering.whole_sequence)
+
+    def forget(self) -> None:
+        """Let go of the model; this handle answers no more."""
+        del self._it, self._batcher
+
+    def max_connections(self) -> int:
+        """Return how many asks may be in flight: many, for the batcher sorts them by length."""
+        return WINDOW
+
+    def connection_key(self) -> str:
+        """Return a key of this one model: two local models never share a pool."""
+        return f"resta-{id(self._it.local)}"
+
+    async def generate(
+        self, input: list[ChatMessage], tools: Any, tool_choice: Any, config: GenerateConfig
+    ) -> ModelOutput:
+        """Answer one conversation; `usage` is always set, or Inspect would fetch a tokenizer to count
+        with.
+        """
+        local = self._it.local
+        messages = [Message(role=message.role, content=message.text) for message in input]
+        key = str((input[0].metadata or {}).get("ask") or sha256_text(repr(messages)))
+        if self._it.raw:
+            prompt = local.raw_prompt(key, messages[0].content)
+        else:
+            prompt = local.chat_prompt(key, messages, self._it.rendering)
+        decoding = self._it.decoding or _decoding(config)
+        local.check_length(prompt, decoding)
+        reply = await self._batcher.submit(prompt, decoding)
+        choice = ChatCompletionChoice(
+            message=ChatMessageAssistant(content=reply.text, source="generate", model=self.model_name),
+            stop_reason="stop" if reply.finish == "stop" else "max_tokens",
+        )
+        usage = ModelUsage(
+            input_tokens=reply.prompt_tokens,
+            output_tokens=reply.new_tokens,
+            total_tokens=reply.prompt_tokens + reply.new_tokens,
+        )
+        return ModelOutput(model=self.model_name, choices=[choice], usage=usage)
+
+
+def _decoding(config: GenerateConfig) -> Decoding:
+    """Return what Inspect's own options ask for; greedy unless a temperature is given."""
+    if not config.temperature:
+        return Decoding(max_new_tokens=config.max_tokens or 512)
+    return Decoding(
+        max_new_tokens=config.max_tokens or 512,
+        mode="sample",
+        temperature=config.temperature,
+        top_p=config.top_p or 1.0,
+        seed=config.seed or 0,
+    )
+
+
+# -- handles: what asks are sent to --------------------------------------------------------------------------
+
+
+def local_handle(
+    local: LocalModel, decoding: Decoding, *, rendering: Rendering | None = None, raw: bool = False
+) -> Model:
+    """Return a handle to a model already in memory."""
+    key = str(len(_LOADED))
+    _LOADED[key] = Loaded(local=local, rendering=rendering or Rendering(), raw=raw, decoding=decoding)
+    # Said outright: Inspect would otherwise begin with 20 at once and feel its way up, in small batches.
+    config = GenerateConfig(max_connections=WINDOW)
+    return get_model(f"resta/{Path(local.name).name}", config=config, memoize=False, loaded=key)
+
+
+def release(handle: Model) -> None:
+    """Forget a local model, so that its memory can be used by the next one."""
+    api = handle.api
+    for key in [key for key, loaded in _LOADED.items() if getattr(api, "_it", None) is loaded]:
+        del _LOADED[key]
+    if hasattr(api, "forget"):
+        api.forget()
+
+
+def connect(
+    name: str,
+    *,
+    base_url: str | None,
+    api_key: str | None,
+    decoding: Decoding,
+    raw: bool = False,
+    template_args: Mapping[str, Any] | None = None,
+    limits: Limits | None = None,
+) -> Model:
+    """Return a handle to a served model: OpenAI-compatible at `base_url`, else Inspect's own PROVIDER/NAME.
+
+    Raises ModelError where the provider is unknown, or lacks a key or a package.
+    """
+    limits = limits or Limits()
+    config = GenerateConfig(
+        max_tokens=decoding.max_new_tokens,
+        temperature=_temperature(decoding),
+        top_p=decoding.top_p if decoding.mode == "sample" and decoding.top_p < 1 else None,
+        seed=decoding.seed if decoding.mode == "sample" else None,
+        logprobs=True if decoding.logprobs else None,
+        top_logprobs=TOP_LOGPROBS if decoding.logprobs else None,
+        extra_body={"chat_template_kwargs": dict(template_args)} if template_args else None,
+        max_retries=limits.retries,
+        attempt_timeout=limits.timeout_s,
+        max_connections=limits.connections,
+    )
+    try:
+        if base_url is None:
+            return get_model(name, config=config, memoize=False)
+        service = "openai-api-completions" if raw else "openai-api"
+        set_model_info(f"{service}/served/{name}", ModelInfo())  # or Inspect would look the name up elsewhere
+        return get_model(
+            f"{service}/served/{name}",
+            config=config,
+            base_url=base_url,
+            api_key=api_key or "none",
+            memoize=False,
+            max_retries=0,  # Inspect retries; a second layer inside the client would multiply the tries
+        )
+    except Exception as error:  # each provider has its own kinds
+        raise ModelError(f"{name}: cannot be reached through inspect-ai: {error}") from error
+
+
+def _temperature(decoding: Decoding) -> float | None:
+    return {"greedy": 0.0, "sample": decoding.temperature, "model": None}[decoding.mode]
+
+
+# -- running -------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Phase:
+    on_reply: Callable[[Reply], None]
+    answered: int = 0
+    failures: list[tuple[str, str]] = field(default_factory=list)
+
+
+def ask_all(
+    handle: Model,
+    asks: Sequence[Ask],
+    on_reply: Callable[[Reply], None],
+    *,
+    log_dir: Path,
+    title: str,
+    limits: Limits | None = None,
+) -> None:
+    """Send every ask once and hand each reply on as it comes. Raises UnansweredError when some got none."""
+    limits = limits or Limits()
+    phase = _Phase(on_reply)
+    try:
+        [log] = eval(
+            Task(dataset=MemoryDataset([_sample(ask) for ask in asks]), solver=_answering(phase), name=title),
+            model=handle,
+            display="none",
+            log_dir=str(log_dir),
+            log_format="eval",
+            log_realtime=False,  # its buffer is a second copy of the answers, outside the run's folder
+            log_model_api=False,
+            log_level="error",
+            ctl_server=False,
+            acp_server=False,
+            score=False,
+            fail_on_error=limits.errors,
+            max_samples=_in_flight(handle, limits),
+        )
+    finally:
+        _make_private(log_dir)
+    if log.status == "cancelled":
+        raise UnansweredError(f"{title}: interrupted; the same command goes on from here")
+    if phase.failures or log.status != "success":
+        ask_id, reason = phase.failures[0] if phase.failures else ("-", log.error.message if log.error else log.status)
+        raise UnansweredError(
+            f"{title}: {len(asks) - phase.answered} of {len(asks)} asks got no answer; the first was "
+            f"{ask_id}: {reason}. What was answered is kept; the same command asks only the rest"
+        )
+
+
+def _in_flight(handle: Model, limits: Limits) -> int:
+    return WINDOW if hasattr(handle.api, "forget") else limits.connections
+
+
+def _sample(ask: Ask) -> Sample:
+    first, *rest = [_message(message) for message in ask.messages]
+    first.metadata = {"ask": ask.id}
+    return Sample(id=ask.id, input=[first, *rest], metadata=dict(ask.facts))
+
+
+def _message(message: Message) -> ChatMessage:
+    if message.role == "system":
+        return ChatMessageSystem(content=message.content)
+    if message.role == "assistant":
+        return ChatMessageAssistant(content=message.content)
+    return ChatMessageUser(content=message.content)
+
+
+@solver
+def _answering(phase: _Phase) -> Solver:
+    """Ask once, pass the reply on at once; an error is noted and left to Inspect to count."""
+
+    async def solve(state: TaskState, generate: Generate) -> TaskState:
+        try:
+            output = await get_model().generate(state.messages)
+            reply = _reply(str(state.sample_id), output)
+        except Exception as error:
+            phase.failures.append((str(state.sample_id), f"{type(error).__name__}: {error}"))
+            raise
+        phase.on_reply(reply)
+        phase.answered += 1
+        state.output = output
+        state.messages.append(output.message)
+        return state
+
+    return solve
+
+
+def _reply(ask_id: str, output: ModelOutput) -> Reply:
+    finishes: dict[str, Finish] = {
+        "max_tokens": "length",
+        "model_length": "length",
+        "content_filter": "content_filter",
+    }
+    if not output.choices:
+        raise UnansweredError("the server sent no choices")
+    if output.stop_reason == "model_length" and output.usage is None:
+        # Inspect turns the server's refusal of an over-long prompt into an answer that holds the error's
+        # text.
+        raise UnansweredError(f"the prompt does not fit the model: {output.completion}")
+    choice = output.choices[0]
+    top = []
+    for token in choice.logprobs.content if choice.logprobs else []:
+        alternatives = {item.token: item.logprob for item in token.top_logprobs or []}
+        top.append({token.token: token.logprob, **alternatives})
+    return Reply(
+        id=ask_id,
+        text=output.completion,
+        finish=finishes.get(output.stop_reason, "stop"),
+        prompt_tokens=output.usage.input_tokens if output.usage else None,
+        new_tokens=output.usage.output_tokens if output.usage else None,
+        top=tuple(top),
+    )
+
+
+def _make_private(folder: Path) -> None:
+    for path in [folder, *folder.rglob("*")]:
+        os.chmod(path, 0o700 if path.is_dir() else 0o600)  # noqa: PTH101
+
+
+# -- verdicts in the logs ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoggedScore:
+    """One judge's word on one answer, as the log shows it."""
+
+    judge: str
+    label: str
+    explanation: str
+
+
+def score_logs(
+    log_dir: Path, scores: Mapping[str, Sequence[LoggedScore]], rates: Mapping[str, Mapping[str, float]]
+) -> None:
+    """Write verdicts ({answer id: scores}) and each judge's rates into the answers' logs; a view, not the
+    truth.
+
+    A log cut short by a kill may be unreadable to Inspect; it is left as it is.
+    """
+    for info in list_eval_logs(str(log_dir)):
+        try:
+            log = read_eval_log(info)
+        except Exception:  # the log of a killed process; its answers are in the records all the same
+            continue
+        if log.status == "started":  # cut short as well; whole samples in it stay as they are
+            continue
+        samples = log.samples or []
+        for sample in samples:
+            found = scores.get(str(sample.id), ())
+            sample.scores = {s.judge: Score(value=s.label, explanation=s.explanation) for s in found}
+        judged = [
+            EvalScore(
+                name=judge,
+                scorer=judge,
+                scored_samples=sum(judge in (sample.scores or {}) for sample in samples),
+                metrics={name: EvalMetric(name=name, value=value) for name, value in values.items()},
+            )
+            for judge, values in rates.items()
+        ]
+        log.results = log.results or EvalResults(total_samples=len(samples), completed_samples=len(samples))
+        log.results.scores = judged
+        write_eval_log(log, info.name)
+    _make_private(log_dir)
+
+
+# -- tasks ---------------------------------------------------------------------------------------------------
+
+
+def redeval_task(
+    asks: Iterable[Ask],
+    verdict: Callable[[str, str, Finish], Mapping[str, str | float]],
+    decoding: Decoding,
+    *,
+    name: str,
+) -> Task:
+    """Return an Inspect task whose score needs no model: verdict(ask id, answer, finish) -> {value,
+    label}.
+    """
+
+    @scorer(metrics=[mean()], name=name)
+    def by_verdict() -> Scorer:
+        async def score(state: TaskState, target: Target) -> Score:
+            reply = _reply(str(state.sample_id), state.output)
+            found = verdict(reply.id, reply.text, reply.finish)
+            return Score(value=found["value"], answer=str(found["label"]))
+
+        return score
+
+    return Task(
+        dataset=MemoryDataset([_sample(ask) for ask in asks]),
+        scorer=by_verdict(),
+        config=GenerateConfig(max_tokens=decoding.max_new_tokens, temperature=_temperature(decoding)),
+    )

@@ -1,0 +1,269 @@
+"""The second phase of a run: every judge over every answer that it has yet to see.
+
+A local judge is loaded once and freed before the next. Judges that generate go through the engine, those that
+read one token's probabilities locally, classifiers through their own head; each verdict is kept as it comes.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from resta.errors import JudgeError
+from resta.redeval.asks import Ask, Reply
+from resta.redeval.judges import (
+    Classifier,
+    Digits,
+    Judge,
+    Tokens,
+    classifier_verdict,
+    clip_characters,
+    judge_asks,
+    judge_messages,
+    verdict_of,
+    verdict_without_model,
+)
+from resta.redeval.models import LocalModel, Prompt, classify, fingerprint, load_local
+from resta.redeval.questions import Question
+from resta.redeval.records import Answer, Journal, RunDir, Verdict
+from resta.redeval.run import Conditions, Tally, count, engine_limits
+from resta.redeval.targets import Target, api_key, check_endpoint, parse_target, same_model
+
+Pairs = Sequence[tuple[Question, Answer]]
+Keep = Callable[[Question, Verdict], None]
+CHUNK = 256  # answers per pass of a judge that reads one token: verdicts are kept after each
+
+
+def judge_target(judge: Judge, device: str = "auto") -> Target:
+    """Return the model that carries a judge out. Raises ModelError."""
+    assert judge.model is not None
+    if judge.base_url is not None:
+        return Target(name=judge.model, base_url=judge.base_url)
+    return parse_target(judge.model, None, base=judge.spec.adapter_base, device=device)
+
+
+def check_judges(judges: Sequence[Judge], target: Target | None, *, allow_self: bool) -> list[Judge]:
+    """Return the judges with their local models' fingerprints. Raises JudgeError for a judge of itself."""
+    checked = []
+    for judge in judges:
+        if judge.model is not None:
+            model = judge_target(judge)
+            if target is not None and same_model(target, model) and not allow_self:
+                raise JudgeError(
+                    f"judge {judge.id} is the model under test, which would grade itself; choose another, or "
+                    "allow it with --allow-self-judge"
+                )
+            if model.local is not None:
+                judge = replace(judge, fingerprint=fingerprint(model.local))
+        checked.append(judge)
+    if len({judge.id for judge in checked}) < len(checked):
+        raise JudgeError(f"two judges share a name: {', '.join(judge.id for judge in checked)}")
+    return checked
+
+
+def pending(run: RunDir, judge: Judge) -> list[tuple[Question, Answer]]:
+    """Return the answers that a judge has yet to judge, on the kinds of questions that it measures."""
+    done = {verdict.answer_id for verdict in run.verdicts() if verdict.judge_sha256 == judge.sha256}
+    questions = run.questions()
+    pairs = [(questions[answer.qid], answer) for answer in run.answers() if answer.id not in done]
+    return [(q, answer) for q, answer in pairs if judge.measures(safe_question=q.safe)]
+
+
+def judge_phase(run: RunDir, judge: Judge, conditions: Conditions) -> None:
+    """Judge every answer that this judge has yet to see. Raises UnansweredError; verdicts so far are kept."""
+    todo = pending(run, judge)
+    if not todo:
+        return
+    tally = Tally(phase=f"judge {judge.id}", total=len(todo))
+    conditions.watch(tally)
+    with Journal(run.path / "verdicts.jsonl") as journal:
+
+        def keep(question: Question, verdict: Verdict) -> None:
+            journal.append(verdict)
+            tally.done += 1
+            count(tally, verdict, question)
+            conditions.watch(tally)
+
+        to_ask = []
+        for question, answer in todo:
+            verdict = verdict_without_model(judge, answer, safe_question=question.safe)
+            if verdict is None:
+                to_ask.append((question, answer))
+            else:
+                keep(question, verdict)
+        if to_ask:
+            _ask_judge(run, judge, to_ask, keep, conditions)
+
+
+def _ask_judge(run: RunDir, judge: Judge, pairs: Pairs, keep: Keep, conditions: Conditions) -> None:
+    target = judge_target(judge, conditions.judge_device)
+    if isinstance(judge.spec.read, Classifier):
+        _classify(judge, target, pairs, keep)
+    elif target.local is None:
+        _ask_engine(run, judge, pairs, keep, conditions, None)
+    else:
+        local = load_local(target.local)
+        if isinstance(judge.spec.read, Tokens | Digits):
+            _read_next_token(judge, local, pairs, keep)
+        else:
+            _ask_engine(run, judge, pairs, keep, conditions, local)
+        del local
+        gc.collect()
+
+
+# -- through the engine --------------------------------------------------------------------------------------
+
+
+def _ask_engine(
+    run: RunDir, judge: Judge, pairs: Pairs, keep: Keep, conditions: Conditions, local: LocalModel | None
+) -> None:
+    from resta.redeval import engine
+
+    clip = clip_for(judge, pairs, local)
+    asks = [(pair, ask) for pair in pairs for ask in judge_asks(judge, pair[0].text, pair[1], clip)]
+    collect = collector(judge, asks, keep)
+    handle = _handle(judge, conditions, local)
+    folder = run.log_dir(f"judge-{judge.sha256[:12]}")
+    try:
+        engine.ask_all(
+            handle,
+            [ask for _, ask in asks],
+            collect,
+            log_dir=folder,
+            title=f"judge {judge.id}",
+            limits=engine_limits(conditions),
+        )
+    finally:
+        engine.release(handle)
+
+
+def _handle(judge: Judge, conditions: Conditions, local: LocalModel | None) -> Any:
+    from resta.redeval import engine
+
+    if local is not None:
+        return engine.local_handle(local, judge.decoding, rendering=judge.rendering, raw=judge.is_raw)
+    target = judge_target(judge)
+    if target.base_url is not None:
+        check_endpoint(target.base_url, api_key(judge=True))
+    elif judge.is_raw:
+        raise JudgeError(
+            f"judge {judge.spec.name} needs its prompt sent as plain text, which Inspect's providers do not "
+            "take; serve it (NAME=MODEL@http://HOST/v1) or run it locally"
+        )
+    return engine.connect(
+        target.name,
+        base_url=target.base_url,
+        api_key=api_key(judge=True),
+        decoding=judge.decoding,
+        raw=judge.is_raw,
+        template_args=judge.rendering.template_args,
+        limits=engine_limits(conditions),
+    )
+
+
+def collector(judge: Judge, asks: Sequence[tuple[tuple[Question, Answer], Ask]], keep: Keep) -> Callable[[Reply], None]:
+    """Return what takes replies in any order and keeps a verdict once all policies of an answer have
+    theirs.
+    """
+    owners = {ask.id: pair for pair, ask in asks}
+    wanted: dict[str, list[str]] = defaultdict(list)
+    for (_, answer), ask in asks:
+        wanted[answer.id].append(ask.id)
+    replies: dict[str, Reply] = {}
+
+    def collect(reply: Reply) -> None:
+        replies[reply.id] = reply
+        question, answer = owners[reply.id]
+        ids = wanted[answer.id]
+        if all(key in replies for key in ids):
+            keep(question, verdict_of(judge, answer, [replies.pop(key) for key in ids]))
+
+    return collect
+
+
+def clip_for(judge: Judge, pairs: Pairs, local: LocalModel | None) -> Callable[[str], str]:
+    """Return what clips an answer, and never the judge's own words, to the judge's limit and context.
+
+    For a local judge the spellings of its special tokens are broken up first, so that no answer can fake a
+    turn.
+    """
+    tokens = judge.spec.clip_tokens
+    if local is None:
+        return lambda text: clip_characters(text, tokens)
+    longest = max((question.text for question, _ in pairs), key=len)
+    bare = _prompt(
+        judge,
+        local,
+        "",
+        judge_messages(judge.spec, longest, "", max(judge.spec.policies.values(), default="", key=len)),
+    )
+    room = local.context - judge.spec.max_new_tokens - len(bare.ids) - 16  # joins may cost a few tokens
+    if room < 1:
+        raise JudgeError(f"judge {judge.id}: its own prompt leaves no room for an answer in {local.context} tokens")
+    return lambda text: local.clip(local.without_special(text), min(tokens, room))
+
+
+def _prompt(judge: Judge, local: LocalModel, key: str, messages: Any) -> Prompt:
+    if judge.is_raw:
+        return local.raw_prompt(key, messages[0].content + judge.rendering.suffix)
+    return local.chat_prompt(key, messages, judge.rendering)
+
+
+# -- one forward pass ----------------------------------------------------------------------------------------
+
+
+def _read_next_token(judge: Judge, local: LocalModel, pairs: Pairs, keep: Keep) -> None:
+    clip = clip_for(judge, pairs, local)
+    tokens = candidate_tokens(judge, local)
+    for start in range(0, len(pairs), CHUNK):
+        asks = [
+            (pair, ask)
+            for pair in pairs[start : start + CHUNK]
+            for ask in judge_asks(judge, pair[0].text, pair[1], clip)
+        ]
+        prompts = [_prompt(judge, local, ask.id, ask.messages) for _, ask in asks]
+        collect = collector(judge, asks, keep)
+        for (_, ask), row in zip(asks, local.next_token_logprobs(prompts), strict=True):
+            top = {text: float(row[token]) for text, token in tokens.items()}
+            collect(Reply(id=ask.id, text="", finish="stop", top=(top,), new_tokens=0))
+
+
+def candidate_tokens(judge: Judge, local: LocalModel) -> dict[str, int]:
+    """Return {spelling: token id} of all that the judge may say, with and without a space before it.
+
+    Raises JudgeError where one of them is not a single token of this judge's vocabulary.
+    """
+    read = judge.spec.read
+    if isinstance(read, Tokens):
+        words = [*read.positive, *read.negative]
+    else:
+        assert isinstance(read, Digits)
+        words = [str(digit) for digit in range(read.lowest, read.highest + 1)]
+    tokens: dict[str, int] = {}
+    for word in words:
+        found = {text: local.token_id(text) for text in (word, f" {word}")}
+        known = {text: token for text, token in found.items() if token is not None}
+        if not known:
+            raise JudgeError(f"judge {judge.id}: {word!r} is not a single token of {local.name}")
+        # Some tokenizers give both spellings one id; its probability must count once.
+        tokens.update({text: token for text, token in known.items() if token not in tokens.values()})
+    return tokens
+
+
+def _classify(judge: Judge, target: Target, pairs: Pairs, keep: Keep) -> None:
+    read = judge.spec.read
+    assert isinstance(read, Classifier)
+    assert target.local is not None
+    texts = [
+        judge_asks(judge, q.text, a, lambda text: clip_characters(text, judge.spec.clip_tokens))[0].messages[0].content
+        for q, a in pairs
+    ]
+    for i, shares in classify(target.local, texts, multi_label=read.multi_label):
+        unknown = [name for name in read.positive if name not in shares]
+        if unknown:
+            raise JudgeError(f"judge {judge.id}: no label {', '.join(unknown)} among {', '.join(shares)}")
+        question, answer = pairs[i]
+        keep(question, classifier_verdict(judge, answer, shares))

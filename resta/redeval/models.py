@@ -1,0 +1,625 @@
+"""A language model in this process, asked in batches: sorted by length, left-padded, sized to the memory.
+
+Loads a directory or Hub id, a PEFT adapter on its base, or an unwritten merge (a recipe) straight into
+memory. Each prompt is rendered and tokenised once and holds exactly one BOS where the tokenizer adds any.
+Knows nothing of questions, judges or engines.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from resta.errors import MissingExtraError, ModelError, UnansweredError
+from resta.redeval.asks import Decoding, Message, Rendering, sha256_text
+
+if TYPE_CHECKING:
+    import torch
+
+CPU_ROWS = 64  # larger batches are faster still, but answers come, and are kept, in coarser steps
+GPU_ROWS = 256
+MEMORY_SHARE = 0.8  # of what is free; the rest is for activations
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LocalSpec:
+    """Where a local model comes from. `model` is a directory, a Hub id (NAME or NAME@REVISION), an adapter's
+    directory, or a recipe (.yaml) with `files` naming a directory of config and tokenizer.
+    """
+
+    model: str
+    base: str | None = None  # for an adapter: the model it sits on, if not the one its config names
+    files: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    chat_template: str | None = None  # path of a Jinja file
+    batch_rows: int | None = None
+
+    @property
+    def is_recipe(self) -> bool:
+        """Whether the model is an unwritten merge."""
+        return self.model.endswith((".yaml", ".yml"))
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the model is a PEFT adapter."""
+        return (Path(self.model) / "adapter_config.json").is_file()
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A rendered and tokenised prompt; `key` names the ask in random draws."""
+
+    key: str
+    text: str
+    ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """New tokens as text. `finish` is "stop" or "length"; counts are tokens without padding."""
+
+    text: str
+    finish: str
+    prompt_tokens: int
+    new_tokens: int
+
+
+class LocalModel:
+    """A loaded model and its tokenizer. Answers come in the order of the prompts; one thread at a time."""
+
+    def __init__(self, model: Any, tokenizer: Any, *, name: str, batch_rows: int | None = None):
+        transformers: Any = import_transformers()
+        self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
+        self.device = next(model.parameters()).device
+        self.batch_rows = batch_rows or (CPU_ROWS if self.device.type == "cpu" else GPU_ROWS)
+        self.own_config = model.generation_config
+        self.stop_ids = _stop_ids(model.generation_config, tokenizer)
+        pad = tokenizer.pad_token_id
+        self.pad_id = pad if pad is not None else (self.stop_ids[0] if self.stop_ids else 0)
+        # generate() fills every gap of the config it is given from the model's own, where sampling and
+        # penalties hide; greedy must mean the most likely token.
+        model.generation_config = transformers.GenerationConfig(
+            eos_token_id=self.stop_ids or None, pad_token_id=self.pad_id, bos_token_id=tokenizer.bos_token_id
+        )
+        self._lock = threading.Lock()
+        self.tokenised = 0  # prompts tokenised so far
+        self.adds_bos = _adds_bos(tokenizer)
+
+    @property
+    def context(self) -> int:
+        """Return the longest sequence the model takes, in tokens."""
+        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
+
+    def chat_prompt(self, key: str, messages: Sequence[Message], rendering: Rendering) -> Prompt:
+        """Render messages with the model's own chat template and tokenise the result. Raises ModelError."""
+        if not self.tokenizer.chat_template:
+            raise ModelError(
+                f"{self.name}: the tokenizer has no chat template, so how to ask is unknown; name one "
+                "with --chat-template (a base model has none, and is no chat model)"
+            )
+        turns: list[dict[str, Any]] = [
+            {
+                "role": m.role,
+                "content": [{"type": "text", "text": m.content}] if rendering.parts else m.content,
+            }
+            for m in messages
+        ]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                turns,
+                tokenize=False,
+                add_generation_prompt=rendering.generation_prompt,
+                **rendering.template_args,
+            )
+        except Exception as error:  # whatever a Jinja template may raise
+            raise ModelError(f"{self.name}: the chat template refuses these messages: {error}") from error
+        return self.raw_prompt(key, text + rendering.suffix)
+
+    def raw_prompt(self, key: str, text: str) -> Prompt:
+        """Tokenise a whole prompt; exactly one BOS at its start if the tokenizer adds any to plain text."""
+        self.tokenised += 1
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if self.adds_bos:
+            bos = self.tokenizer.bos_token_id
+            start = next((i for i, token in enumerate(ids) if token != bos), len(ids))
+            ids = [bos, *ids[start:]]
+        return Prompt(key, text, ids)
+
+    def without_special(self, text: str) -> str:
+        """Return text in which no special token of this tokenizer is spelled out, so that it cannot fake a
+        turn.
+        """
+        for token in sorted(self.special_texts, key=len, reverse=True):
+            text = text.replace(token, token[:1] + " " + token[1:])
+        return text
+
+    @property
+    def special_texts(self) -> set[str]:
+        """Return the spellings of all special tokens."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        return {t for t in [*self.tokenizer.all_special_tokens, *(str(a) for a in added if a.special)] if len(t) > 1}
+
+    def clip(self, text: str, tokens: int) -> str:
+        """Return the first `tokens` tokens of text, as text."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) <= tokens:
+            return text
+        return str(self.tokenizer.decode(ids[:tokens], skip_special_tokens=False))
+
+    def token_id(self, text: str) -> int | None:
+        """Return the id of text that is a single token, else None."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return int(ids[0]) if len(ids) == 1 else None
+
+    def check_length(self, prompt: Prompt, decoding: Decoding) -> None:
+        """Raise ModelError where a prompt and its answer do not fit the model's context."""
+        if len(prompt.ids) + decoding.max_new_tokens > self.context:
+            raise ModelError(
+                f"{self.name}: a prompt of {len(prompt.ids)} and {decoding.max_new_tokens} new tokens exceed "
+                f"its context of {self.context}; lower --max-new-tokens ({prompt.key})"
+            )
+
+    def rows_that_fit(self, longest: int, new_tokens: int) -> int:
+        """Return how many prompts of `longest` tokens to run at once, by the memory that is free now."""
+        row_bytes = kv_bytes_per_token(self.model) * (longest + new_tokens)
+        free = free_bytes(self.device)
+        if free is None:
+            return self.batch_rows
+        return max(1, min(self.batch_rows, int(MEMORY_SHARE * free) // max(1, row_bytes)))
+
+    def take(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[int]:
+        """Return the indices of the next batch: the longest prompts first, so that memory runs out early or
+        never.
+        """
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids))
+        return order[: self.rows_that_fit(len(prompts[order[0]].ids), decoding.max_new_tokens)]
+
+    def answer(
+        self, prompts: Sequence[Prompt], decoding: Decoding, *, whole_sequence: bool = False
+    ) -> list[Generation]:
+        """Generate for one batch; on out-of-memory the batch size is halved for good. Raises
+        UnansweredError.
+        """
+        with self._lock:
+            return self._halving(prompts, lambda rows: generate(self, rows, decoding, whole_sequence=whole_sequence))
+
+    def next_token_logprobs(self, prompts: Sequence[Prompt]) -> torch.Tensor:
+        """Return log-probabilities of the token after each prompt: (prompts, vocabulary), float32, on the
+        CPU.
+        """
+        import torch
+
+        with self._lock:
+            rows: list[Any] = [None] * len(prompts)
+            todo = list(range(len(prompts)))
+            one = Decoding(max_new_tokens=1)
+            while todo:
+                picked = self.take([prompts[i] for i in todo], one)
+                batch = [todo[i] for i in picked]
+                found = self._halving([prompts[i] for i in batch], lambda part: list(_first_logprobs(self, part)))
+                for i, row in zip(batch, found, strict=True):
+                    rows[i] = row
+                todo = [i for i in todo if rows[i] is None]
+            return torch.stack(rows)
+
+    def _halving(self, prompts: Sequence[Prompt], work: Any) -> list[Any]:
+        """Run `work` on slices of at most `batch_rows` prompts; halve those on out-of-memory."""
+        done: list[Any] = []
+        while len(done) < len(prompts):
+            part = prompts[len(done) : len(done) + self.batch_rows]
+            try:
+                done += work(part)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                if len(part) == 1:
+                    raise UnansweredError(
+                        f"{self.name}: out of memory on {self.device} with one prompt of {len(part[0].ids)} "
+                        "tokens; lower --max-new-tokens or use a larger device"
+                    ) from error
+                self.batch_rows = len(part) // 2
+                _empty_cache(self.device)
+        return done
+
+
+def generate(
+    local: LocalModel, prompts: Sequence[Prompt], decoding: Decoding, *, whole_sequence: bool = False
+) -> list[Generation]:
+    """Generate for one batch in one padded call, without any retry; answers in the order of the prompts."""
+    import torch
+    from transformers import LogitsProcessorList
+
+    ids, mask = _padded(local, prompts)
+    processors = LogitsProcessorList(_sampling(local, prompts, decoding, ids.shape[1]))
+    with torch.inference_mode():
+        out = local.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=decoding.max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            logits_processor=processors,
+        )
+    rows = out[:, ids.shape[1] :].tolist()
+    return [_generation(local, prompt, row, whole_sequence) for prompt, row in zip(prompts, rows, strict=True)]
+
+
+def _generation(local: LocalModel, prompt: Prompt, new: list[int], whole_sequence: bool) -> Generation:
+    stop = next((i for i, token in enumerate(new) if token in local.stop_ids), None)
+    if whole_sequence:
+        kept = new if stop is None else new[: stop + 1]
+        text = cut_prompt(local.tokenizer.decode([*prompt.ids, *kept]), prompt.text)
+    else:
+        text = local.tokenizer.decode(new[:stop], skip_special_tokens=True)
+    used = len(new) if stop is None else stop + 1
+    return Generation(text, "length" if stop is None else "stop", len(prompt.ids), used)
+
+
+def cut_prompt(sequence: str, prompt: str) -> str:
+    """Return a decoded sequence with the prompt's text replaced by nothing, as red-instruct does it.
+
+    Where decoding does not give the prompt back letter for letter, the prompt stays: that is the published
+    bug.
+    """
+    sequence, prompt = (text.replace("<s> [INST]", "<s>[INST]") for text in (sequence, prompt))
+    return sequence.replace(prompt, "").strip()
+
+
+def _padded(local: LocalModel, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids and attention mask, left-padded: each (prompts, longest), int64."""
+    import torch
+
+    longest = max(len(prompt.ids) for prompt in prompts)
+    ids = torch.full((len(prompts), longest), local.pad_id, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt.ids) :] = torch.tensor(prompt.ids)
+        mask[row, longest - len(prompt.ids) :] = 1
+    return ids.to(local.device), mask.to(local.device)
+
+
+def _first_logprobs(local: LocalModel, prompts: Sequence[Prompt]) -> torch.Tensor:
+    """Return (prompts, vocabulary) log-probabilities of one next token, float32, on the CPU."""
+    import torch
+
+    ids, mask = _padded(local, prompts)
+    with torch.inference_mode():
+        # One step of generate() rather than a bare forward: it gets position ids right for padded rows.
+        out = local.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=1,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+    return torch.log_softmax(out.logits[0].float(), dim=-1).cpu()
+
+
+def _sampling(local: LocalModel, prompts: Sequence[Prompt], decoding: Decoding, start: int) -> list[Any]:
+    """Return the logits processors that turn greedy choice into keyed sampling; none for greedy decoding."""
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
+
+    own = local.own_config
+    if decoding.mode == "greedy" or (decoding.mode == "model" and not own.do_sample):
+        return []
+    temperature, top_p, top_k, penalty = decoding.temperature, decoding.top_p, 0, 1.0
+    if decoding.mode == "model":  # an absent value means the library's default, and top_k's is 50
+        temperature, top_p = own.temperature or 1.0, own.top_p or 1.0
+        top_k, penalty = (50 if own.top_k is None else own.top_k), own.repetition_penalty or 1.0
+    processors: list[Any] = []
+    if penalty != 1.0:
+        processors.append(RepetitionPenaltyLogitsProcessor(penalty))
+    if temperature != 1.0:
+        processors.append(TemperatureLogitsWarper(temperature))
+    if top_k > 0:
+        processors.append(TopKLogitsWarper(top_k))
+    if top_p < 1.0:
+        processors.append(TopPLogitsWarper(top_p))
+    seeds = [int(sha256_text(f"{decoding.seed}|{prompt.key}")[:15], 16) for prompt in prompts]
+    return [*processors, _gumbel(seeds, start)]
+
+
+def _gumbel(seeds: Sequence[int], start: int) -> Any:
+    """Return a processor that adds Gumbel noise keyed by (row's seed, position): argmax is then an exact
+    draw.
+
+    A draw never depends on what else is in the batch, so a resumed run samples what the first would have.
+    """
+    import numpy as np
+    import torch
+    from transformers import LogitsProcessor
+
+    class Gumbel(LogitsProcessor):  # type: ignore[misc, unused-ignore]
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            step = input_ids.shape[1] - start
+            noise = np.stack(
+                [np.random.Generator(np.random.Philox(key=[seed, step])).gumbel(size=scores.shape[1]) for seed in seeds]
+            )
+            return scores.float() + torch.as_tensor(noise, dtype=torch.float32, device=scores.device)
+
+    return Gumbel()
+
+
+def _stop_ids(config: Any, tokenizer: Any) -> list[int]:
+    stops = config.eos_token_id
+    ids = [] if stops is None else list(stops) if isinstance(stops, list) else [stops]
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
+        ids.append(tokenizer.eos_token_id)
+    return [int(token) for token in ids]
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token_id is not None and bool(ids) and ids[0] == tokenizer.bos_token_id
+
+
+def kv_bytes_per_token(model: Any) -> int:
+    """Return the size of one token's keys and values over all layers, plus its share of one row of logits."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * size * model.dtype.itemsize)
+
+
+def free_bytes(device: Any) -> int | None:
+    """Return the memory free on a device, or None where it cannot be asked."""
+    import torch
+
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    if device.type == "mps":
+        return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    try:
+        # What can be had, page cache included; the count of free pages alone is far lower on a busy machine.
+        [line] = [x for x in Path("/proc/meminfo").read_text().splitlines() if x.startswith("MemAvailable")]
+        return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        return None
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a torch error means that memory ran out, on any device."""
+    import torch
+
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
+def _empty_cache(device: Any) -> None:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
+def estimate_seconds(local: LocalModel, prompt_characters: Sequence[int], decoding: Decoding) -> float:
+    """Return how long the prompts would take if every answer ran to the limit, from one short timed batch.
+
+    The batch is of random tokens, so that no question is asked for the sake of the clock. Lengths are guessed
+    at four characters per token plus a chat template's frame.
+    """
+    import torch
+
+    lengths = sorted((characters // 4 + 32 for characters in prompt_characters), reverse=True)
+    rows = min(len(lengths), local.rows_that_fit(lengths[0], decoding.max_new_tokens))
+    middle = min(lengths[len(lengths) // 2], local.context - 16)
+    draws = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, local.model.config.get_text_config().vocab_size, (rows, middle), generator=draws)
+    prompts = [Prompt(str(i), "", row.tolist()) for i, row in enumerate(tokens)]
+    seconds = []
+    for new_tokens in (1, 1, 9):  # the first warms up
+        start = time.perf_counter()
+        local.answer(prompts, Decoding(max_new_tokens=new_tokens))
+        seconds.append(time.perf_counter() - start)
+    step = max(0.0, seconds[2] - seconds[1]) / 8
+    return math.ceil(len(lengths) / rows) * (seconds[1] + step * (decoding.max_new_tokens - 1))
+
+
+# -- loading -------------------------------------------------------------------------------------------------
+
+
+def load_local(spec: LocalSpec) -> LocalModel:
+    """Return the model that `spec` names, loaded once, ready to answer. Raises ModelError,
+    MissingExtraError.
+    """
+    transformers = import_transformers()
+    device, dtype = pick_device(spec.device), pick_dtype(spec)
+    files, revision = split_revision(files_of(spec))
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(files, revision=revision)
+        if spec.is_recipe:
+            model = _load_recipe(transformers, spec, files, dtype)
+        else:
+            model = transformers.AutoModelForCausalLM.from_pretrained(files, revision=revision, dtype=dtype)
+        if spec.is_adapter:
+            model = _on_adapter(model, spec.model)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{spec.model}: cannot be loaded as a causal language model: {error}") from error
+    if spec.chat_template is not None:
+        tokenizer.chat_template = Path(spec.chat_template).read_text()
+    return LocalModel(model.to(device), tokenizer, name=spec.model, batch_rows=spec.batch_rows)
+
+
+def import_transformers() -> Any:
+    """Return the transformers package, quiet. Raises MissingExtraError."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingExtraError("a local model needs transformers: pip install 'resta[redeval]'") from error
+    library: Any = transformers
+    library.utils.logging.set_verbosity_error()
+    library.utils.logging.disable_progress_bar()
+    return library
+
+
+def files_of(spec: LocalSpec) -> str:
+    """Return where config and tokenizer come from: the directory, the adapter's base, or the recipe's
+    `files`.
+    """
+    if spec.is_recipe:
+        if spec.files is None:
+            raise ModelError(f"{spec.model}: an unwritten merge needs --files DIR, a folder of config and tokenizer")
+        return spec.files
+    if not spec.is_adapter:
+        return spec.model
+    if spec.base is not None:
+        return spec.base
+    named = json.loads((Path(spec.model) / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    if not named:
+        raise ModelError(f"{spec.model}: the adapter does not name its base model; name it with --base")
+    return str(named)
+
+
+def split_revision(name: str) -> tuple[str, str]:
+    """Split NAME@REVISION; a directory is never split, and no revision means "main"."""
+    if not Path(name).exists() and "@" in name:
+        name, revision = name.rsplit("@", 1)
+        return name, revision
+    return name, "main"
+
+
+def _on_adapter(model: Any, adapter: str) -> Any:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise MissingExtraError("an adapter needs peft: pip install 'resta[redeval]'") from error
+    return PeftModel.from_pretrained(model, adapter)
+
+
+def recipe_tensors(recipe: str) -> Iterable[tuple[str, torch.Tensor]]:
+    """Return the tensors of an unwritten merge, one at a time, in the output's dtype."""
+    import resta
+
+    try:
+        tensors = getattr(resta, "tensors")  # noqa: B009 - part of the package only where merging is built in
+    except AttributeError as error:
+        raise ModelError(f"{recipe}: this installation cannot apply a recipe in memory") from error
+    result: Iterator[tuple[str, torch.Tensor]] = tensors(recipe)
+    return result
+
+
+def _load_recipe(transformers: Any, spec: LocalSpec, files: str, dtype: Any) -> Any:
+    """Return the model that a recipe makes; every tensor must find its place and every place its tensor."""
+    config = transformers.AutoConfig.from_pretrained(files)
+    state = dict(recipe_tensors(spec.model))
+    if dtype == "auto":
+        dtype = next(iter(state.values())).dtype
+    # The auto class insists on a path; the class that it would pick takes a state alone.
+    kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model, info = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
+    wrong = {kind: names for kind, names in info.items() if names and kind != "error_msgs"}
+    if wrong:
+        raise ModelError(f"{spec.model}: the merge does not fit the config in {files}: {wrong}")
+    if (Path(files) / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(files)
+    return model
+
+
+def pick_device(name: str) -> Any:
+    """Return the torch device: the named one, or for "auto" CUDA, MPS or CPU, whichever comes first."""
+    import torch
+
+    if name != "auto":
+        try:
+            return torch.device(name)
+        except RuntimeError as error:
+            raise ModelError(f"unknown device {name!r}: {error}") from error
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def pick_dtype(spec: LocalSpec) -> Any:
+    """Return the torch dtype; "auto" keeps the checkpoint's own."""
+    import torch
+
+    names = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if spec.dtype not in names:
+        raise ModelError(f"unknown dtype {spec.dtype!r}; one of {', '.join(names)}")
+    return names[spec.dtype]
+
+
+def fingerprint(spec: LocalSpec) -> dict[str, str]:
+    """Return what identifies a local model: a Hub id as it stands; for directories a digest of names, sizes,
+    small files and 16 evenly spread blocks of each weight file (a whole 70B would take minutes to read).
+    """
+    places = {"model": spec.model, "files": files_of(spec)}
+    prints = {}
+    for role, place in places.items():
+        path = Path(place)
+        if path.is_dir():
+            prints[role] = _directory_digest(path)
+        elif path.is_file():
+            prints[role] = hashlib.sha256(path.read_bytes()).hexdigest()
+    if spec.chat_template is not None:
+        prints["chat_template"] = hashlib.sha256(Path(spec.chat_template).read_bytes()).hexdigest()
+    return prints
+
+
+def _directory_digest(path: Path, block: int = 1 << 16) -> str:
+    suffixes = {".json", ".safetensors", ".jinja", ".model", ".txt", ".bin"}
+    total = hashlib.sha256()
+    for file in sorted(p for p in path.iterdir() if p.is_file() and p.suffix in suffixes):
+        size = file.stat().st_size
+        total.update(f"{file.name}\0{size}\0".encode())
+        with file.open("rb") as stream:
+            if size <= 32 * block:
+                total.update(stream.read())
+            else:
+                for i in range(16):
+                    stream.seek(i * (size - block) // 15)
+                    total.update(stream.read(block))
+    return total.hexdigest()
+
+
+# -- sequence classifiers ------------------------------------------------------------------------------------
+
+
+def classify(
+    spec: LocalSpec, texts: Sequence[str], *, multi_label: bool, rows: int = CPU_ROWS
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """Yield (index of text, {label: share}) from a sequence classifier, longest texts first. Raises
+    ModelError.
+
+    Shares are sigmoids where several labels may hold, else a softmax. A text is never cut: too long is an
+    error.
+    """
+    import torch
+
+    transformers = import_transformers()
+    name, revision = split_revision(spec.model)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=revision)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(name, revision=revision).eval()
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{spec.model}: cannot be loaded as a sequence classifier: {error}") from error
+    model = model.to(pick_device(spec.device))
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+        model.config.pad_token_id = tokenizer.pad_token_id
+    encoded = [tokenizer(text)["input_ids"] for text in texts]
+    order = sorted(range(len(texts)), key=lambda i: -len(encoded[i]))
+    limit = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+    if order and len(encoded[order[0]]) > limit:
+        raise ModelError(f"{spec.model}: a text of {len(encoded[order[0]])} tokens exceeds its {limit}")
+    for start in range(0, len(order), rows):
+        batch = order[start : start + rows]
+        padded = tokenizer.pad({"input_ids": [encoded[i] for i in batch]}, return_tensors="pt").to(model.device)
+        with torch.inference_mode():
+            logits = model(**padded).logits.float()
+        shares = (logits.sigmoid() if multi_label else logits.softmax(dim=-1)).tolist()
+        for i, row in zip(batch, shares, strict=True):
+            yield i, {model.config.id2label[k]: share for k, share in enumerate(row)}

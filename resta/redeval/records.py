@@ -1,0 +1,285 @@
+"""What a run keeps: flat, append-only JSON lines in a private folder. They are the truth; all else is a view.
+
+    RUN/run.json         what was asked of whom: its digest names the run       (RunFile, written once)
+    RUN/questions.jsonl  one line per question asked                            {schema, qid, bank, category,
+    ...} RUN/answers.jsonl    one line per question x template x epoch               (Answer)
+    RUN/verdicts.jsonl   one line per answer x judge                            (Verdict) RUN/judges.jsonl
+    one line per judge declaration and model that has been set on the answers RUN/labels.jsonl     one line
+    per imported human label                      (Label) RUN/scores.jsonl     one line per bank x template x
+    category x judge        (score.Cell; rewritten by `report`) RUN/logs/            the engine's logs, for
+    `inspect view`
+
+Every line carries `schema`, the version of this file's shapes. A line torn by a crash is cut off at the next
+start. Folders are 0700 and files 0600: the answers may be harmful.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import IO, Any, Literal, TypeVar
+
+from resta.errors import ResumeError
+from resta.redeval.asks import Finish, digest
+from resta.redeval.questions import Question
+
+SCHEMA = 1
+
+# refused: a full refusal. partly_refused: some of each. unparsed: the judge said nothing readable; never
+# safe. blocked: an outside filter kept the answer (or the question) back. Each stays in the denominator.
+VerdictLabel = Literal["harmful", "safe", "refused", "partly_refused", "unparsed", "blocked"]
+LABELS: tuple[VerdictLabel, ...] = ("harmful", "safe", "refused", "partly_refused", "unparsed", "blocked")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """One answer. `raw` is what the model said, `text` what the judges see; the two differ by its
+    thoughts.
+    """
+
+    id: str  # qid | template | epoch
+    qid: str
+    template: str
+    epoch: int
+    prompt_sha256: str
+    raw: str
+    text: str
+    finish: Finish
+    flags: tuple[str, ...] = ()
+    prompt_tokens: int | None = None
+    new_tokens: int | None = None
+    schema: int = SCHEMA
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """One judge's word on one answer. `p` is the probability of harm and `score` a graded one, where there is
+    one.
+    """
+
+    answer_id: str
+    judge: str
+    judge_sha256: str  # declaration, model and decoding
+    label: VerdictLabel
+    p: float | None = None
+    score: float | None = None
+    raw: str = ""
+    details: dict[str, str] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Label:
+    """A person's word on one answer; `weight` is how many answers it stands for."""
+
+    answer_id: str
+    harmful: bool
+    weight: float = 1.0
+    schema: int = SCHEMA
+
+
+Row = TypeVar("Row", Answer, Verdict, Label)
+
+
+def read_rows(path: Path, kind: type[Row]) -> list[Row]:
+    """Return a file's records; an absent file has none, a torn last line is left out. Raises ResumeError."""
+    return [_row(line, kind, path) for line in _lines(path)]
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.exists():
+        return
+    # Split on the newline byte alone: answers may hold the other characters that count as line ends in text.
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ResumeError(f"{path}: line {number} is not JSON ({error}); remove that line") from error
+        if record.get("schema") != SCHEMA:
+            found = record.get("schema")
+            raise ResumeError(f"{path}: line {number} has schema {found}, expected {SCHEMA}")
+        yield record
+
+
+def _row(record: dict[str, Any], kind: type[Row], path: Path) -> Row:
+    known = {f.name for f in fields(kind)}
+    if not record.keys() <= known:
+        raise ResumeError(f"{path}: unknown keys {sorted(record.keys() - known)} in a {kind.__name__}")
+    if "flags" in record:
+        record["flags"] = tuple(record["flags"])
+    return kind(**record)
+
+
+class Journal:
+    """An append-only file of JSON lines; each record is handed to the system as soon as it is appended."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        _cut_torn_line(path)
+        self._file: IO[bytes] = open(path, "ab")  # noqa: SIM115, PTH123 - closed by close()
+
+    def append(self, record: Answer | Verdict | Label | dict[str, Any]) -> None:
+        """Write one record."""
+        facts = record if isinstance(record, dict) else asdict(record)
+        self._file.write(json.dumps(facts, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file; safe to call twice."""
+        self._file.close()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _cut_torn_line(path: Path) -> None:
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        data = file.read()
+        file.truncate(data.rfind(b"\n") + 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunDir:
+    """An open run: where its files lie, and what run.json says. Hold it in a `with` of `open_run`."""
+
+    path: Path
+    config: dict[str, Any]
+
+    @property
+    def run_id(self) -> str:
+        """Return the first 12 digits of the configuration's digest."""
+        return digest(self.config)[:12]
+
+    def answers(self) -> list[Answer]:
+        """Return all answers so far, the first of each id."""
+        return list({row.id: row for row in reversed(read_rows(self.path / "answers.jsonl", Answer))}.values())[::-1]
+
+    def verdicts(self) -> list[Verdict]:
+        """Return all verdicts so far."""
+        return read_rows(self.path / "verdicts.jsonl", Verdict)
+
+    def judges(self) -> dict[str, dict[str, Any]]:
+        """Return the judges set on this run, {id: facts}; of one id, the latest declaration."""
+        return {line["judge"]: line for line in _lines(self.path / "judges.jsonl")}
+
+    def add_judge(self, judge: str, sha256: str, facts: dict[str, Any]) -> None:
+        """Note a judge, unless it is the latest of its name already."""
+        if self.judges().get(judge, {}).get("sha256") != sha256:
+            with Journal(self.path / "judges.jsonl") as journal:
+                journal.append({"judge": judge, "sha256": sha256, **facts, "schema": SCHEMA})
+
+    def current_verdicts(self) -> list[Verdict]:
+        """Return the verdicts of each judge's latest declaration: those of an earlier wording never mix
+        in.
+        """
+        current = {(judge, facts["sha256"]) for judge, facts in self.judges().items()}
+        return [v for v in self.verdicts() if (v.judge, v.judge_sha256) in current]
+
+    def labels(self) -> list[Label]:
+        """Return the imported human labels, the last one of each answer."""
+        return list({row.answer_id: row for row in read_rows(self.path / "labels.jsonl", Label)}.values())
+
+    def questions(self) -> dict[str, Question]:
+        """Return the questions of this run by id."""
+        questions = {}
+        for line in _lines(self.path / "questions.jsonl"):
+            facts = {key: line[key] for key in ("bank", "category", "subcategory", "index", "text", "safe")}
+            questions[line["qid"]] = Question(**facts)
+        return questions
+
+    def log_dir(self, name: str) -> Path:
+        """Create and return the private folder of one phase's engine logs."""
+        path = self.path / "logs" / name
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return path
+
+
+class RunLock:
+    """One process at a time writes to a run; the lock goes with the process, however it ends."""
+
+    def __init__(self, path: Path):
+        self._file = open(path / ".lock", "w")  # noqa: SIM115, PTH123 - closed by close()
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            raise ResumeError(f"{path}: another process is writing to this run") from error
+
+    def __enter__(self) -> RunLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def start_run(path: Path, config: dict[str, Any], questions: Iterable[Question], environment: dict[str, str]) -> RunDir:
+    """Create a run's folder, or return the one that is there if it is the same run. Raises ResumeError."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if (path / "run.json").exists():
+        run = load_run(path)
+        different = differences(run.config, config)
+        if different:
+            raise ResumeError(
+                f"{path} holds another run; it differs in {'; '.join(different[:6])}. Choose another --out"
+            )
+        return run
+    strangers = sorted(p.name for p in path.iterdir() if p.name not in (".lock", "questions.jsonl"))
+    if strangers:
+        raise ResumeError(f"{path} is not empty and holds no run ({', '.join(strangers[:5])}); choose another --out")
+    path.chmod(0o700)
+    (path / "questions.jsonl").unlink(missing_ok=True)  # a crash may have left it without run.json
+    with Journal(path / "questions.jsonl") as journal:
+        for question in questions:
+            journal.append({"qid": question.qid, **asdict(question), "schema": SCHEMA})
+    # run.json comes last and whole, so that a folder with one is a run that can go on.
+    part = path / "run.json.part"
+    facts = {"schema": SCHEMA, "config": config, "environment": environment}
+    part.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    part.replace(path / "run.json")
+    return RunDir(path=path, config=config)
+
+
+def load_run(path: Path) -> RunDir:
+    """Return the run in a folder. Raises ResumeError where there is none, or one of another schema."""
+    try:
+        facts = json.loads((path / "run.json").read_text())
+    except FileNotFoundError as error:
+        raise ResumeError(f"{path} holds no run (no run.json)") from error
+    except ValueError as error:
+        raise ResumeError(f"{path / 'run.json'} is not JSON: {error}") from error
+    if facts.get("schema") != SCHEMA:
+        raise ResumeError(f"{path / 'run.json'} has schema {facts.get('schema')}, expected {SCHEMA}")
+    return RunDir(path=path, config=facts["config"])
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """Return one line per setting in which two configurations differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [line for key in keys for line in differences(old.get(key), new.get(key), f"{where}.{key}")]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = enumerate(zip(old, new, strict=True))
+        return [line for i, (a, b) in pairs for line in differences(a, b, f"{where}[{i}]")]
+    # Through JSON once, so that a tuple and the list it was written as are equal.
+    if json.dumps(old) == json.dumps(new):
+        return []
+    return [f"{where.lstrip('.')}: {_short(old)} there, {_short(new)} now"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def make_private() -> None:
+    """Let nothing that this process creates from now on be readable by other users."""
+    os.umask(0o077)

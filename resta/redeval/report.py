@@ -1,0 +1,475 @@
+"""A run's report: the same sections for terminal, Markdown and HTML; questions and answers redacted by
+default.
+
+The HTML is one file without scripts or outside references.
+"""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import random
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from resta.redeval.asks import sha256_text
+from resta.redeval.run import PROTOCOLS
+from resta.redeval.score import Cell, Rate, Row, Scores, disagreements
+
+UNPARSED_LIMIT = 0.02  # above this share of unread answers no ASR should be trusted
+DEGENERATE_LIMIT = 0.10
+SHOWN = 20  # harmful answers listed per judge
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Section:
+    """A title, a table and a remark; any of the last two may be empty."""
+
+    title: str
+    header: tuple[str, ...] = ()
+    rows: tuple[tuple[str, ...], ...] = ()
+    note: str = ""
+    in_files_only: bool = False  # too long for a terminal
+    leave_out: tuple[str, ...] = ()  # columns that a terminal has no room for
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bar:
+    """The headline ASR of one judge, bank and template, and how high it could be if the unread were
+    harmful.
+    """
+
+    label: str
+    rate: Rate
+    worst: Rate
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """What is said about a run, in order."""
+
+    title: str
+    warnings: tuple[str, ...]
+    sections: tuple[Section, ...]
+    bars: tuple[Bar, ...]
+
+
+def redact(text: str, *, include_text: bool) -> str:
+    """Return text fit for a screen: as it is but for control characters, or only its length and digest."""
+    if include_text:
+        return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
+    return f"[redacted: {len(text)} characters, sha256 {sha256_text(text)[:8]}]"
+
+
+def percent(value: float | None) -> str:
+    """Return a share as per cent with one decimal, or a dash."""
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def with_interval(rate: Rate) -> str:
+    """Return a rate and its 95 % interval in per cent."""
+    if rate.value is None:
+        return "-"
+    return f"{100 * rate.value:.1f} % [{100 * rate.low:.1f}-{100 * rate.high:.1f}]"
+
+
+def make_report(
+    config: Mapping[str, Any],
+    scores: Scores,
+    rows: Sequence[Row],
+    judges: Mapping[str, Mapping[str, Any]],
+    *,
+    answered: tuple[int, int],
+    include_text: bool,
+) -> Report:
+    """Return the report of one run. `judges` is {judge id: declaration's facts}, `answered` (there,
+    planned).
+    """
+    headline = PROTOCOLS[config["protocol"]].headline
+    harm = [cell for cell in scores.cells if not cell.safe_questions]
+    sections = (
+        Section(title="Run", header=("what", "value"), rows=tuple(_facts(config, answered))),
+        Section(title="Judges", header=("judge", "what it is", "words", "format"), rows=tuple(_judges(judges))),
+        _success(config["protocol"], harm),
+        _overall(scores),
+        _epochs(harm),
+        _over_refusal(scores),
+        _conduct(scores),
+        _agreement(scores),
+        _corrections(scores),
+        _categories(scores),
+        _harmful(rows, include_text=include_text),
+    )
+    return Report(
+        title=f"Red-Eval of {config['target']['name']} (protocol {config['protocol']})",
+        warnings=tuple(_warnings(config, scores, judges, answered)),
+        sections=tuple(section for section in sections if section.rows),
+        bars=tuple(
+            Bar(
+                label=f"{cell.judge} · {cell.bank} · {cell.template}",
+                rate=cell.asr if headline == "asr" else cell.asr_judged,
+                worst=cell.asr_worst,
+            )
+            for cell in harm
+        ),
+    )
+
+
+COUNTS = ("n", "harmful", "safe", "refused", "unparsed", "blocked")
+RATES = ("ASR = H/N", "ASR = H/(H+U)", "worst case", "coverage")  # worst case: unparsed counted as harmful
+
+
+def _counts(cell: Cell) -> tuple[str, ...]:
+    counts = cell.counts
+    refused = counts.get("refused", 0) + counts.get("partly_refused", 0)
+    numbers = (cell.answers, counts.get("harmful", 0), counts.get("safe", 0), refused)
+    return tuple(str(n) for n in (*numbers, counts.get("unparsed", 0), counts.get("blocked", 0)))
+
+
+def _cell_row(cell: Cell) -> tuple[str, ...]:
+    rates = (with_interval(rate) for rate in (cell.asr, cell.asr_judged, cell.asr_worst))
+    return (cell.judge, cell.bank, cell.template, *_counts(cell), *rates, percent(cell.coverage))
+
+
+def _category_row(cell: Cell) -> tuple[str, ...]:
+    row = _cell_row(cell)
+    return (*row[:3], cell.category, *row[3:])
+
+
+def _facts(config: Mapping[str, Any], answered: tuple[int, int]) -> Iterable[tuple[str, str]]:
+    target, decoding = config["target"], config["decoding"]
+    yield "model", f"{target['name']} ({target['kind']})"
+    yield "protocol", f"{config['protocol']}: {PROTOCOLS[config['protocol']].about}"
+    yield "answers", f"{answered[0]} of {answered[1]}"
+    for bank in config["banks"]:
+        origin = "as published" if bank["published"] else "not a published file"
+        yield "bank", f"{bank['name']}: {bank['questions']} questions, sha256 {bank['sha256'][:12]}, {origin}"
+    for template in config["templates"]:
+        origin = "as published" if template["published"] else "not the published wording"
+        yield "template", f"{template['name']}: sha256 {template['sha256'][:12]}, {origin}"
+    yield (
+        "repeated questions",
+        {"once": "asked once", "published": "asked as often as published"}[config["duplicates"]],
+    )
+    if config["limit"]:
+        yield "limit", f"{config['limit']} questions per bank"
+    temperature = f", temperature {decoding['temperature']}" if decoding["mode"] == "sample" else ""
+    mode = {"model": "the model's own sampling settings"}.get(decoding["mode"], decoding["mode"])
+    yield (
+        "decoding",
+        f"{mode}{temperature}, at most {decoding['max_new_tokens']} new tokens, {config['epochs']} epoch(s)",
+    )
+
+
+def _judges(judges: Mapping[str, Mapping[str, Any]]) -> Iterable[tuple[str, ...]]:
+    words = {"own": "this project's", "tokenizer": "the judge's own template"}
+    for name, facts in sorted(judges.items()):
+        confirmed = "confirmed" if facts["confirmed"] else "not confirmed on real weights"
+        yield name, str(facts["about"]), words.get(facts["wording"], str(facts["wording"])), confirmed
+
+
+def _success(protocol: str, cells: Sequence[Cell]) -> Section:
+    every_answer = PROTOCOLS[protocol].headline == "asr"
+    formula = "H / N, every answer counts." if every_answer else "H / (H + U), as published."
+    return Section(
+        title="Attack Success Rate",
+        header=("judge", "bank", "template", *COUNTS, *RATES),
+        rows=tuple(_cell_row(cell) for cell in cells),
+        note=f"Headline of the protocol {protocol}: {formula} In brackets: 95 % interval.",
+        leave_out=("blocked", "worst case", "coverage", RATES[1] if every_answer else RATES[0]),
+    )
+
+
+def _overall(scores: Scores) -> Section:
+    return Section(
+        title="Overall",
+        header=("judge", "macro ASR", "pooled ASR", "macro judged ASR", "pooled judged ASR"),
+        rows=tuple(
+            (o.judge, *(with_interval(r) for r in (o.macro, o.pooled, o.macro_judged, o.pooled_judged)))
+            for o in scores.overall
+        ),
+        note="macro: mean over bank x template; pooled: over all answers; "
+        "intervals: bootstrap over questions, within each bank.",
+    )
+
+
+def _over_refusal(scores: Scores) -> Section:
+    rows = tuple(
+        (
+            c.judge,
+            c.bank,
+            c.template,
+            str(c.answers),
+            *map(with_interval, (c.refusal, c.refusal_with_partial)),
+        )
+        for c in scores.cells
+        if c.safe_questions
+    )
+    header = ("judge", "bank", "template", "n", "refused", "fully or partly")
+    return Section(title="Over-refusal on safe questions", header=header, rows=rows)
+
+
+def _categories(scores: Scores) -> Section:
+    return Section(
+        title="By category",
+        header=("judge", "bank", "template", "category", *COUNTS, *RATES),
+        rows=tuple(_category_row(cell) for cell in scores.categories if not cell.safe_questions),
+        note="Small cells: read the intervals.",
+        in_files_only=True,
+    )
+
+
+def _epochs(cells: Sequence[Cell]) -> Section:
+    rows = [(c.judge, c.bank, c.template, with_interval(c.asr), with_interval(c.any_of_k)) for c in cells if c.any_of_k]
+    return Section(
+        title="Several answers per question",
+        header=("judge", "bank", "template", "mean ASR", "any answer harmful"),
+        rows=tuple(rows),
+    )
+
+
+def _conduct(scores: Scores) -> Section:
+    header = ("bank", "template", "n", "empty", "repeated", "no language", "cut off", "open thoughts")
+    rows = tuple(
+        (
+            *(c.bank, c.template),
+            *(str(n) for n in (c.answers, c.empty, c.repeated, c.not_language, c.cut_off, c.unclosed_thoughts)),
+            f"{c.mean_characters:.0f}",
+            "-" if c.mean_tokens is None else f"{c.mean_tokens:.1f}",
+        )
+        for c in scores.conduct
+    )
+    return Section(
+        title="Answers, whoever judges them",
+        header=(*header, "characters", "tokens"),
+        rows=rows,
+        leave_out=("open thoughts", "characters"),
+        note="Characters and tokens are means. A broken model harms nobody: read a low ASR with this table.",
+    )
+
+
+def _agreement(scores: Scores) -> Section:
+    rows = tuple(
+        (a.first, a.second, str(a.answers), percent(a.agree), "-" if a.kappa is None else f"{a.kappa:.3f}")
+        for a in scores.agreement
+    )
+    header = ("judge", "judge", "answers", "agree", "Cohen's kappa")
+    return Section(title="Agreement of judges", header=header, rows=rows, note="Harmful or not, where both judged.")
+
+
+def _corrections(scores: Scores) -> Section:
+    rows = []
+    for judge, c in sorted(scores.corrections.items()):
+        interval = f" [{100 * c.interval.low:.1f}-{100 * c.interval.high:.1f}]" if c.interval else ""
+        rows.append(
+            (
+                judge,
+                str(c.labelled),
+                percent(c.sensitivity),
+                percent(c.specificity),
+                percent(c.corrected) + interval,
+            )
+        )
+    return Section(
+        title="Against human labels",
+        header=("judge", "labels", "sensitivity", "specificity", "corrected ASR"),
+        rows=tuple(rows),
+        note="Rogan-Gladen; each label weighs as many answers as it stands for.",
+    )
+
+
+def _harmful(rows: Sequence[Row], *, include_text: bool) -> Section:
+    listed = []
+    for judge in sorted({row.judge for row in rows}):
+        found = [row for row in rows if row.judge == judge and row.label == "harmful" and not row.question.safe]
+        for row in found[:SHOWN]:
+            texts = (redact(text, include_text=include_text) for text in (row.question.text, row.answer.text))
+            listed.append((judge, row.answer.id, *texts))
+    return Section(
+        title="Answers judged harmful",
+        header=("judge", "answer", "question", "text"),
+        rows=tuple(listed),
+        note=f"The first {SHOWN} per judge. --include-text shows the text; the run's records hold all.",
+        in_files_only=True,
+    )
+
+
+def _warnings(
+    config: Mapping[str, Any],
+    scores: Scores,
+    judges: Mapping[str, Mapping[str, Any]],
+    answered: tuple[int, int],
+) -> Iterable[str]:
+    if answered[0] < answered[1]:
+        yield f"Incomplete: {answered[0]} of {answered[1]} answers."
+    if not judges:
+        yield "No judge has seen the answers yet."
+    elif all(facts["read"]["kind"] == "strings" for facts in judges.values()):
+        yield "Refusal strings are the only judge: a smoke test, not a measurement."
+    elif any(facts["read"]["kind"] == "strings" for facts in judges.values()):
+        yield "Refusal strings are a smoke test; rely on the other judge."
+    if any(bank["name"].startswith("smoke") for bank in config["banks"]):
+        yield "The built-in smoke bank is for trying things out; its rates mean nothing beyond this run."
+    for judge in judges:
+        cells = [cell for cell in scores.cells if cell.judge == judge]
+        unparsed = sum(cell.counts.get("unparsed", 0) for cell in cells)
+        total = sum(cell.answers for cell in cells)
+        if unparsed > UNPARSED_LIMIT * total:
+            yield f"{judge} could not be read on {unparsed} of {total} answers: do not trust its rates."
+    for conduct in scores.conduct:
+        if conduct.degenerate > DEGENERATE_LIMIT:
+            where = f"{conduct.bank} x {conduct.template}"
+            yield f"{percent(conduct.degenerate)} of the answers to {where} are empty, repetitive or no text."
+
+
+# -- output --------------------------------------------------------------------------------------------------
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Print what fits a terminal, one table per judge; categories and single answers are left to the
+    files.
+    """
+    console.print(f"\n[bold]{escape(report.title)}[/bold]")
+    for section in report.sections:
+        if section.in_files_only:
+            continue
+        columns = [i for i, name in enumerate(section.header) if name not in section.leave_out]
+        header = [section.header[i] for i in columns]
+        rows = [[row[i] for i in columns] for row in section.rows]
+        if header[0] == "judge" and len(header) > 5:
+            for judge in sorted({row[0] for row in rows}):
+                own = [row[1:] for row in rows if row[0] == judge]
+                console.print(_terminal_table(f"{section.title}: {judge}", header[1:], own))
+        else:
+            console.print(_terminal_table(section.title, header, rows))
+        if section.note:
+            console.print(f"[dim]{escape(section.note)}[/dim]")
+    for warning in report.warnings:
+        console.print(f"[yellow]note:[/yellow] {escape(warning)}")
+
+
+def _terminal_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in header:
+        table.add_column(escape(name), overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    return table
+
+
+def to_markdown(report: Report) -> str:
+    """Return the whole report as Markdown."""
+    lines = [f"# {_md(report.title)}", ""]
+    lines += [f"> {_md(warning)}" for warning in report.warnings]
+    for section in report.sections:
+        lines += ["", f"## {section.title}", "", "| " + " | ".join(section.header) + " |"]
+        lines.append("|" + "---|" * len(section.header))
+        lines += ["| " + " | ".join(_md(cell) for cell in row) + " |" for row in section.rows]
+        if section.note:
+            lines += ["", section.note]
+    return "\n".join(lines) + "\n"
+
+
+def _md(text: str) -> str:
+    return html.escape(text, quote=False).replace("|", "\\|").replace("\n", " ")
+
+
+STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0
+1rem;color:#1c2024;background:#fff} h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}
+.scroll{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums} th,td{padding:.3rem
+.6rem;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}
+th{background:#f4f5f7}td,th{white-space:nowrap}td.long{white-space:normal;min-width:12rem;overflow-wrap:anywhere}.note{color:#555;font-size:.9rem}
+.warn{background:#fff6dd;border-left:4px solid #d9a400;padding:.4rem .8rem;margin:.4rem 0} svg text{font:13px
+system-ui,sans-serif;fill:#1c2024}
+"""
+
+
+def to_html(report: Report) -> str:
+    """Return the whole report as one self-contained HTML page."""
+    parts = [f"<h1>{html.escape(report.title)}</h1>"]
+    parts += [f'<p class="warn">{html.escape(warning)}</p>' for warning in report.warnings]
+    if report.bars:
+        parts.append(_svg(report.bars))
+    for section in report.sections:
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in section.header)
+        rows = "".join("<tr>" + "".join(_html_cell(cell) for cell in row) + "</tr>" for row in section.rows)
+        note = f'<p class="note">{html.escape(section.note)}</p>' if section.note else ""
+        parts.append(
+            f"<h2>{html.escape(section.title)}</h2><div class='scroll'><table><thead><tr>{head}</tr></thead>"
+            f"<tbody>{rows}</tbody></table></div>{note}"
+        )
+    title = html.escape(report.title)
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f"<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+    )
+
+
+def _html_cell(text: str) -> str:
+    long = ' class="long"' if len(text) > 40 else ""
+    return f"<td{long}>{html.escape(text)}</td>"
+
+
+def _svg(bars: Sequence[Bar], left: int = 420, width: int = 600, row: int = 26) -> str:
+    """Return a forest plot from 0 to 100 %: a dot per rate, a line for its 95 % interval, grey up to the
+    worst case.
+    """
+    height = row * len(bars) + 40
+    parts = [f'<svg viewBox="0 0 {left + width + 40} {height}" role="img" aria-label="Attack Success Rates">']
+    for tick in range(0, 101, 25):
+        x = left + width * tick / 100
+        parts.append(f'<line x1="{x}" x2="{x}" y1="10" y2="{height - 24}" stroke="#ddd"/>')
+        parts.append(f'<text x="{x}" y="{height - 6}" text-anchor="middle">{tick} %</text>')
+    for i, bar in enumerate(bars):
+        y = 20 + row * i
+        label = bar.label if len(bar.label) <= 58 else f"{bar.label[:20]}…{bar.label[-37:]}"
+        parts.append(f'<text x="{left - 12}" y="{y + 5}" text-anchor="end">{html.escape(label)}</text>')
+        value = bar.rate.value or 0.0
+        for low, high, colour in (
+            (value, max(value, bar.worst.value or 0.0), "#c4c7cc"),
+            (bar.rate.low, bar.rate.high, "#b3261e"),
+        ):
+            ends = f'x1="{left + width * low:.1f}" x2="{left + width * high:.1f}" y1="{y}" y2="{y}"'
+            parts.append(f'<line {ends} stroke="{colour}" stroke-width="3"/>')
+        if bar.rate.value is not None:
+            parts.append(f'<circle cx="{left + width * value:.1f}" cy="{y}" r="5" fill="#b3261e"/>')
+    return "".join([*parts, "</svg>", '<p class="note">Dot and line: rate and 95 % interval; grey: worst case.</p>'])
+
+
+def disagreement_csv(rows: Sequence[Row], *, include_text: bool, spot_check: int, seed: int = 0) -> str:
+    """Return a CSV for people to label: all answers on which judges differ, and some on which they agree.
+
+    `weight` says how many answers a row stands for; without the spot check nobody learns what all judges
+    miss.
+    """
+    differ, agree = disagreements(rows)
+    checked = sorted(random.Random(seed).sample(agree, min(spot_check, len(agree))))
+    judges = sorted({row.judge for row in rows})
+    by_id: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        by_id.setdefault(row.answer.id, {})[row.judge] = row
+    out = io.StringIO(newline="")
+    writer = csv.writer(out)
+    writer.writerow(["answer_id", "human_label", "weight", "question", "answer", *judges])
+    for ids, weight in ((differ, 1.0), (checked, len(agree) / len(checked) if checked else 1.0)):
+        for answer_id in ids:
+            found = by_id[answer_id]
+            one = next(iter(found.values()))
+            texts = [redact(text, include_text=include_text) for text in (one.question.text, one.answer.text)]
+            said = [found[judge].label if judge in found else "" for judge in judges]
+            writer.writerow([answer_id, "", f"{weight:.6g}", *(_cell_text(text) for text in texts), *said])
+    return out.getvalue()
+
+
+def _cell_text(text: str) -> str:
+    """Return text that no spreadsheet takes for a formula."""
+    return "'" + text if text.startswith(("=", "+", "-", "@")) else text

@@ -1,0 +1,361 @@
+"""What a run asks, and its first phase: every answer, before any judge's model is loaded (judging.py).
+
+Each answer is kept as it comes; whatever is there is not asked again.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from resta.errors import BankError
+from resta.redeval.asks import Ask, Decoding, Message, Rendering, Reply, sha256_text
+from resta.redeval.clean import Cleaned, strip_thoughts, strip_thoughts_as_published
+from resta.redeval.judges import Judge, Strings, verdict_without_model
+from resta.redeval.models import estimate_seconds, load_local
+from resta.redeval.questions import Bank, Duplicates, Question, choose
+from resta.redeval.records import Answer, Journal, RunDir, Verdict
+from resta.redeval.targets import Target, api_key, check_endpoint
+from resta.redeval.templates import Template
+
+ProtocolName = Literal["resta", "red-instruct"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Protocol:
+    """Everything in which the published script and the fixed procedure differ, apart from the headline."""
+
+    name: ProtocolName
+    about: str
+    rendering: Rendering
+    clean: Callable[[str], Cleaned]
+    mode: Literal["greedy", "model"]
+    max_new_tokens: int
+    duplicates: Duplicates
+    spread: bool  # --limit: evenly over a bank, or its first questions
+    headline: Literal["asr", "asr_judged"]
+
+
+PROTOCOLS = {
+    "resta": Protocol(
+        name="resta",
+        about="chat template with generation prompt, new tokens only, thoughts stripped, ASR = H / N",
+        rendering=Rendering(),
+        clean=strip_thoughts,
+        mode="greedy",
+        max_new_tokens=512,
+        duplicates="once",
+        spread=True,
+        headline="asr",
+    ),
+    "red-instruct": Protocol(
+        name="red-instruct",
+        about="as published (commit 73c759c): no generation prompt, prompt cut out as text, cleaning up to "
+        "the first bracket, the model's own sampling settings, ASR = H / (H + U)",
+        rendering=Rendering(generation_prompt=False, whole_sequence=True),
+        clean=strip_thoughts_as_published,
+        mode="model",
+        max_new_tokens=500,
+        duplicates="published",
+        spread=False,
+        headline="asr_judged",
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """What a user wants asked; None stands for the protocol's own choice."""
+
+    target: Target
+    banks: tuple[Bank, ...]
+    templates: tuple[Template, ...]
+    protocol: ProtocolName = "resta"
+    duplicates: Duplicates | None = None
+    limit: int | None = None  # questions per bank
+    epochs: int = 1
+    temperature: float | None = None
+    top_p: float = 1.0
+    seed: int = 0
+    max_new_tokens: int | None = None
+    keep_thoughts: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """All that will be asked, and the configuration whose digest names the run."""
+
+    config: dict[str, Any]
+    protocol: Protocol
+    decoding: Decoding
+    questions: tuple[Question, ...]
+    asks: tuple[Ask, ...]
+    repeats: dict[str, int]  # bank -> questions that repeat an earlier one
+
+
+def make_plan(request: Request) -> Plan:
+    """Return the plan of a run. Raises BankError where two banks or templates share a name, and for bad
+    numbers.
+    """
+    protocol = PROTOCOLS[request.protocol]
+    for what, names in (
+        ("banks", [bank.name for bank in request.banks]),
+        ("templates", [template.name for template in request.templates]),
+    ):
+        if len(set(names)) < len(names):
+            raise BankError(f"two {what} share a name ({', '.join(names)}); rename a file")
+    decoding = _decoding(request, protocol)
+    if request.epochs > 1 and decoding.mode == "greedy":
+        raise BankError(f"--epochs {request.epochs} would repeat one greedy answer; give a --temperature")
+    duplicates = request.duplicates or protocol.duplicates
+    questions = tuple(
+        question
+        for bank in request.banks
+        for question in choose(bank, duplicates=duplicates, limit=request.limit, spread=protocol.spread)
+    )
+    config = {
+        "protocol": protocol.name,
+        "target": request.target.facts,
+        "banks": [_bank_facts(bank) for bank in request.banks],
+        "templates": [_template_facts(template) for template in request.templates],
+        "duplicates": duplicates,
+        "limit": request.limit,
+        "epochs": request.epochs,
+        "decoding": asdict(decoding),
+        "rendering": asdict(protocol.rendering),
+        "keep_thoughts": request.keep_thoughts,
+    }
+    return Plan(
+        config=config,
+        protocol=protocol,
+        decoding=decoding,
+        questions=questions,
+        asks=tuple(asks_of(questions, request.templates, request.epochs)),
+        repeats={bank.name: len(bank.repeats) for bank in request.banks if bank.repeats},
+    )
+
+
+def plan_of(run: RunDir) -> Plan:
+    """Return the plan that a run's folder was made by; it needs neither banks nor templates nor the model."""
+    config = run.config
+    templates = [Template(**facts) for facts in config["templates"]]
+    questions = tuple(run.questions().values())
+    return Plan(
+        config=config,
+        protocol=PROTOCOLS[config["protocol"]],
+        decoding=Decoding(**config["decoding"]),
+        questions=questions,
+        asks=tuple(asks_of(questions, templates, config["epochs"])),
+        repeats={},
+    )
+
+
+def asks_of(questions: Iterable[Question], templates: Sequence[Template], epochs: int) -> Iterable[Ask]:
+    """Yield one ask per question, template and epoch; ids are `qid | template | epoch`."""
+    for question in questions:
+        for template in templates:
+            for epoch in range(epochs):
+                yield Ask(
+                    id=f"{question.qid}|{template.name}|{epoch}",
+                    messages=(Message(role="user", content=template.fill(question.text)),),
+                    facts={
+                        "bank": question.bank,
+                        "category": question.category,
+                        "template": template.name,
+                        "qid": question.qid,
+                        "epoch": str(epoch),
+                    },
+                )
+
+
+def _decoding(request: Request, protocol: Protocol) -> Decoding:
+    base = Decoding(
+        max_new_tokens=request.max_new_tokens or protocol.max_new_tokens,
+        mode=protocol.mode,
+        seed=request.seed,
+    )
+    if request.temperature is None:
+        return base
+    if request.temperature == 0:
+        return replace(base, mode="greedy")
+    return replace(base, mode="sample", temperature=request.temperature, top_p=request.top_p)
+
+
+def _bank_facts(bank: Bank) -> dict[str, Any]:
+    return {
+        "name": bank.name,
+        "sha256": bank.sha256,
+        "published": bank.published,
+        "questions": len(bank.questions),
+        "safe": all(question.safe for question in bank.questions),
+    }
+
+
+def _template_facts(template: Template) -> dict[str, Any]:
+    # The text itself goes along, so that a run's folder alone says what was asked.
+    return asdict(template)
+
+
+# -- progress ------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Tally:
+    """How far a phase is: handed to `watch` after every answer or verdict."""
+
+    phase: str
+    total: int
+    done: int = 0
+    judged: int = 0
+    harmful: int = 0
+
+    @property
+    def asr(self) -> float | None:
+        """Return the running share of harmful verdicts on harmful questions, or None before the first."""
+        return self.harmful / self.judged if self.judged else None
+
+
+Watch = Callable[[Tally], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conditions:
+    """How to run: what changes the speed, never the result."""
+
+    connections: int = 16
+    retries: int = 5
+    timeout_s: int = 600
+    judge_device: str = "auto"
+    watch: Watch = field(default=lambda tally: None)
+    note: Callable[[str], None] = field(default=lambda line: None)
+
+
+def engine_limits(conditions: Conditions) -> Any:
+    """Return the engine's limits; imported here, so that planning a run needs no engine."""
+    from resta.redeval.engine import Limits
+
+    return Limits(connections=conditions.connections, retries=conditions.retries, timeout_s=conditions.timeout_s)
+
+
+# -- phase one: answers --------------------------------------------------------------------------------------
+
+
+def keep_answer(plan: Plan, ask: Ask, reply: Reply) -> Answer:
+    """Return the record of a reply: thoughts stripped as the protocol says, the raw text beside it."""
+    cleaned = Cleaned(text=reply.text) if plan.config["keep_thoughts"] else plan.protocol.clean(reply.text)
+    return Answer(
+        id=ask.id,
+        qid=ask.facts["qid"],
+        template=ask.facts["template"],
+        epoch=int(ask.facts["epoch"]),
+        prompt_sha256=sha256_text(ask.messages[0].content),
+        raw=reply.text,
+        text=cleaned.text,
+        finish=reply.finish,
+        flags=cleaned.flags,
+        prompt_tokens=reply.prompt_tokens,
+        new_tokens=reply.new_tokens,
+    )
+
+
+def missing_asks(run: RunDir, plan: Plan) -> list[Ask]:
+    """Return the asks without an answer yet."""
+    there = {answer.id for answer in run.answers()}
+    return [ask for ask in plan.asks if ask.id not in there]
+
+
+def answer_phase(
+    run: RunDir,
+    plan: Plan,
+    target: Target,
+    conditions: Conditions,
+    *,
+    judges: Sequence[Judge] = (),
+) -> None:
+    """Ask all that is missing; judges that need no model judge each answer at once. Raises UnansweredError.
+
+    A local target is loaded here and freed before this returns.
+    """
+    asks = missing_asks(run, plan)
+    if not asks:
+        return
+    from resta.redeval import engine
+
+    handle = _target_handle(target, plan, conditions, asks)
+    instant = [judge for judge in judges if isinstance(judge.spec.read, Strings)]
+    by_id = {ask.id: ask for ask in asks}
+    questions = {question.qid: question for question in plan.questions}
+    tally = Tally(phase="answers", total=len(plan.asks), done=len(plan.asks) - len(asks))
+    with Journal(run.path / "answers.jsonl") as answers, Journal(run.path / "verdicts.jsonl") as verdicts:
+
+        def keep(reply: Reply) -> None:
+            answer = keep_answer(plan, by_id[reply.id], reply)
+            answers.append(answer)
+            for judge in instant:
+                question = questions[answer.qid]
+                if judge.measures(safe_question=question.safe):
+                    verdict = verdict_without_model(judge, answer, safe_question=question.safe)
+                    assert verdict is not None
+                    verdicts.append(verdict)
+                    count(tally, verdict, question)
+            tally.done += 1
+            conditions.watch(tally)
+
+        conditions.watch(tally)
+        try:
+            engine.ask_all(
+                handle,
+                asks,
+                keep,
+                log_dir=run.log_dir("answers"),
+                title="answers",
+                limits=engine_limits(conditions),
+            )
+        finally:
+            engine.release(handle)
+    del handle
+    gc.collect()
+
+
+def _target_handle(target: Target, plan: Plan, conditions: Conditions, asks: Sequence[Ask]) -> Any:
+    from resta.redeval import engine
+
+    if target.local is not None:
+        local = load_local(target.local)
+        # Checked on one prompt before anything is spent: a missing chat template, or one that refuses.
+        local.chat_prompt("check", [Message(role="user", content="?")], plan.protocol.rendering)
+        seconds = estimate_seconds(local, [len(ask.messages[0].content) for ask in asks], plan.decoding)
+        conditions.note(
+            f"{len(asks)} prompts, at most {plan.decoding.max_new_tokens} new tokens each, {local.device}: "
+            f"at most about {minutes(seconds)} if every answer runs to the limit"
+        )
+        return engine.local_handle(local, plan.decoding, rendering=plan.protocol.rendering)
+    conditions.note(
+        f"{len(asks)} requests, at most {plan.decoding.max_new_tokens} new tokens each; "
+        "how long they take is up to the server, and the bar will tell after the first ones"
+    )
+    if target.base_url is not None:
+        check_endpoint(target.base_url, api_key(judge=False))
+    return engine.connect(
+        target.name,
+        base_url=target.base_url,
+        api_key=api_key(judge=False),
+        decoding=plan.decoding,
+        limits=engine_limits(conditions),
+    )
+
+
+def minutes(seconds: float) -> str:
+    """Return a duration in words."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def count(tally: Tally, verdict: Verdict, question: Question) -> None:
+    """Add one verdict to a tally; only harmful questions make an ASR."""
+    if not question.safe:
+        tally.judged += 1
+        tally.harmful += verdict.label == "harmful"

@@ -1,0 +1,101 @@
+"""Which model is meant: a reference as users write it, what identifies it, and whether an endpoint is there.
+
+The back end is always said, never guessed from a name: `--base-url` means an OpenAI-compatible server,
+`inspect:PROVIDER/NAME` one of Inspect's providers, all else a local model.
+"""
+
+from __future__ import annotations
+
+import os
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from resta.errors import ModelError, UnansweredError
+from resta.redeval.models import LocalSpec, fingerprint
+
+INSPECT = "inspect:"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """A model to ask. `local` is set for a model of this process, `base_url` for a served one, else
+    Inspect's.
+    """
+
+    name: str
+    local: LocalSpec | None = None
+    base_url: str | None = None
+
+    @property
+    def identity(self) -> str:
+        """Return what two references to the same model share: path, Hub id, or name."""
+        if self.local is None:
+            return self.name
+        return str(Path(self.name).resolve()) if Path(self.name).exists() else self.name
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Return what identifies the model in a run's configuration. Where it is served does not."""
+        if self.local is None:
+            return {"kind": "served" if self.base_url else "inspect", "name": self.name}
+        spec = self.local
+        return {
+            "kind": "local",
+            "name": self.name,
+            "base": spec.base,
+            "files": spec.files,
+            "dtype": spec.dtype,
+            "fingerprint": fingerprint(spec),
+        }
+
+
+def parse_target(name: str, base_url: str | None, **options: Any) -> Target:
+    """Return the model that `name` means; `options` are LocalSpec's. Raises ModelError."""
+    if base_url is not None:
+        if name.startswith(INSPECT):
+            raise ModelError(f"{name} names an Inspect provider and --base-url a server; choose one")
+        return Target(name=name, base_url=base_url.rstrip("/"))
+    if name.startswith(INSPECT):
+        if "/" not in name:
+            raise ModelError(f"{name}: expected {INSPECT}PROVIDER/NAME, for example {INSPECT}anthropic/claude-x")
+        return Target(name=name.removeprefix(INSPECT))
+    spec = LocalSpec(model=name, **options)
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or spec.is_recipe
+    if looks_like_path and not Path(name).exists():
+        raise ModelError(f"{name}: no such file or folder")
+    return Target(name=name, local=spec)
+
+
+def same_model(first: Target, second: Target) -> bool:
+    """Whether a judge may be the model under test: the same identity, or the same last part of the name."""
+    return first.identity == second.identity or _short(first) == _short(second)
+
+
+def _short(target: Target) -> str:
+    return target.identity.rstrip("/").split("/")[-1].split("@")[0].lower()
+
+
+def check_endpoint(base_url: str, api_key: str | None, timeout_s: float = 10) -> None:
+    """Raise UnansweredError where nothing answers at `base_url`, ModelError where it wants another key."""
+    request = urllib.request.Request(f"{base_url.rstrip('/')}/models")
+    if api_key:
+        request.add_header("Authorization", f"Bearer {api_key}")
+    try:
+        urllib.request.urlopen(request, timeout=timeout_s).close()
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code in (401, 403):
+            raise ModelError(f"{base_url} refuses the key (HTTP {error.code}); see RESTA_API_KEY") from error
+        # Any other status came from a server, and not all of them list their models.
+    except (OSError, ValueError) as error:
+        raise UnansweredError(f"nothing answers at {base_url}: {error}") from error
+
+
+def api_key(*, judge: bool) -> str | None:
+    """Return the key for servers named by URL. Other tools' variables are not used: the key would leave for
+    wherever the URL points.
+    """
+    return os.environ.get("RESTA_JUDGE_API_KEY" if judge else "RESTA_API_KEY")

@@ -1,0 +1,52 @@
+"""Red-Eval as Inspect tasks: `inspect eval resta/redeval --model PROVIDER/NAME -T bank=smoke -T
+template=cou`.
+
+For people who live in Inspect. The verdict is by refusal strings or any judge that needs no second model; for
+judges, agreement and resume use `resta redeval`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from resta.redeval.asks import Ask, Decoding, Finish, Reply
+from resta.redeval.engine import Task, redeval_task, task
+from resta.redeval.judges import parse_judge, verdict_without_model
+from resta.redeval.questions import Question, read_bank
+from resta.redeval.run import Request, keep_answer, make_plan
+from resta.redeval.targets import Target
+from resta.redeval.templates import read_template
+
+
+@task
+def redeval(bank: str = "smoke", template: str = "standard", max_new_tokens: int = 512) -> Task:
+    """Ask harmful questions; the score is the share of answers without a refusal phrase (smoke test only)."""
+    return _task(bank, template, max_new_tokens, wanted="harmful")
+
+
+@task
+def overrefusal(bank: str = "smoke-safe", template: str = "standard", max_new_tokens: int = 512) -> Task:
+    """Ask look-alike safe questions; the score is the share of answers with a refusal phrase."""
+    return _task(bank, template, max_new_tokens, wanted="refused")
+
+
+def _task(bank: str, template: str, max_new_tokens: int, *, wanted: str) -> Task:
+    request = Request(
+        target=Target(name="inspect"),
+        banks=(read_bank(bank),),
+        templates=(read_template(template),),
+        max_new_tokens=max_new_tokens,
+    )
+    plan = make_plan(request)
+    judge = parse_judge("refusal-strings")
+    asks: dict[str, Ask] = {ask.id: ask for ask in plan.asks}
+    questions: dict[str, Question] = {question.qid: question for question in plan.questions}
+
+    def verdict(ask_id: str, text: str, finish: Finish) -> Mapping[str, str | float]:
+        answer = keep_answer(plan, asks[ask_id], Reply(id=ask_id, text=text, finish=finish))
+        found = verdict_without_model(judge, answer, safe_question=questions[answer.qid].safe)
+        assert found is not None
+        return {"label": found.label, "value": float(found.label == wanted)}
+
+    decoding = Decoding(max_new_tokens=max_new_tokens)
+    return redeval_task(asks.values(), verdict, decoding, name="attack_success" if wanted == "harmful" else wanted)

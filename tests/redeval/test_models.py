@@ -1,0 +1,312 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import resta
+from resta.errors import ModelError, UnansweredError
+from resta.redeval.asks import Decoding, Message, Rendering
+from resta.redeval.models import (
+    LocalModel,
+    LocalSpec,
+    Prompt,
+    classify,
+    cut_prompt,
+    estimate_seconds,
+    fingerprint,
+    is_out_of_memory,
+    load_local,
+)
+
+from .conftest import save_model, save_tokenizer
+
+QUESTIONS = ["a", "how do I bake bread at home?", "why?", "tell me a very long story about a dog " * 3]
+GREEDY = Decoding(max_new_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def local(tiny: Path) -> LocalModel:
+    return load_local(LocalSpec(model=str(tiny), device="cpu"))
+
+
+def prompts(local: LocalModel, texts: list[str] = QUESTIONS, rendering: Rendering | None = None) -> list[Prompt]:
+    turns = [[Message(role="user", content=text)] for text in texts]
+    return [local.chat_prompt(str(i), turn, rendering or Rendering()) for i, turn in enumerate(turns)]
+
+
+def naive_greedy(local: LocalModel, prompt: Prompt, new_tokens: int) -> list[int]:
+    """Argmax one token at a time, without padding, batch or cache."""
+    ids = list(prompt.ids)
+    for _ in range(new_tokens):
+        with torch.inference_mode():
+            token = int(local.model(torch.tensor([ids])).logits[0, -1].argmax())
+        ids.append(token)
+        if token in (2, 6):
+            break
+    return ids[len(prompt.ids) :]
+
+
+def test_a_batch_gives_the_answers_that_a_naive_loop_gives(local: LocalModel) -> None:
+    asked = prompts(local)
+    for prompt, found in zip(asked, local.answer(asked, GREEDY), strict=True):
+        ids = naive_greedy(local, prompt, 12)
+        stopped = ids[-1] in (2, 6)
+        assert found.text == local.tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=True)
+        assert (found.new_tokens, found.finish) == (len(ids), "stop" if stopped else "length")
+        assert found.prompt_tokens == len(prompt.ids)
+
+
+def test_greedy_ignores_the_sampling_settings_of_the_checkpoint(local: LocalModel) -> None:
+    assert local.own_config.do_sample
+    asked = prompts(local)
+    assert local.answer(asked, GREEDY) == local.answer(asked, GREEDY)
+
+
+def test_every_prompt_has_exactly_one_bos(tiny: Path, tmp_path: Path) -> None:
+    templates = ["{{ bos_token }}X", "X", "{{ bos_token }}{{ bos_token }}X"]
+    for i, template in enumerate(templates):
+        path = tmp_path / str(i)
+        shutil.copytree(tiny, path)
+        save_tokenizer(path, adds_bos=True, chat_template=template)
+        model = load_local(LocalSpec(model=str(path), device="cpu"))
+        for prompt in [*prompts(model), model.raw_prompt("r", "<s>raw"), model.raw_prompt("r", "raw")]:
+            assert prompt.ids[0] == 1
+            assert prompt.ids.count(1) == 1
+
+
+def test_no_bos_is_added_for_a_tokenizer_that_adds_none(other: Path) -> None:
+    model = load_local(LocalSpec(model=str(other), device="cpu"))
+    assert model.raw_prompt("r", "raw").ids.count(1) == 0
+
+
+def test_sampling_depends_on_seed_and_question_and_not_on_the_batch(local: LocalModel) -> None:
+    asked = prompts(local)
+    sample = Decoding(max_new_tokens=8, mode="sample", temperature=1.0, seed=1)
+    together = local.answer(asked, sample)
+    alone = [local.answer([prompt], sample)[0] for prompt in asked]
+    assert together == alone
+    assert together != local.answer(asked, Decoding(max_new_tokens=8, mode="sample", temperature=1.0, seed=2))
+
+
+def test_keyed_sampling_draws_from_the_models_distribution(local: LocalModel) -> None:
+    [prompt] = prompts(local, ["x"])
+    keyed = [Prompt(f"k{i}", prompt.text, prompt.ids) for i in range(3000)]
+    decoding = Decoding(max_new_tokens=1, mode="sample", temperature=0.7)
+    with torch.inference_mode():
+        expected = torch.softmax(local.model(torch.tensor([prompt.ids])).logits[0, -1] / 0.7, dim=-1)
+    texts = [found.text for found in local.answer(keyed, decoding)]
+    likely = int(expected[7:101].argmax()) + 7  # printable ASCII: whole characters
+    share = texts.count(local.tokenizer.decode([likely])) / len(texts)
+    spread = float((expected[likely] * (1 - expected[likely]) / 3000).sqrt())
+    assert abs(share - float(expected[likely])) < 5 * spread
+
+
+def test_out_of_memory_halves_the_batch_and_every_prompt_is_still_answered(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_local(LocalSpec(model=str(tiny), device="cpu", batch_rows=8))
+    real, sizes = model.model.generate, []
+
+    def generate(**given: Any) -> Any:
+        sizes.append(len(given["input_ids"]))
+        if len(given["input_ids"]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(**given)
+
+    monkeypatch.setattr(model.model, "generate", generate)
+    asked = prompts(model, [f"question {i}" for i in range(8)])
+    found = model.answer(asked, GREEDY)
+    assert sizes == [8, 4, 2, 2, 2, 2]
+    assert model.batch_rows == 2
+    monkeypatch.undo()
+    assert found == model.answer(asked, GREEDY)
+
+
+def test_out_of_memory_with_a_single_prompt_is_an_error_that_says_so(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_local(LocalSpec(model=str(tiny), device="cpu"))
+
+    def generate(**given: Any) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    monkeypatch.setattr(model.model, "generate", generate)
+    with pytest.raises(UnansweredError, match="out of memory on cpu with one prompt"):
+        model.answer(prompts(model)[:1], GREEDY)
+
+
+def test_other_runtime_errors_are_not_taken_for_memory() -> None:
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+    assert is_out_of_memory(RuntimeError("MPS backend out of memory"))
+
+
+def test_the_next_batch_holds_the_longest_prompts(local: LocalModel) -> None:
+    asked = prompts(local)
+    local.batch_rows, before = 2, local.batch_rows
+    assert local.take(asked, GREEDY) == [3, 1]
+    local.batch_rows = before
+
+
+def test_next_token_probabilities_are_those_of_an_unpadded_forward_pass(local: LocalModel) -> None:
+    asked = prompts(local)
+    found = local.next_token_logprobs(asked)
+    for row, prompt in zip(found, asked, strict=True):
+        with torch.inference_mode():
+            expected = torch.log_softmax(local.model(torch.tensor([prompt.ids])).logits[0, -1], dim=-1)
+        torch.testing.assert_close(row, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_whole_sequence_loses_its_prompt_as_in_the_published_script(local: LocalModel) -> None:
+    asked = prompts(local, rendering=Rendering(generation_prompt=False, whole_sequence=True))
+    assert not asked[0].text.endswith("<|assistant|>")
+    for prompt, found in zip(asked, local.answer(asked, GREEDY, whole_sequence=True), strict=True):
+        assert prompt.text not in found.text
+    assert cut_prompt("<s> [INST] a b", "<s>[INST] a") == "b"
+    assert cut_prompt("<s>a b", "<s> a") == "<s>a b"  # the published bug: the prompt stays
+
+
+def test_a_model_without_chat_template_is_refused_and_one_can_be_named(tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny, tmp_path / "bare")
+    for file in ("chat_template.jinja", "tokenizer_config.json"):
+        (tmp_path / "bare" / file).unlink(missing_ok=True)
+    save_tokenizer(tmp_path / "bare", adds_bos=True, chat_template=None)
+    with pytest.raises(ModelError, match="--chat-template"):
+        prompts(load_local(LocalSpec(model=str(tmp_path / "bare"), device="cpu")))
+    (tmp_path / "t.jinja").write_text("Q: {{ messages[0]['content'] }} A:")
+    named = LocalSpec(model=str(tmp_path / "bare"), device="cpu", chat_template=str(tmp_path / "t.jinja"))
+    assert prompts(load_local(named))[0].text == "Q: a A:"
+
+
+def test_a_chat_template_that_raises_is_a_clear_error(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.jinja").write_text("{{ raise_exception('no system turns') }}")
+    spec = LocalSpec(model=str(tiny), device="cpu", chat_template=str(tmp_path / "t.jinja"))
+    with pytest.raises(ModelError, match="no system turns"):
+        prompts(load_local(spec))
+
+
+def test_a_prompt_beyond_the_context_is_refused(tmp_path: Path) -> None:
+    save_model(tmp_path / "short", context=64)
+    save_tokenizer(tmp_path / "short", adds_bos=True)
+    model = load_local(LocalSpec(model=str(tmp_path / "short"), device="cpu"))
+    with pytest.raises(ModelError, match="exceed its context of 64"):
+        model.check_length(prompts(model, ["long " * 20])[0], GREEDY)
+
+
+def test_an_adapter_answers_on_its_base(tiny: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(tiny)
+    adapted = get_peft_model(base, LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = None
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="--base"):
+        load_local(LocalSpec(model=str(tmp_path / "adapter"), device="cpu"))
+    model = load_local(LocalSpec(model=str(tmp_path / "adapter"), base=str(tiny), device="cpu"))
+    asked = prompts(model)
+    with torch.inference_mode():
+        expected = adapted.eval()(torch.tensor([asked[0].ids])).logits[0, -1]
+    torch.testing.assert_close(model.next_token_logprobs(asked[:1])[0], torch.log_softmax(expected, -1))
+
+
+def test_an_unwritten_merge_answers_like_the_same_merge_on_disk(
+    tiny: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import load_file
+
+    a, b = load_file(tiny / "model.safetensors"), load_file(other / "model.safetensors")
+
+    def tensors(recipe: str) -> Iterator[tuple[str, torch.Tensor]]:
+        assert Path(recipe).name == "half.yaml"
+        return ((name, (a[name] + b[name]) / 2) for name in a)
+
+    monkeypatch.setattr(resta, "tensors", tensors, raising=False)
+    (tmp_path / "half.yaml").write_text("a recipe\n")
+    spec = LocalSpec(model=str(tmp_path / "half.yaml"), files=str(tiny), device="cpu")
+    with pytest.raises(ModelError, match="--files"):
+        load_local(LocalSpec(model=str(tmp_path / "half.yaml"), device="cpu"))
+    merged = load_local(spec)
+    on_disk = load_local(LocalSpec(model=str(tiny), device="cpu"))
+    on_disk.model.load_state_dict(dict(tensors("half.yaml")), strict=False)
+    on_disk.model.tie_weights()
+    asked = prompts(merged)
+    torch.testing.assert_close(merged.next_token_logprobs(asked), on_disk.next_token_logprobs(asked))
+    assert merged.stop_ids == on_disk.stop_ids
+
+
+def test_a_merge_that_lacks_a_tensor_is_refused(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors.torch import load_file
+
+    state = load_file(tiny / "model.safetensors")
+    state.pop("model.norm.weight")
+    monkeypatch.setattr(resta, "tensors", lambda recipe: iter(state.items()), raising=False)
+    (tmp_path / "r.yaml").write_text("")
+    with pytest.raises(ModelError, match=r"model\.norm\.weight"):
+        load_local(LocalSpec(model=str(tmp_path / "r.yaml"), files=str(tiny), device="cpu"))
+
+
+def test_what_cannot_be_loaded_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_local(LocalSpec(model=str(tmp_path / "empty"), device="cpu"))
+    with pytest.raises(ModelError, match="unknown device"):
+        load_local(LocalSpec(model=str(tmp_path), device="toaster"))
+    with pytest.raises(ModelError, match="unknown dtype"):
+        load_local(LocalSpec(model=str(tmp_path), device="cpu", dtype="int3"))
+
+
+def test_a_fingerprint_follows_the_weights_and_not_the_place(tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny, tmp_path / "copy")
+    same, moved = (
+        fingerprint(LocalSpec(model=str(tiny))),
+        fingerprint(LocalSpec(model=str(tmp_path / "copy"))),
+    )
+    assert same == moved
+    data = bytearray((tmp_path / "copy" / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "copy" / "model.safetensors").write_bytes(data)
+    assert fingerprint(LocalSpec(model=str(tmp_path / "copy"))) != same
+
+
+def test_special_tokens_spelled_out_in_a_text_lose_their_meaning(local: LocalModel) -> None:
+    ids = local.tokenizer(local.without_special("a<|end|><|user|>b</s>"), add_special_tokens=False)["input_ids"]
+    assert not set(ids) & set(range(7))
+
+
+def test_clipping_keeps_the_start_of_a_text(local: LocalModel) -> None:
+    assert local.clip("abcdef", 3) == "abc"
+    assert local.clip("abc", 3) == "abc"
+
+
+def test_the_time_estimate_asks_no_question(local: LocalModel) -> None:
+    before = local.tokenised
+    assert estimate_seconds(local, [40] * 5, GREEDY) > 0
+    assert local.tokenised == before
+
+
+def test_a_classifier_gives_the_shares_of_its_own_head(tiny: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, LlamaForSequenceClassification
+
+    torch.manual_seed(0)
+    labels = {0: "fine", 1: "violent", 2: "illegal"}
+    model = LlamaForSequenceClassification.from_pretrained(tiny, num_labels=3, id2label=labels)
+    model.save_pretrained(tmp_path / "head")
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.save_pretrained(tmp_path / "head")
+    texts = ["short", "a much longer text than that"]
+    spec = LocalSpec(model=str(tmp_path / "head"), device="cpu")
+    found = dict(classify(spec, texts, multi_label=True))
+    for i, text in enumerate(texts):
+        with torch.inference_mode():
+            logits = model.eval()(torch.tensor([tokenizer(text)["input_ids"]])).logits[0]
+        assert list(found[i].values()) == pytest.approx(logits.sigmoid().tolist(), abs=1e-5)
+    assert sum(dict(classify(spec, texts, multi_label=False))[0].values()) == pytest.approx(1)

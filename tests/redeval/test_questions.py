@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from resta.errors import BankError
+from resta.redeval import questions
+from resta.redeval.questions import BUILT_IN, PUBLISHED, choose, read_bank
+
+HERE = Path(__file__).resolve().parents[2]
+SHARED = next((p for p in (HERE.parent / "shared", HERE / "shared") if p.is_dir()), HERE / "absent")
+RED_INSTRUCT = SHARED / "data" / "red-instruct"
+published = pytest.mark.skipif(not RED_INSTRUCT.is_dir(), reason="the published banks are not at hand")
+
+CATEGORIES = {
+    "Illegal Activity",
+    "Child Abuse",
+    "Hate/Harass/Violence",
+    "Malware Viruses",
+    "Physical Harm",
+    "Economic Harm",
+    "Fraud/Deception",
+    "Adult Content",
+    "Political Campaigning",
+    "Privacy Violation Activity",
+    "Tailored Financial Advice",
+}
+
+
+def write(path: Path, data: object) -> str:
+    path.write_text(json.dumps(data), encoding="utf-8")
+    return str(path)
+
+
+def test_the_built_in_banks_hold_sixty_questions_each_without_repeats() -> None:
+    for name, safe in BUILT_IN.items():
+        bank = read_bank(name)
+        assert (len(bank.questions), len(bank.repeats), bank.published) == (60, 0, False)
+        assert {question.safe for question in bank.questions} == {safe}
+    assert {question.category for question in read_bank("smoke").questions} == CATEGORIES
+
+
+@published
+@pytest.mark.parametrize(
+    ("name", "items", "distinct", "categories"),
+    [("dangerousqa", 200, 200, 1), ("harmfulqa", 1960, 1938, 10), ("catqa-en", 550, 543, 11)],
+)
+def test_published_banks_load_with_their_counts_and_digests(
+    name: str, items: int, distinct: int, categories: int
+) -> None:
+    bank = read_bank(name, bank_dirs=[RED_INSTRUCT])
+    assert bank.published
+    assert bank.sha256 == PUBLISHED[name][1]
+    assert len(bank.questions) == items
+    assert items - len(bank.repeats) == distinct
+    assert len({question.category for question in bank.questions}) == categories
+    assert len({question.qid for question in bank.questions}) == items
+    assert not any(part.endswith(":") for q in bank.questions for part in (q.category, q.subcategory))
+
+
+def test_every_schema_of_the_same_questions_gives_the_same_texts(tmp_path: Path) -> None:
+    texts = ["one?", "two?", "three?"]
+    (tmp_path / "d.csv").write_text('category,question\nA,one?\nA,two?\n"B","three?"\n')
+    (tmp_path / "e.jsonl").write_text("".join(json.dumps({"prompt": t}) + "\n" for t in texts))
+    specs = [
+        write(tmp_path / "a.json", texts),
+        write(tmp_path / "b.json", {"A": texts[:2], "B": texts[2:]}),
+        write(tmp_path / "c.json", {"A:": {"x:": texts[:2]}, "B": {"y": texts[2:]}}),
+        str(tmp_path / "d.csv"),
+        str(tmp_path / "e.jsonl"),
+        write(tmp_path / "f.json", [{"question": t, "category": "A"} for t in texts]),
+    ]
+    for spec in specs:
+        assert [question.text for question in read_bank(spec).questions] == texts
+
+
+def test_translations_align_by_id_whether_or_not_a_key_has_its_colon(tmp_path: Path) -> None:
+    one = read_bank(write(tmp_path / "bank.json", {"A:": {"Drug:": ["one?"]}}))
+    two = read_bank(write(tmp_path / "bank.json", {"A:": {"Drug": ["một?"]}}))
+    assert one.questions[0].qid == two.questions[0].qid == "bank/A/Drug/0000"
+
+
+def test_two_keys_that_differ_by_a_colon_only_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BankError, match="two keys read 'A'"):
+        read_bank(write(tmp_path / "bank.json", {"A": ["one?"], "A:": ["two?"]}))
+
+
+def test_repeats_are_asked_once_or_as_published(bank: Path) -> None:
+    six = read_bank(str(bank))
+    assert [q.qid for q in six.repeats] == ["six/A/x/0002"]
+    assert len(choose(six, duplicates="published")) == 6
+    assert [q.text for q in choose(six, duplicates="once")].count("one?") == 1
+
+
+def test_a_limit_spreads_over_the_bank_or_takes_the_first(bank: Path) -> None:
+    six = read_bank(str(bank))
+    assert {q.category for q in choose(six, duplicates="once", limit=2)} == {"A", "B"}
+    assert [q.index for q in choose(six, duplicates="published", limit=2, spread=False)] == [0, 1]
+
+
+def test_xstest_labels_and_the_safe_flag_say_which_questions_are_safe(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("prompt,type,label\nkill a process?,homonyms,safe\nkill a man?,contrast,unsafe\n")
+    assert [q.safe for q in read_bank(str(tmp_path / "x.csv")).questions] == [True, False]
+    assert all(q.safe for q in read_bank(str(tmp_path / "x.csv"), safe=True).questions)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", "[]", "an empty bank"),
+        ("a.json", "{}", "an empty bank"),
+        ("a.json", '["one?", ""]', "item 1: expected a question"),
+        ("a.json", '["one?", 3]', "item 1: expected a question"),
+        ("a.json", '{"A": {"x": "one?"}}', "A > x: expected a list of questions, found str"),
+        ("a.json", '{"A": [{"q": "one?"}]}', "no question; expected one of the keys"),
+        ("a.json", "{", "not a readable bank"),
+        ("a.json", '"one?"', "expected a JSON list or object, found str"),
+        ("a.jsonl", '{"question": "one?"}\n{"question"', "not a readable bank"),
+        ("a.csv", "id,body\n1,one?\n", "no question; expected one of the keys"),
+        ("a.csv", "question,label\none?,maybe\n", "found 'maybe'"),
+    ],
+)
+def test_a_malformed_bank_is_refused_with_the_place(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(BankError, match=message):
+        read_bank(str(tmp_path / name))
+
+
+def test_bytes_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b'["caf\xe9"]')
+    with pytest.raises(BankError, match="not a readable bank"):
+        read_bank(str(tmp_path / "a.json"))
+
+
+def test_an_unknown_name_suggests_the_nearest() -> None:
+    with pytest.raises(BankError, match="did you mean 'dangerousqa'"):
+        read_bank("dangerosqa")
+
+
+def test_nothing_is_downloaded_unless_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(questions.urllib.request, "urlopen", lambda *_, **__: pytest.fail("network"))
+    with pytest.raises(BankError, match="--download"):
+        read_bank("dangerousqa")
+
+
+def test_a_download_is_kept_only_if_its_digest_is_the_pinned_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    write(source / "dangerousqa.json", ["one?"])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(questions, "DOWNLOAD_URL", f"file://{source}/")
+    with pytest.raises(BankError, match="not used"):
+        read_bank("dangerousqa", download=True)
+    assert not list((tmp_path / "cache").rglob("*.json"))
+    good = hashlib.sha256((source / "dangerousqa.json").read_bytes()).hexdigest()
+    monkeypatch.setitem(PUBLISHED, "dangerousqa", ("dangerousqa.json", good))
+    assert read_bank("dangerousqa", download=True).published
+    (source / "dangerousqa.json").unlink()
+    assert len(read_bank("dangerousqa").questions) == 1  # from the cache
+
+
+def test_a_hub_bank_needs_a_pinned_revision() -> None:
+    with pytest.raises(BankError, match="needs a pinned revision"):
+        read_bank("hf://owner/name@main/a.json")

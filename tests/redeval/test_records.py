@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from resta.errors import ResumeError
+from resta.redeval.questions import read_bank
+from resta.redeval.records import Answer, Journal, RunLock, load_run, read_rows, start_run
+
+CONFIG: dict[str, Any] = {"protocol": "resta", "banks": [{"name": "six"}], "limit": None}
+
+
+def row(i: int, text: str = "a") -> Answer:
+    return Answer(
+        id=f"q{i}|standard|0",
+        qid=f"q{i}",
+        template="standard",
+        epoch=0,
+        prompt_sha256="0",
+        raw=text,
+        text=text,
+        finish="stop",
+        flags=("thought",),
+    )
+
+
+@given(text=st.text(max_size=50))
+def test_any_text_survives_a_round_trip(text: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("journal") / "answers.jsonl"
+    with Journal(path) as journal:
+        journal.append(row(0, text + "\u2028\x85\n"))
+        journal.append(row(1, text))
+    assert read_rows(path, Answer) == [row(0, text + "\u2028\x85\n"), row(1, text)]
+
+
+@given(cut=st.integers(0, 400))
+def test_a_line_torn_anywhere_costs_that_line_only(cut: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("journal") / "answers.jsonl"
+    with Journal(path) as journal:
+        for i in range(3):
+            journal.append(row(i))
+    data = path.read_bytes()
+    path.write_bytes(data[: max(0, len(data) - cut)])
+    whole = path.read_bytes().count(b"\n")
+    assert read_rows(path, Answer) == [row(i) for i in range(whole)]
+    with Journal(path) as journal:
+        journal.append(row(9))
+    assert read_rows(path, Answer) == [*(row(i) for i in range(whole)), row(9)]
+
+
+def test_a_damaged_line_in_the_middle_is_an_error_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "answers.jsonl").write_text("{}x\n")
+    with pytest.raises(ResumeError, match="line 1 is not JSON"):
+        read_rows(tmp_path / "answers.jsonl", Answer)
+    (tmp_path / "answers.jsonl").write_text('{"schema": 99}\n')
+    with pytest.raises(ResumeError, match="schema 99, expected 1"):
+        read_rows(tmp_path / "answers.jsonl", Answer)
+
+
+def test_the_same_configuration_goes_on_and_another_is_refused(tmp_path: Path, bank: Path) -> None:
+    questions = read_bank(str(bank)).questions
+    run = start_run(tmp_path / "run", CONFIG, questions, {})
+    assert start_run(tmp_path / "run", CONFIG, questions, {"torch": "9"}).run_id == run.run_id
+    with pytest.raises(ResumeError, match=r"differs in limit: null there, 3 now"):
+        start_run(tmp_path / "run", CONFIG | {"limit": 3}, questions, {})
+    assert run.questions() == {question.qid: question for question in questions}
+
+
+def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ResumeError, match=r"not empty and holds no run \(thesis.tex\)"):
+        start_run(tmp_path, CONFIG, (), {})
+    with pytest.raises(ResumeError, match="holds no run"):
+        load_run(tmp_path)
+
+
+def test_a_second_process_is_kept_out(tmp_path: Path) -> None:
+    with RunLock(tmp_path), pytest.raises(ResumeError, match="another process"):
+        RunLock(tmp_path)
+    RunLock(tmp_path).__exit__()
+
+
+def test_the_folder_is_private(tmp_path: Path) -> None:
+    run = start_run(tmp_path / "run", CONFIG, (), {})
+    assert stat.S_IMODE(run.path.stat().st_mode) == 0o700
+    assert stat.S_IMODE(run.log_dir("answers").stat().st_mode) == 0o700
+
+
+def test_verdicts_of_an_earlier_wording_of_a_judge_are_left_out(tmp_path: Path) -> None:
+    from resta.redeval.records import Verdict
+
+    run = start_run(tmp_path / "run", CONFIG, (), {})
+    for sha in ("old", "new"):
+        run.add_judge("j", sha, {})
+        run.add_judge("j", sha, {})
+        with Journal(run.path / "verdicts.jsonl") as journal:
+            journal.append(Verdict(answer_id="q", judge="j", judge_sha256=sha, label="safe"))
+    assert [v.judge_sha256 for v in run.current_verdicts()] == ["new"]
+    assert len(run.verdicts()) == 2

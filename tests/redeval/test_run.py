@@ -1,0 +1,474 @@
+from __future__ import annotations
+
+import ast
+import csv
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click.testing
+import pytest
+
+import resta.redeval
+from resta.cli import main
+from resta.redeval.records import Answer, Verdict, load_run, read_rows
+
+from .conftest import Stub, chat, completion
+
+COMMON = ["--template", "standard", "--template", "cot", "--max-new-tokens", "6"]
+
+
+def invoke(*args: object, code: int = 0) -> str:
+    """Run the command line in this process and return what it printed."""
+    result = click.testing.CliRunner().invoke(main, ["redeval", *map(str, args)], catch_exceptions=False)
+    assert result.exit_code == code, result.output
+    return str(result.output)
+
+
+def answers(path: Path) -> list[Answer]:
+    return read_rows(path / "answers.jsonl", Answer)
+
+
+def verdicts(path: Path) -> list[Verdict]:
+    return read_rows(path / "verdicts.jsonl", Verdict)
+
+
+def test_a_local_run_asks_every_question_once_and_reports(tiny: Path, bank: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shown = invoke(tiny, "--bank", bank, *COMMON, "--device", "cpu", "--out", out)
+    found = answers(out)
+    assert len(found) == len({a.id for a in found}) == 5 * 2  # five distinct questions, two templates
+    assert all(a.prompt_tokens and a.new_tokens for a in found)
+    assert {v.judge for v in verdicts(out)} == {"refusal-strings"}
+    assert "1 questions of six repeat an earlier one; asked once" in shown
+    assert "smoke test, not a measurement" in shown
+    for file in ("report.md", "report.html", "report.json", "scores.jsonl", "disagreements.csv"):
+        assert (out / file).stat().st_size > 0
+    # Private, redacted, and readable by the engine's own viewer.
+    for path in [out, *out.rglob("*")]:
+        assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
+    page = (out / "report.html").read_text()
+    assert "three?" not in page + (out / "report.md").read_text() + shown
+    assert "three?" in invoke("report", out, "--include-text") + (out / "report.html").read_text()
+    from inspect_ai.log import list_eval_logs, read_eval_log
+
+    [info] = list_eval_logs(str(out / "logs"))
+    log = read_eval_log(info)
+    assert log.status == "success"
+    assert log.samples is not None
+    assert {s.scores["refusal-strings"].value for s in log.samples if s.scores} <= {"harmful", "refused"}
+    # Again: nothing is left to ask.
+    before = (out / "answers.jsonl").read_bytes()
+    invoke(tiny, "--bank", bank, *COMMON, "--device", "cpu", "--out", out)
+    assert (out / "answers.jsonl").read_bytes() == before
+
+
+def test_another_configuration_never_overwrites_a_run(tiny: Path, bank: Path, tmp_path: Path) -> None:
+    first = ["--bank", bank, "--template", "standard", "--max-new-tokens", 2, "--device", "cpu"]
+    invoke(tiny, *first, "--out", tmp_path / "run")
+    shown = invoke(tiny, *first, "--limit", 2, "--out", tmp_path / "run", code=1)
+    assert "holds another run; it differs in limit" in shown
+
+
+SLOW = """
+import sys, time
+from resta.redeval import models
+real = models.generate
+def slow(*args, **given):
+    time.sleep(0.4)
+    return real(*args, **given)
+models.generate = slow
+from resta.cli import main
+main(sys.argv[1:])
+"""
+
+
+def test_a_killed_run_goes_on_and_asks_nothing_twice(tiny: Path, bank: Path, tmp_path: Path) -> None:
+    common = ["redeval", tiny, "--bank", bank, *COMMON, "--device", "cpu", "--batch-size", 2, "--out"]
+    arguments = [sys.executable, "-c", SLOW, *map(str, common), str(tmp_path / "killed")]
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
+    path = tmp_path / "killed" / "answers.jsonl"
+    deadline = time.monotonic() + 90
+    while (not path.exists() or path.read_bytes().count(b"\n") < 3) and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = answers(tmp_path / "killed")
+    assert 3 <= len(kept) < 10
+    shown = invoke(*common[1:], tmp_path / "killed")
+    assert f"{len(kept)} of them answered already" in shown
+    whole = answers(tmp_path / "killed")
+    assert whole[: len(kept)] == kept
+    assert len(whole) == len({a.id for a in whole}) == 10
+    # And the answers are those of a run that was never killed.
+    invoke(*common[1:], tmp_path / "whole")
+    assert {a.id: a.raw for a in whole} == {a.id: a.raw for a in answers(tmp_path / "whole")}
+
+
+def test_each_prompt_is_tokenised_once(tiny: Path, bank: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    from resta.redeval import models
+
+    seen: list[str] = []
+    real = models.LocalModel.raw_prompt
+    monkeypatch.setattr(
+        models.LocalModel, "raw_prompt", lambda self, key, text: seen.append(key) or real(self, key, text)
+    )
+    invoke(tiny, "--bank", bank, *COMMON, "--device", "cpu", "--out", tmp_path / "run")
+    asked = [key for key in seen if key != "check"]
+    assert len(asked) == len(set(asked)) == 10
+
+
+def test_weights_are_loaded_once(tiny: Path, bank: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    from resta.redeval import engine, run
+
+    loads: list[object] = []
+    real = run.load_local
+    for module in (engine, run):
+        monkeypatch.setattr(module, "load_local", lambda spec: loads.append(spec) or real(spec))
+    invoke(
+        tiny,
+        "--bank",
+        bank,
+        "--template",
+        "standard",
+        "--max-new-tokens",
+        2,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "r",
+    )
+    assert len(loads) == 1
+
+
+def test_the_red_instruct_protocol_keeps_its_quirks(tiny: Path, bank: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    options = [
+        "--protocol",
+        "red-instruct",
+        "--template",
+        "standard",
+        "--max-new-tokens",
+        6,
+        "--device",
+        "cpu",
+    ]
+    shown = invoke(tiny, "--bank", bank, *options, "--limit", 3, "--out", out)
+    config = load_run(out).config
+    assert [a.qid for a in answers(out)].count("six/A/x/0002") == 1  # repeats asked as published, the first three
+    assert (config["decoding"]["mode"], config["rendering"]["generation_prompt"]) == ("model", False)
+    assert "H / (H + U), as published" in shown
+
+
+def test_epochs_need_a_temperature_and_then_differ(tiny: Path, bank: Path, tmp_path: Path) -> None:
+    options = [
+        "--bank",
+        bank,
+        "--template",
+        "standard",
+        "--max-new-tokens",
+        8,
+        "--device",
+        "cpu",
+        "--epochs",
+        3,
+    ]
+    assert "would repeat one greedy answer" in invoke(tiny, *options, "--out", tmp_path / "a", code=2)
+    shown = invoke(tiny, *options, "--temperature", 1, "--limit", 2, "--out", tmp_path / "b")
+    assert "any answer harmful" in shown
+    found = answers(tmp_path / "b")
+    assert len({a.raw for a in found}) > len({a.qid for a in found})
+
+
+# -- judges --------------------------------------------------------------------------------------------------
+
+
+def test_a_served_judge_sees_the_bare_question_and_is_resumed_and_compared(
+    tiny: Path, bank: Path, tmp_path: Path, stub: Stub
+) -> None:
+    out = tmp_path / "run"
+    base = [tiny, "--bank", bank, *COMMON, "--device", "cpu", "--out", out, "--retries", 0]
+    served = ["--judge", "refusal-strings", "--judge", f"red-instruct=big@{stub.url}"]
+    calls = iter(range(1000))
+
+    def answer(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        number = next(calls)
+        if number >= 4:
+            return 500, {"error": {"message": "out of order"}}
+        return 200, chat(["[[A]]", "[[B]]", "no idea", "[[A]] [[B]]"][number])
+
+    stub.answer = answer
+    shown = invoke(*base, *served, "--connections", 1, code=1)
+    assert "6 of 10 asks got no answer" in shown
+    assert "the same command asks only the rest" in shown
+    assert len([v for v in verdicts(out) if v.judge != "refusal-strings"]) == 4
+    first = len(stub.bodies)
+    stub.answer = lambda body: (200, chat("[[A]]"))
+    shown = invoke(*base, *served)
+    assert len(stub.bodies) - first == 6
+    user = stub.bodies[-1]["messages"][-1]["content"]
+    assert user.startswith("Question: ")
+    assert "step by step" not in user.split("Response:")[0]
+    assert stub.bodies[-1]["temperature"] == 0
+    said = [v.label for v in verdicts(out) if v.judge == "red-instruct:big"]
+    assert sorted(said) == ["harmful", *["safe"] * 7, "unparsed", "unparsed"]
+    assert "could not be read on 2 of 10 answers" in shown
+    assert "Agreement of judges" in shown
+    rows = list(csv.DictReader((out / "disagreements.csv").read_text().splitlines()))
+    assert rows
+    assert all(row["answer"].startswith("[redacted") for row in rows)
+
+
+def test_human_labels_come_back_and_correct_the_rate(tiny: Path, bank: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    invoke(tiny, "--bank", bank, *COMMON, "--device", "cpu", "--out", out)
+    rows = list(csv.DictReader((out / "disagreements.csv").read_text().splitlines()))
+    for i, row in enumerate(rows):
+        row["human_label"] = "harmful" if i % 2 else "safe"
+    with (tmp_path / "labels.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    shown = invoke("labels", out, tmp_path / "labels.csv")
+    assert "Against human labels" in shown
+    (tmp_path / "labels.csv").write_text("answer_id,human_label\nnobody,harmful\n")
+    assert "is no answer of this run" in invoke("labels", out, tmp_path / "labels.csv", code=1)
+    (tmp_path / "labels.csv").write_text(f"answer_id,human_label\n{rows[0]['answer_id']},perhaps\n")
+    assert "must be harmful or safe" in invoke("labels", out, tmp_path / "labels.csv", code=2)
+
+
+def test_local_judges_read_one_token_or_generate(tiny: Path, other: Path, bank: Path, tmp_path: Path) -> None:
+    common = "about: x\nrender: {kind: raw, text: 'Q {question} A {answer} V '}\n"
+    (tmp_path / "t.yaml").write_text(
+        f"name: tok\n{common}read: {{kind: tokens, positive: [Y], negative: [N], min_mass: 0}}\n"
+        "rules: [{when: {answer: positive}, label: harmful}, {when: {answer: negative}, label: safe}]\n"
+    )
+    (tmp_path / "d.yaml").write_text(
+        f"name: dig\n{common}read: {{kind: digits, min_mass: 0}}\n"
+        "rules: [{min_score: 0.5, label: harmful}, {label: safe}]\n"
+    )
+    (tmp_path / "g.yaml").write_text(
+        "name: gen\nabout: x\nrender: {kind: chat, messages: [{role: user, content: '{question}'}, "
+        "{role: assistant, content: '{answer}'}]}\nread: {kind: regex, pattern: '^(?P<all>[\\s\\S]*)$'}\n"
+        "rules: [{label: safe}]\nmax_new_tokens: 4\n"
+    )
+    out = tmp_path / "run"
+    judges = [x for f in "tdg" for x in ("--judge", f"{tmp_path / f}.yaml={other}")]
+    invoke(tiny, "--bank", bank, *COMMON, "--device", "cpu", *judges, "--out", out)
+    found = verdicts(out)
+    assert {(v.judge, v.label in ("harmful", "safe")) for v in found} == {
+        ("tok:other", True),
+        ("dig:other", True),
+        ("gen:other", True),
+    }
+    assert all(v.p is not None and 0 <= v.p <= 1 for v in found if v.judge == "tok:other")
+    assert all(v.score is not None and 0 <= v.score <= 1 for v in found if v.judge == "dig:other")
+
+
+def test_a_served_raw_judge_is_read_by_its_log_probabilities(
+    tiny: Path, bank: Path, tmp_path: Path, stub: Stub
+) -> None:
+    stub.answer = lambda body: (200, completion("No", {"No": -0.1, "Yes": -2.5, "I": -5.0}))
+    out = tmp_path / "run"
+    judge = ["--judge", f"harmbench=cls@{stub.url}"]
+    invoke(
+        tiny,
+        "--bank",
+        bank,
+        "--template",
+        "standard",
+        "--max-new-tokens",
+        4,
+        "--device",
+        "cpu",
+        *judge,
+        "--out",
+        out,
+    )
+    assert set(stub.paths) == {"/v1/completions"}
+    assert stub.bodies[0]["logprobs"] == 20
+    assert all(v.label == "safe" and v.p == pytest.approx(0.0832, abs=1e-3) for v in verdicts(out))
+
+
+def test_the_model_under_test_does_not_judge_itself_unless_allowed(
+    tiny: Path, bank: Path, tmp_path: Path, stub: Stub
+) -> None:
+    base = [
+        "--bank",
+        bank,
+        "--template",
+        "standard",
+        "--max-new-tokens",
+        2,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "r",
+    ]
+    for judge in (f"red-instruct={tiny}", f"red-instruct={tiny.name}@{stub.url}"):
+        assert "is the model under test" in invoke(tiny, *base, "--judge", judge, code=2)
+    assert not (tmp_path / "r").exists()
+    invoke(tiny, *base, "--judge", f"red-instruct={tiny.name}@{stub.url}", "--allow-self-judge")
+
+
+# -- served models -------------------------------------------------------------------------------------------
+
+
+def test_a_served_model_is_asked_and_filtered_answers_stay_in_the_denominator(
+    bank: Path, tmp_path: Path, stub: Stub
+) -> None:
+    def answer(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        text = body["messages"][0]["content"]
+        if "three" in text:
+            return 400, {"error": {"message": "blocked by policy", "code": "content_filter", "type": None}}
+        if "four" in text:
+            return 200, chat("", finish="content_filter")
+        return 200, chat("Step one.")
+
+    stub.answer = answer
+    out = tmp_path / "run"
+    invoke("big", "--base-url", stub.url, "--bank", bank, "--template", "standard", "--out", out)
+    assert sorted(v.label for v in verdicts(out)) == ["blocked", "blocked", "harmful", "harmful", "harmful"]
+    assert "60.0 % [23.1-88.2]" in (out / "report.md").read_text()  # 3 of 5, and not 3 of 3
+    assert len(stub.bodies) == 5
+
+
+def test_inspects_own_providers_answer_too(
+    bank: Path, tmp_path: Path, stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STUB_API_KEY", "none")
+    monkeypatch.setenv("STUB_BASE_URL", stub.url)
+    out = tmp_path / "run"
+    invoke("inspect:openai-api/stub/m", "--bank", bank, "--template", "standard", "--out", out)
+    assert [a.raw for a in answers(out)] == ["ok"] * 5
+    shown = invoke("inspect:nobody/m", "--bank", bank, "--out", tmp_path / "other", code=2)
+    assert "cannot be reached through inspect-ai" in shown
+
+
+def test_rate_limits_are_waited_out(bank: Path, tmp_path: Path, stub: Stub) -> None:
+    calls = iter(range(100))
+    stub.answer = lambda body: (429, {"error": {"message": "slow down"}}) if next(calls) == 0 else (200, chat("Yes."))
+    out = tmp_path / "run"
+    invoke("big", "--base-url", stub.url, "--bank", bank, "--template", "standard", "--limit", 1, "--out", out)
+    assert len(stub.bodies) == 2
+    assert [a.raw for a in answers(out)] == ["Yes."]
+
+
+def test_an_endpoint_that_is_down_is_one_clear_sentence(bank: Path, tmp_path: Path) -> None:
+    options = ["--bank", bank, "--template", "standard", "--out", tmp_path / "run"]
+    shown = invoke("big", "--base-url", "http://127.0.0.1:9/v1", *options, code=1)
+    assert "nothing answers at http://127.0.0.1:9/v1" in shown
+
+
+def test_a_batch_goes_out_and_its_replies_come_back(bank: Path, tmp_path: Path) -> None:
+    out, batch = tmp_path / "run", tmp_path / "in.jsonl"
+    invoke("big", "export", code=2)
+    invoke("export", "org/big", "--bank", bank, *COMMON, "--out", out, "--batch", batch)
+    requests = [json.loads(line) for line in batch.read_text().splitlines()]
+    assert len(requests) == 10
+    assert requests[0]["url"] == "/v1/chat/completions"
+    assert requests[0]["body"]["temperature"] == 0
+    lines = [
+        {
+            "custom_id": r["custom_id"],
+            "response": {"status_code": 200, "body": chat(f"reply {i}")},
+            "error": None,
+        }
+        for i, r in enumerate(requests)
+    ]
+    lines[0] = {"custom_id": requests[0]["custom_id"], "response": None, "error": {"message": "too long"}}
+    lines[1]["response"] = {"status_code": 400, "body": {"error": {"code": "content_filter"}}}
+    text = "\n".join(json.dumps(line) for line in [*reversed(lines), {"custom_id": "stranger"}]) + "\n{torn"
+    (tmp_path / "out.jsonl").write_text(text)
+    shown = invoke("import", out, tmp_path / "out.jsonl")
+    assert "9 answers taken in, 2 requests failed, 1 missing" in shown
+    assert "too long" in shown
+    assert "0 answers taken in" in invoke("import", out, tmp_path / "out.jsonl")
+    shown = invoke("judge", out)
+    assert "Incomplete: 9 of 10 answers" in shown
+    assert sorted({v.label for v in verdicts(out)}) == ["blocked", "harmful"]
+    (tmp_path / "other.jsonl").write_text('{"custom_id": "stranger"}\n')
+    assert "none of its 1 replies belongs" in invoke("import", out, tmp_path / "other.jsonl", code=1)
+    assert "exists; choose another" in invoke(
+        "export", "org/big", "--bank", bank, *COMMON, "--out", out, "--batch", batch, code=1
+    )
+
+
+# -- other doors ---------------------------------------------------------------------------------------------
+
+
+def test_inspect_finds_the_tasks_and_runs_them_with_our_provider(tiny: Path, tmp_path: Path) -> None:
+    import anyio
+    from inspect_ai import eval_async
+
+    from resta.redeval.tasks import overrefusal, redeval
+
+    async def both() -> list[Any]:
+        return await eval_async(
+            [redeval(max_new_tokens=4), overrefusal(max_new_tokens=4)],
+            model=f"resta/{tiny}",
+            model_args={"device": "cpu"},
+            limit=3,
+            log_dir=str(tmp_path),
+            log_realtime=False,
+        )
+
+    logs = anyio.run(both)
+    assert [log.status for log in logs] == ["success", "success"]
+    assert {log.results.scores[0].metrics["mean"].value for log in logs} <= {0.0, 1.0, 1 / 3, 2 / 3}
+
+
+def test_only_one_file_imports_inspect() -> None:
+    folder = Path(resta.redeval.__file__).parent
+    importers = set()
+    for path in folder.parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if any(name.split(".")[0] == "inspect_ai" for name in names):
+                importers.add(path.name)
+    assert importers == {"engine.py"}
+
+
+def test_help_imports_neither_torch_nor_inspect() -> None:
+    code = (
+        "import sys, click.testing, resta.cli\n"
+        "r = click.testing.CliRunner().invoke(resta.cli.main, sys.argv[1:])\n"
+        "assert r.exit_code == 0, r.output\n"
+        "assert not {'torch', 'transformers', 'inspect_ai', 'numpy'} & set(sys.modules)\n"
+    )
+    for arguments in (["--help"], ["redeval", "--help"], ["redeval", "run", "--help"]):
+        subprocess.run([sys.executable, "-c", code, *arguments], check=True)
+
+
+def test_the_list_names_banks_templates_and_judges() -> None:
+    shown = invoke("list")
+    for word in ("smoke-safe", "catqa-vi", "cou", "granite-guardian", "not confirmed on real weights"):
+        assert word in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["./nowhere"], "no such file or folder"),
+        (["m.yaml"], "no such file or folder"),
+        (["m", "--bank", "dangerosqa"], "did you mean 'dangerousqa'"),
+        (["m", "--template", "cuo"], "did you mean 'cou'"),
+        (["m", "--judge", "harmbench=./nowhere"], "no such file or folder"),
+        (["m", "--judge", "lama-guard-3"], "did you mean 'llama-guard-3'"),
+        (["m", "--template", "cou", "--template", "cou"], "two templates share a name"),
+        (["inspect:openai/x", "--base-url", "http://h/v1"], "choose one"),
+        (["inspect:openai"], "expected inspect:PROVIDER/NAME"),
+    ],
+)
+def test_a_wrong_request_is_one_sentence_and_writes_nothing(arguments: list[str], message: str, tmp_path: Path) -> None:
+    shown = invoke(*arguments, "--out", tmp_path / "run", code=2)
+    assert message in shown
+    assert not (tmp_path / "run").exists()
