@@ -14,8 +14,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -339,20 +340,26 @@ def hold_conversations(work: Work, questions: list[Question]) -> None:
     """Hold every conversation that the journal lacks, several at a time."""
     from rich.progress import track
 
+    stop = threading.Event()
+
     def one(step: tuple[Question, int]) -> None:
+        if stop.is_set():  # another failed: asking on would only waste what the journal does not keep
+            return
         question, thread = step
-        once(work.journal, f"thread/{question.id}/{thread}", lambda: talk(work, question, thread))
+        try:
+            once(work.journal, f"thread/{question.id}/{thread}", lambda: talk(work, question, thread))
+        except BaseException:
+            stop.set()
+            raise
 
     steps = [(question, thread) for question in questions for thread in range(work.recipe.threads)]
     with ThreadPoolExecutor(work.recipe.endpoint.concurrency) as pool:
         futures = [pool.submit(one, step) for step in steps]
         try:
-            done = as_completed(futures)  # so that one that fails stops the others at once, whichever it is
-            for future in track(done, description="conversations", total=len(futures), transient=True):
+            for future in track(futures, description="conversations", transient=True):
                 future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        finally:
+            stop.set()
 
 
 def assemble(work: Work, questions: list[Question]) -> list[dict[str, Any]]:
