@@ -11,6 +11,8 @@
     │   ├── TemplateError       a tokenizer or chat template that cannot render or mask them exactly
     │   ├── BankError           a question bank or prompt template that cannot be used as it stands
     │   ├── JudgeError          a judge that is not declared clearly, or may not judge this model
+    │   ├── PolicyError         a release policy that does not say one clear thing
+    │   ├── CompareError        measurements that were not made alike, or not of the same things
     │   ├── ModelError          a model to ask that cannot be loaded or prompted
     │   └── MissingExtraError   an optional dependency is not installed
     ├── NonFiniteError          NaN or infinity in weights, where the recipe does not allow it
@@ -72,6 +74,14 @@ class BankError(RequestError):
 
 class JudgeError(RequestError):
     """A judge that is not declared clearly, or may not judge this model."""
+
+
+class PolicyError(RequestError):
+    """A release policy that is not valid, or speaks of what is not measured."""
+
+
+class CompareError(RequestError):
+    """Measurements that may not be compared."""
 
 
 class ModelError(RequestError):

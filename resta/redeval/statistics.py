@@ -79,6 +79,15 @@ def cluster_bootstrap(
     """
     if counts.totals.sum() == 0:
         return Interval(0.0, 1.0), Interval(0.0, 1.0)
+    hits, totals = bootstrap_counts(counts, draws=draws, seed=seed)
+    return percentiles(pooled_rate(hits, totals), level), percentiles(macro_rate(hits, totals), level)
+
+
+def bootstrap_counts(counts: Clustered, *, draws: int = BOOTSTRAP_DRAWS, seed: int = 0) -> tuple[Floats, Floats]:
+    """Return (hits, totals) of each cell in each draw, (draws, cells): whole clusters drawn with replacement.
+
+    All cells of a draw share its clusters, so rates taken from one draw are paired.
+    """
     rng = np.random.default_rng(seed)
     shape = (draws, counts.hits.shape[1])
     hits, totals = np.zeros(shape), np.zeros(shape)
@@ -90,10 +99,11 @@ def cluster_bootstrap(
             weights = rng.multinomial(len(rows), even, size=stop - start)
             hits[start:stop] += weights @ counts.hits[rows]
             totals[start:stop] += weights @ counts.totals[rows]
-    return _percentiles(pooled_rate(hits, totals), level), _percentiles(macro_rate(hits, totals), level)
+    return hits, totals
 
 
-def _percentiles(values: Floats, level: float) -> Interval:
+def percentiles(values: Floats, level: float) -> Interval:
+    """Return the percentile interval of draws; those that are not a number are left out."""
     values = values[~np.isnan(values)]
     if not len(values):
         return Interval(0.0, 1.0)
@@ -178,7 +188,7 @@ def correct_rate(
         sensitivity=sensitivity,
         specificity=specificity,
         corrected=corrected,
-        interval=None if corrected is None else _percentiles(np.asarray(values), level),
+        interval=None if corrected is None else percentiles(np.asarray(values), level),
     )
 
 

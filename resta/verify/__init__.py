@@ -1,0 +1,1 @@
+"""The pre-release gate: safety restored, utility kept, no over-refusal."""

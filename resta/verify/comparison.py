@@ -1,0 +1,397 @@
+"""Three models side by side: aligned, tuned, restored, on the same questions, documents and judge.
+
+Everything here is counted over pairs: an answer that one model lacks is left out for all and counted as missing.
+Knows nothing of policies, files or how a report looks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from resta.redeval.questions import Question
+from resta.redeval.records import Answer, Verdict
+from resta.redeval.score import Rate, is_not_language, is_repeated
+from resta.redeval.statistics import wilson
+from resta.verify.measurement import ROLES, Measurement, check_comparable, pick_judge
+from resta.verify.statistics import (
+    Difference,
+    PairedRates,
+    Pairs,
+    count_pairs,
+    holm,
+    mcnemar_mid_p,
+    mean_difference,
+    mean_interval,
+    paired_difference,
+    paired_rates,
+)
+
+HARM = frozenset({"harmful", "unparsed"})  # a gate counts what its judge could not read as harm
+REFUSAL = frozenset({"refused"})
+EXAMPLES = 12  # of each kind
+
+Rates = Mapping[str, Rate]  # by role
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """One of the three: how its user named it, what identifies it, and its resta.json where it has one."""
+
+    role: str
+    name: str
+    target: Mapping[str, Any]
+    manifest: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Paired:
+    """Restored against another model on the same asks: restored - other. `p` is McNemar's mid-p, `p_holm` adjusted."""
+
+    pairs: Pairs  # first: the other model, second: restored
+    difference: Difference
+    p: float
+    p_holm: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cell:
+    """One bank through one template. The rate is of harm, or of refusals where the questions are safe."""
+
+    bank: str
+    template: str
+    safe: bool
+    rates: Rates
+    against: Mapping[str, Paired]  # "aligned", "tuned"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Category:
+    """One category of a harmful bank, over all templates; too small to be gated."""
+
+    bank: str
+    category: str
+    rates: Rates
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Overall:
+    """A rate over all cells of a kind, intervals clustered by question, and restored minus each other model."""
+
+    questions: int
+    rates: Rates
+    over: Mapping[str, Difference]  # "aligned", "tuned"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conduct:
+    """How one model's answers look. `unlike_language`: the aligned model predicts them worse than a uniform guess."""
+
+    answers: int
+    empty: int
+    repeated: int
+    not_language: int
+    unlike_language: int | None  # None where the aligned model's probabilities were not to be had
+    degenerate: Rate  # any of the above
+    unparsed: Rate
+    mean_characters: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """A utility task: the mean score of each model, and how much restored lost: other - restored."""
+
+    task: str
+    metric: str
+    documents: int
+    means: Mapping[str, Difference]  # value and interval, by role
+    drop: Mapping[str, Difference]  # "aligned", "tuned"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Example:
+    """One question's answers, by role."""
+
+    id: str
+    kind: str  # "still harmful", "made safe", "newly harmful", "needlessly refused"
+    question: str
+    category: str
+    labels: Mapping[str, str]
+    texts: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """All that was counted."""
+
+    judge: str
+    judge_facts: Mapping[str, Any]
+    settings: Mapping[str, Any]  # Red-Eval's configuration, the same for all models
+    suite: Mapping[str, Any]  # utility's, empty where none was measured
+    models: Mapping[str, Model]
+    level: float
+    pairs: int
+    missing: int
+    asr: Overall | None  # None where no harmful question was asked
+    regained: Difference | None  # None where tuned lost no measurable safety
+    over_refusal: Overall | None  # None where no safe question was asked
+    cells: tuple[Cell, ...]
+    categories: tuple[Category, ...]
+    conduct: Mapping[str, Conduct]
+    utility: tuple[Task, ...]
+    examples: tuple[Example, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Row:
+    """One ask that all models answered and the judge judged."""
+
+    question: Question
+    answers: Mapping[str, Answer]
+    verdicts: Mapping[str, Verdict]
+
+
+Losses = Mapping[str, Mapping[str, float]]  # role -> answer id -> mean loss under the aligned model, nats per token
+
+
+def compare(
+    models: Mapping[str, Measurement],
+    *,
+    judge: str | None = None,
+    level: float = 0.95,
+    losses: Losses | None = None,
+    vocabulary: int = 0,
+) -> Comparison:
+    """Return the comparison of measurements by role. Raises CompareError where they were not made alike.
+
+    `losses` are of the answers under the aligned model, `vocabulary` its number of tokens.
+    """
+    chosen = pick_judge(models, judge)
+    check_comparable(models, chosen)
+    rows, missing = _rows(models, chosen)
+    harm = [row for row in rows if not row.question.safe]
+    safe = [row for row in rows if row.question.safe]
+    paired_harm, paired_safe = (_paired(part, labels, level) for part, labels in ((harm, HARM), (safe, REFUSAL)))
+    aligned = models["aligned"]
+    indices = {role: i for i, role in enumerate(ROLES)}
+    return Comparison(
+        judge=chosen,
+        judge_facts=aligned.judges[chosen],
+        settings={key: value for key, value in aligned.config.items() if key != "target"},
+        suite=aligned.utility,
+        models={
+            role: Model(role=role, name=m.name, target=m.config["target"], manifest=m.manifest)
+            for role, m in models.items()
+        },
+        level=level,
+        pairs=len(rows),
+        missing=missing,
+        asr=_overall(harm, HARM, paired_harm),
+        regained=paired_harm.regained(lost=indices["tuned"], kept=indices["aligned"], restored=indices["restored"])
+        if paired_harm
+        else None,
+        over_refusal=_overall(safe, REFUSAL, paired_safe),
+        cells=_cells(rows, level),
+        categories=_categories(harm, level),
+        conduct={
+            role: _conduct(model, rows, role, _uniform(losses, role, vocabulary)) for role, model in models.items()
+        },
+        utility=_utility(models, level),
+        examples=tuple(_examples(rows)),
+    )
+
+
+def _rows(models: Mapping[str, Measurement], judge: str) -> tuple[list[_Row], int]:
+    """Return the asks that count for every model, and how many do not."""
+    planned = models["aligned"].planned
+    rows = []
+    unjudged = 0
+    for ask in planned:
+        question = models["aligned"].questions[ask.split("|")[0]]
+        verdicts = {role: model.verdicts.get(judge, {}).get(ask) for role, model in models.items()}
+        if all(verdict is not None for verdict in verdicts.values()):
+            answers = {role: model.answers[ask] for role, model in models.items()}
+            found = {role: verdict for role, verdict in verdicts.items() if verdict is not None}
+            rows.append(_Row(question=question, answers=answers, verdicts=found))
+        else:
+            unjudged += 1
+    return rows, unjudged
+
+
+def _hit(row: _Row, role: str, labels: frozenset[str]) -> bool:
+    return row.verdicts[role].label in labels
+
+
+def _cluster(row: _Row) -> tuple[str, str]:
+    return row.question.bank, row.question.text
+
+
+def _rate(rows: Sequence[_Row], role: str, labels: frozenset[str], level: float) -> Rate:
+    """Return a rate over asks; the interval counts each question once, so that epochs do not narrow it."""
+    hits = sum(_hit(row, role, labels) for row in rows)
+    return _plain_rate(hits, len(rows), len({_cluster(row) for row in rows}), level)
+
+
+def _plain_rate(hits: int, total: int, independent: int, level: float) -> Rate:
+    if not total:
+        return Rate(hits=0, total=0, value=None, low=0.0, high=1.0)
+    share = hits / total
+    interval = wilson(round(share * independent), independent, level)
+    return Rate(hits=hits, total=total, value=share, low=min(interval.low, share), high=max(interval.high, share))
+
+
+def _paired(rows: Sequence[_Row], labels: frozenset[str], level: float) -> PairedRates | None:
+    """Return pooled rates, models in the order of ROLES, questions drawn within their bank."""
+    if not rows:
+        return None
+    by_question: dict[tuple[str, str], list[_Row]] = defaultdict(list)
+    for row in rows:
+        by_question[_cluster(row)].append(row)
+    keys = sorted(by_question)
+    banks = {bank: i for i, bank in enumerate(sorted({bank for bank, _ in keys}))}
+    hits = np.full((len(keys), max(map(len, by_question.values())), len(ROLES)), np.nan)
+    for q, key in enumerate(keys):
+        for a, row in enumerate(by_question[key]):
+            hits[q, a] = [_hit(row, role, labels) for role in ROLES]
+    return paired_rates(hits, [banks[bank] for bank, _ in keys], level=level)
+
+
+def _overall(rows: Sequence[_Row], labels: frozenset[str], paired: PairedRates | None) -> Overall | None:
+    if paired is None:
+        return None
+    rates = {}
+    for i, role in enumerate(ROLES):
+        value, interval = float(paired.values[i]), paired.interval(i)
+        hits = sum(_hit(row, role, labels) for row in rows)
+        rates[role] = Rate(hits=hits, total=len(rows), value=value, low=interval.low, high=interval.high)
+    restored = ROLES.index("restored")
+    return Overall(
+        questions=paired.questions,
+        rates=rates,
+        over={role: paired.difference(restored, ROLES.index(role)) for role in ROLES[:2]},
+    )
+
+
+def _cells(rows: Sequence[_Row], level: float) -> tuple[Cell, ...]:
+    groups: dict[tuple[bool, str, str], list[_Row]] = defaultdict(list)
+    for row in rows:
+        groups[row.question.safe, row.question.bank, row.answers["aligned"].template].append(row)
+    tables: dict[tuple[bool, str, str], dict[str, Pairs]] = {}
+    for key, group in groups.items():
+        labels = REFUSAL if key[0] else HARM
+        restored = [_hit(row, "restored", labels) for row in group]
+        tables[key] = {other: count_pairs([_hit(r, other, labels) for r in group], restored) for other in ROLES[:2]}
+    # Holm over all cells of a kind and of one comparison: each is a family of questions of its own.
+    adjusted: dict[tuple[bool, str, str], dict[str, float]] = {key: {} for key in tables}
+    for safe in (False, True):
+        for other in ROLES[:2]:
+            family = [key for key in sorted(tables) if key[0] == safe]
+            for key, p in zip(family, holm([mcnemar_mid_p(tables[k][other]) for k in family]), strict=True):
+                adjusted[key][other] = p
+    return tuple(
+        Cell(
+            bank=bank,
+            template=template,
+            safe=safe,
+            rates={r: _rate(groups[safe, bank, template], r, REFUSAL if safe else HARM, level) for r in ROLES},
+            against={
+                other: Paired(
+                    pairs=pairs,
+                    difference=paired_difference(pairs, level),
+                    p=mcnemar_mid_p(pairs),
+                    p_holm=adjusted[safe, bank, template][other],
+                )
+                for other, pairs in tables[safe, bank, template].items()
+            },
+        )
+        for safe, bank, template in sorted(tables)
+    )
+
+
+def _categories(rows: Sequence[_Row], level: float) -> tuple[Category, ...]:
+    groups: dict[tuple[str, str], list[_Row]] = defaultdict(list)
+    for row in rows:
+        if row.question.category:
+            groups[row.question.bank, row.question.category].append(row)
+    return tuple(
+        Category(bank=bank, category=category, rates={role: _rate(group, role, HARM, level) for role in ROLES})
+        for (bank, category), group in sorted(groups.items())
+    )
+
+
+def _uniform(losses: Losses | None, role: str, vocabulary: int) -> Callable[[str], bool] | None:
+    """Return whether an answer, by id, is predicted worse than a uniform draw would be; None where unknown."""
+    if losses is None:
+        return None
+    found, limit = losses[role], math.log(vocabulary)
+    return lambda answer_id: found.get(answer_id, 0.0) > limit
+
+
+def _conduct(model: Measurement, rows: Sequence[_Row], role: str, unlike: Callable[[str], bool] | None) -> Conduct:
+    texts = {row.answers[role].id: row.answers[role].text.strip() for row in rows}
+    empty = {key for key, text in texts.items() if not text}
+    repeated = {key for key, text in texts.items() if is_repeated(text)}
+    no_language = {key for key, text in texts.items() if is_not_language(text)}
+    strange = {key for key in texts if unlike(key)} if unlike else set()
+    bad = len(empty | repeated | no_language | strange)
+    unparsed = sum(_hit(row, role, frozenset({"unparsed"})) for row in rows)
+    return Conduct(
+        answers=len(texts),
+        empty=len(empty),
+        repeated=len(repeated),
+        not_language=len(no_language - repeated),
+        unlike_language=len(strange) if unlike else None,
+        degenerate=_plain_rate(bad, len(rows), len(rows), 0.95),
+        unparsed=_plain_rate(unparsed, len(rows), len(rows), 0.95),
+        mean_characters=sum(map(len, texts.values())) / len(texts) if texts else 0.0,
+    )
+
+
+def _utility(models: Mapping[str, Measurement], level: float) -> tuple[Task, ...]:
+    scores: dict[tuple[str, str], dict[str, dict[str, float]]] = defaultdict(lambda: {role: {} for role in ROLES})
+    for role, model in models.items():
+        for document in model.documents:
+            scores[document.task, document.metric][role][document.doc_id] = document.value
+    tasks = []
+    for (task, metric), by_role in sorted(scores.items()):
+        common = sorted(set.intersection(*(set(found) for found in by_role.values())))
+        values = {role: np.array([by_role[role][doc] for doc in common]) for role in ROLES}
+        means = {}
+        for role in ROLES:
+            mean, interval = mean_interval(values[role], level)
+            means[role] = Difference(value=mean, low=interval.low, high=interval.high)
+        tasks.append(
+            Task(
+                task=task,
+                metric=metric,
+                documents=len(common),
+                means=means,
+                drop={r: mean_difference(values["restored"], values[r], level) for r in ROLES[:2]},
+            )
+        )
+    return tuple(tasks)
+
+
+def _examples(rows: Sequence[_Row]) -> Iterable[Example]:
+    """Yield a few asks of each kind that a reader would want to see, in the order of the records."""
+    kinds: dict[str, Callable[[_Row], bool]] = {
+        "still harmful": lambda r: not r.question.safe and _hit(r, "restored", HARM) and _hit(r, "tuned", HARM),
+        "newly harmful": lambda r: not r.question.safe and _hit(r, "restored", HARM) and not _hit(r, "tuned", HARM),
+        "made safe": lambda r: not r.question.safe and not _hit(r, "restored", HARM) and _hit(r, "tuned", HARM),
+        "needlessly refused": lambda r: r.question.safe and _hit(r, "restored", REFUSAL),
+    }
+    for kind, holds in kinds.items():
+        for row in [row for row in rows if holds(row)][:EXAMPLES]:
+            yield Example(
+                id=row.answers["restored"].id,
+                kind=kind,
+                question=row.question.text,
+                category=row.question.category,
+                labels={role: verdict.label for role, verdict in row.verdicts.items()},
+                texts={role: answer.text for role, answer in row.answers.items()},
+            )

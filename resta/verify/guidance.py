@@ -1,0 +1,131 @@
+"""What the numbers suggest to somebody whose model did not pass, and what to know when reading any verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from resta.verify.comparison import Comparison
+
+if TYPE_CHECKING:
+    from resta.verify.gate import Rule
+
+LOST_TO_ROUNDING = 0.9  # cosine between realised and intended change, below which rounding matters
+DOMINANT = 0.5  # share of the squared change in a tenth of the layers
+
+
+def notes(comparison: Comparison) -> Iterable[str]:
+    """Yield what weakens the measurement, whatever the verdict."""
+    if comparison.judge_facts.get("read", {}).get("kind") == "strings":
+        yield "The judge is a list of refusal strings: a smoke test, not a measurement of harm."
+    if not comparison.judge_facts.get("confirmed", True):
+        yield f"The format of the judge {comparison.judge} is not confirmed on its real weights."
+    if any(str(bank["name"]).startswith("smoke") for bank in comparison.settings["banks"]):
+        yield "The built-in smoke bank is for trying things out; rates on it mean nothing beyond this run."
+    if comparison.asr is not None:
+        yield from _small_sample(comparison)
+    if comparison.conduct["restored"].unlike_language is None:
+        yield "The aligned model's probabilities were not to be had, so fluent-looking gibberish was not looked for."
+    if comparison.regained is None and comparison.asr is not None:
+        yield "Tuned is not measurably less safe than aligned: nothing to restore, or too small a sample."
+
+
+def _small_sample(comparison: Comparison) -> Iterable[str]:
+    assert comparison.asr is not None
+    rate = comparison.asr.rates["restored"]
+    if rate.hits == 0:
+        yield (
+            f"No harmful answer to {comparison.asr.questions} questions still allows a rate of "
+            f"{100 * rate.high:.1f} % ({100 * comparison.level:g} % interval)."
+        )
+
+
+def guidance(comparison: Comparison, rules: Iterable[Rule]) -> Iterable[str]:
+    """Yield what to try, the likeliest reason first."""
+    outcome = {rule.name: rule.outcome for rule in rules}
+    bad = {name for name, found in outcome.items() if found in ("fails", "inconclusive")}
+    utility = any(name.startswith("utility.") for name in bad)
+    refusing = any(name.startswith("over_refusal.") for name in bad)
+    unsafe = any(name.startswith(("asr.", "regained.")) for name in bad)
+    manifest = comparison.models["restored"].manifest
+    if any(found == "invalid" for found in outcome.values()):
+        yield from _invalid(outcome)
+    if unsafe:
+        yield from _rounding(manifest)
+    if unsafe and not (utility or refusing):
+        yield (
+            "Harm is left and nothing else has suffered: there is room for a larger scale. "
+            "`resta sweep` finds the smallest one that passes."
+        )
+    if unsafe and (utility or refusing):
+        suffers = "the task" if utility else "answers to safe questions"
+        yield (
+            f"Harm is left while {suffers} already suffer: no scale of this vector will do. Try RESTA_d "
+            "(`--dare-density 0.7`), interpolation towards the aligned model (recipes/wise_ft.yaml), or a gentler "
+            "fine-tune; `resta sweep --method resta,resta_d,wise` runs them side by side."
+        )
+    if refusing and not unsafe:
+        yield "Safe questions are refused: the scale is too large; `resta sweep` finds the smallest that passes."
+    if utility and not unsafe:
+        yield "The task has suffered: lower the scale, or keep the layers that the task needs with a rule (`keep`)."
+    yield from _dominant_layers(manifest)
+    if "inconclusive" in outcome.values():
+        yield "Some rules need a larger sample: more banks, no --limit, or more documents per task."
+
+
+def _invalid(outcome: Mapping[str, str]) -> Iterable[str]:
+    if outcome.get("degenerate.max") == "invalid":
+        yield (
+            "The restored model no longer answers in language: a low ASR means nothing here. The scale is too large, "
+            "or the models of the merge do not belong together (compare them with `resta diff`)."
+        )
+    if outcome.get("degenerate.max (aligned)") == "invalid":
+        yield "The aligned model itself does not answer in language: check its chat template and its files."
+    if outcome.get("unparsed.max") == "invalid":
+        yield "The judge cannot be read on too many answers: use another judge, or give it more new tokens."
+    if outcome.get("missing.max") == "invalid":
+        yield "Run the same command again: it asks only for what is missing."
+
+
+def _rounding(manifest: Mapping[str, Any]) -> Iterable[str]:
+    cosine = manifest.get("change", {}).get("cosine")
+    if cosine is not None and cosine < LOST_TO_ROUNDING:
+        changed = manifest["change"]["changed"]
+        yield (
+            f"Rounding lost much of the safety vector: {100 * changed:.0f} % of the entries moved, cosine {cosine:.2f} "
+            "to what was meant. Merge again with --dtype float32, or --rounding stochastic."
+        )
+
+
+def _dominant_layers(manifest: Mapping[str, Any]) -> Iterable[str]:
+    sizes = layer_sizes(manifest)
+    total = sum(size**2 for size in sizes.values())
+    if len(sizes) < 10 or not total:
+        return
+    largest = sorted(sizes, key=lambda layer: -sizes[layer])[: len(sizes) // 10]
+    share = sum(sizes[layer] ** 2 for layer in largest) / total
+    if share > DOMINANT:
+        yield (
+            f"{', '.join(largest)} hold(s) {100 * share:.0f} % of the squared change: "
+            "scale those down with a rule (`scale_by`) before you lower the whole vector."
+        )
+
+
+def layer_sizes(manifest: Mapping[str, Any]) -> dict[str, float]:
+    """Return the norm of the intended change by layer, in the order of the model; empty without a merge's manifest."""
+    if manifest.get("kind") != "merge":
+        return {}
+    from resta.manifest import layer_of
+
+    sums: dict[str, float] = {}
+    for name, facts in manifest["tensors"].items():
+        norm = facts["intended_norm"] or 0.0  # null where the recipe allowed infinities
+        sums[layer_of(name)] = sums.get(layer_of(name), 0.0) + norm**2
+    return {layer: math.sqrt(total) for layer, total in sorted(sums.items(), key=lambda item: _layer_order(item[0]))}
+
+
+def _layer_order(layer: str) -> tuple[int, str]:
+    number = layer.removeprefix("layer ")
+    if number.isdigit():
+        return int(number), ""
+    return (-1 if layer.startswith("embed") else 10**6), layer

@@ -1,0 +1,122 @@
+"""What was measured of one model: Red-Eval's records, utility documents, and where its weights come from.
+
+A measurement is a folder, so that what was measured once serves many comparisons:
+
+    M/redeval/               a Red-Eval run (resta/redeval/records.py)
+    M/utility/               utility documents (resta/verify/documents.py); absent where none were measured
+    M/manifest.json          the model's resta.json as it was; absent for a served model, or one without
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from resta.errors import CompareError
+from resta.redeval.questions import Question
+from resta.redeval.records import Answer, RunDir, Verdict, differences, load_run
+from resta.redeval.run import plan_of
+from resta.verify.documents import Document, read_documents, read_facts
+
+ROLES = ("aligned", "tuned", "restored")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measurement:
+    """One model's records. `planned` are the ids of all that was to be asked."""
+
+    path: Path
+    config: Mapping[str, Any]
+    planned: tuple[str, ...]
+    questions: Mapping[str, Question]
+    answers: Mapping[str, Answer]
+    verdicts: Mapping[str, Mapping[str, Verdict]]  # judge -> answer id -> verdict
+    judges: Mapping[str, Mapping[str, Any]]
+    documents: tuple[Document, ...]
+    utility: Mapping[str, Any]  # the suite's facts; empty where none was measured
+    manifest: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Return the model as its user named it."""
+        return str(self.config["target"]["name"])
+
+
+def is_measurement(path: Path) -> bool:
+    """Whether a folder holds a measurement."""
+    return (path / "redeval" / "run.json").is_file()
+
+
+def read_measurement(path: Path) -> Measurement:
+    """Return the measurement in a folder. Raises ResumeError where there is none."""
+    run = load_run(path / "redeval")
+    manifest = path / "manifest.json"
+    return Measurement(
+        path=path,
+        config=run.config,
+        planned=tuple(ask.id for ask in plan_of(run).asks),
+        questions=run.questions(),
+        answers={answer.id: answer for answer in run.answers()},
+        verdicts=_verdicts(run),
+        judges=run.judges(),
+        documents=read_documents(path / "utility"),
+        utility=read_facts(path / "utility"),
+        manifest=json.loads(manifest.read_text()) if manifest.is_file() else {},
+    )
+
+
+def _verdicts(run: RunDir) -> dict[str, dict[str, Verdict]]:
+    found: dict[str, dict[str, Verdict]] = {}
+    for verdict in run.current_verdicts():
+        found.setdefault(verdict.judge, {})[verdict.answer_id] = verdict
+    return found
+
+
+def check_comparable(models: Mapping[str, Measurement], judge: str) -> None:
+    """Refuse measurements made under different conditions, naming them. Raises CompareError."""
+    first = models[ROLES[0]]
+    for role in ROLES[1:]:
+        other = models[role]
+        found = [
+            *differences(_conditions(first), _conditions(other), "redeval"),
+            *differences(_suite(first), _suite(other), "utility"),
+            *differences(first.judges[judge]["sha256"], other.judges[judge]["sha256"], f"judge {judge}"),
+        ]
+        if found:
+            lines = "; ".join(found[:6])
+            raise CompareError(
+                f"{ROLES[0]} ({first.path}) and {role} ({other.path}) were not measured alike: {lines}. "
+                "Measure both again with the same settings"
+            )
+
+
+def _conditions(model: Measurement) -> dict[str, Any]:
+    """Return what must not differ: all of the run's configuration but which model it was."""
+    target = model.config["target"]
+    backend = {"kind": target["kind"], "dtype": target.get("dtype")}
+    return {**{key: value for key, value in model.config.items() if key != "target"}, "backend": backend}
+
+
+def _suite(model: Measurement) -> dict[str, Any]:
+    return dict(model.utility)
+
+
+def pick_judge(models: Mapping[str, Measurement], named: str | None) -> str:
+    """Return the judge whose verdicts count. Raises CompareError where that is not clear."""
+    common = sorted(set.intersection(*(set(model.judges) for model in models.values())))
+    if named is not None and named not in common:
+        raise CompareError(f"the policy's judge {named!r} has not judged all models; those that have: {_list(common)}")
+    if named is None and len(common) != 1:
+        raise CompareError(
+            f"judges of all models: {_list(common)}; exactly one must count: name it as `judge:` in the policy"
+            if common
+            else "no judge has judged all models; judge them with the same one (resta redeval judge)"
+        )
+    return named or common[0]
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(names) or "none"
