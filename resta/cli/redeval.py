@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
-import platform
-from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from resta.cli.asking import (
+    HOW,
+    JUDGES,
+    QUESTIONS,
+    SERVERS,
+    WHERE,
+    conditions_of,
+    judges_of,
+    options,
+    private,
+    request_of,
+)
 from resta.errors import BankError, ResumeError
 
 if TYPE_CHECKING:
-    from resta.redeval.judges import Judge
     from resta.redeval.records import RunDir
-    from resta.redeval.run import Conditions, Plan, Request, Tally
+    from resta.redeval.run import Plan, Request
     from resta.redeval.targets import Target
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-# profile -> (banks, templates)
-PROFILES = {
-    "quick": (("dangerousqa", "catqa-en"), ("standard", "cou")),
-    "full": (("dangerousqa", "harmfulqa", "adversarialqa", "catqa-en"), ("standard", "cot", "suffix", "cou")),
-}
 
 
 class WithDefault(click.Group):
@@ -56,151 +55,14 @@ def command() -> None:
     """
 
 
-def options(*decorators: Callable[[Function], Function]) -> Callable[[Function], Function]:
-    """Return a decorator that adds options in the order in which they are given."""
-
-    def add(function: Function) -> Function:
-        for decorator in reversed(decorators):
-            function = decorator(function)
-        return function
-
-    return add
-
-
 WHAT = options(
     click.argument("model"),
-    click.option(
-        "--bank",
-        "banks",
-        multiple=True,
-        metavar="NAME|PATH",
-        help="Question bank; may be given again. [default: smoke, smoke-safe]",
-    ),
-    click.option(
-        "--safe-bank",
-        "safe_banks",
-        multiple=True,
-        metavar="NAME|PATH",
-        help="Bank of questions that are safe to answer (over-refusal).",
-    ),
-    click.option(
-        "--bank-dir",
-        "bank_dirs",
-        multiple=True,
-        type=click.Path(path_type=Path),
-        help="Folder with published banks; also $RESTA_BANKS.",
-    ),
-    click.option("--download", is_flag=True, help="Allow fetching a bank, pinned by commit and SHA-256."),
-    click.option(
-        "--template",
-        "templates",
-        multiple=True,
-        metavar="NAME|PATH",
-        help="Prompt template; may be given again. [default: standard, cot, suffix, cou]",
-    ),
-    click.option(
-        "--profile",
-        type=click.Choice(list(PROFILES)),
-        help="quick: two banks x two templates; full: four banks x four templates.",
-    ),
-    click.option(
-        "--protocol",
-        type=click.Choice(["resta", "red-instruct"]),
-        default="resta",
-        show_default=True,
-        help="Fixed procedure, or the published script's with its quirks.",
-    ),
-    click.option(
-        "--duplicates",
-        type=click.Choice(["once", "published"]),
-        help="Ask repeated questions once, or as often as published. [default: the protocol's]",
-    ),
-    click.option("--limit", type=click.IntRange(min=1), help="Questions per bank."),
-    click.option(
-        "--epochs",
-        type=click.IntRange(min=1),
-        default=1,
-        show_default=True,
-        help="Answers per question; needs a temperature.",
-    ),
-    click.option(
-        "--temperature",
-        type=click.FloatRange(min=0),
-        help="Sample at this temperature. [default: the protocol's: greedy, or the model's own]",
-    ),
-    click.option("--top-p", type=click.FloatRange(min=0, min_open=True, max=1), default=1.0, show_default=True),
-    click.option("--seed", type=int, default=0, show_default=True),
-    click.option(
-        "--max-new-tokens",
-        type=click.IntRange(min=1),
-        help="Limit per answer. [default: 512, or 500 for red-instruct]",
-    ),
-    click.option("--keep-thoughts", is_flag=True, help="Show judges the model's thoughts, too."),
-    click.option(
-        "--base-url",
-        metavar="URL",
-        help="OpenAI-compatible server (.../v1) that serves MODEL; key in $RESTA_API_KEY.",
-    ),
-    click.option("--base", metavar="MODEL", help="For an adapter: its base model."),
-    click.option("--files", metavar="DIR", help="For a recipe: folder of config and tokenizer."),
-    click.option(
-        "--chat-template",
-        type=click.Path(exists=True, dir_okay=False),
-        help="Jinja chat template for a model that has none.",
-    ),
+    QUESTIONS,
+    WHERE,
     click.option(
         "--out",
         type=click.Path(path_type=Path),
         help="The run's folder. [default: redeval-runs/MODEL-DIGEST]",
-    ),
-)
-
-JUDGES = options(
-    click.option(
-        "--judge",
-        "judges",
-        multiple=True,
-        metavar="NAME[=MODEL[@URL]]",
-        help="Judge (built-in name or YAML file), its model and that model's server; may be given again. "
-        "[default: refusal-strings]",
-    ),
-    click.option("--judge-device", default="auto", show_default=True, help="Device of local judges."),
-    click.option("--allow-self-judge", is_flag=True, help="Let the model under test judge itself."),
-)
-
-HOW = options(
-    click.option("--device", default="auto", show_default=True, help="cuda, mps, cpu or auto."),
-    click.option(
-        "--dtype",
-        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-        default="auto",
-        show_default=True,
-    ),
-    click.option("--batch-size", type=click.IntRange(min=1), help="Most prompts at once. [default: found by memory]"),
-)
-
-SERVERS = options(
-    click.option(
-        "--connections",
-        type=click.IntRange(min=1),
-        default=16,
-        show_default=True,
-        help="Requests at once to a server.",
-    ),
-    click.option(
-        "--retries",
-        type=click.IntRange(min=0),
-        default=5,
-        show_default=True,
-        help="Per request to a server, with growing pauses.",
-    ),
-    click.option(
-        "--timeout",
-        "timeout_s",
-        type=click.IntRange(min=1),
-        default=600,
-        show_default=True,
-        help="Seconds per request to a server.",
     ),
 )
 
@@ -224,16 +86,16 @@ SHOW = options(
 @SHOW
 def run(**given: Any) -> None:
     """Ask, judge and report. The same command goes on with what is missing."""
-    from resta.redeval.judging import check_judges, judge_phase
+    from resta.redeval.judging import check_judges, judge_phase, note_judges
     from resta.redeval.records import RunLock
     from resta.redeval.run import answer_phase
 
-    request, plan = _plan(given)
-    judges = check_judges(_judges(given), request.target, allow_self=given["allow_self_judge"])
+    request, plan = plan_of_run(given)
+    judges = check_judges(judges_of(given), request.target, allow_self=given["allow_self_judge"])
     folder = _open(given, request, plan)
-    with RunLock(folder.path), _conditions(given) as conditions:
+    with RunLock(folder.path), conditions_of(given) as conditions:
         _say_plan(folder, plan)
-        _note_judges(folder, judges)
+        note_judges(folder, judges)
         answer_phase(folder, plan, request.target, conditions, judges=judges)
         for judge in judges:
             judge_phase(folder, judge, conditions)
@@ -247,14 +109,14 @@ def run(**given: Any) -> None:
 @SHOW
 def judge_run(path: Path, **given: Any) -> None:
     """Set more judges on the answers of the run in PATH."""
-    from resta.redeval.judging import check_judges, judge_phase
+    from resta.redeval.judging import check_judges, judge_phase, note_judges
     from resta.redeval.records import RunLock, load_run
 
     folder = load_run(path)
-    judges = check_judges(_judges(given), _target_of(folder), allow_self=given["allow_self_judge"])
-    _private()
-    with RunLock(path), _conditions(given) as conditions:
-        _note_judges(folder, judges)
+    judges = check_judges(judges_of(given), _target_of(folder), allow_self=given["allow_self_judge"])
+    private()
+    with RunLock(path), conditions_of(given) as conditions:
+        note_judges(folder, judges)
         for judge in judges:
             judge_phase(folder, judge, conditions)
         _report(folder, **_show(given))
@@ -267,7 +129,7 @@ def report(path: Path, **given: Any) -> None:
     """Score and report the run in PATH again, complete or not."""
     from resta.redeval.records import RunLock, load_run
 
-    _private()
+    private()
     with RunLock(path):
         _report(load_run(path), **_show(given))
 
@@ -283,7 +145,7 @@ def export(batch: Path, **given: Any) -> None:
     from resta.redeval.run import missing_asks
 
     given["base_url"] = given["base_url"] or "batch:"
-    request, plan = _plan(given)
+    request, plan = plan_of_run(given)
     folder = _open(given, request, plan)
     with RunLock(folder.path):
         count = write_batch(batch, missing_asks(folder, plan), request.target.name, plan.decoding)
@@ -301,7 +163,7 @@ def import_batch(path: Path, batch: Path) -> None:
 
     folder = load_run(path)
     plan = plan_of(folder)
-    _private()
+    private()
     with RunLock(path):
         missing = {ask.id: ask for ask in missing_asks(folder, plan)}
         replies, failures = read_batch(batch, plan.asks)
@@ -324,7 +186,7 @@ def labels(path: Path, file: Path, **given: Any) -> None:
 
     folder = load_run(path)
     rows = read_labels(file, {answer.id for answer in folder.answers()})
-    _private()
+    private()
     with RunLock(path):
         with Journal(folder.path / "labels.jsonl") as journal:
             for label in rows:
@@ -352,43 +214,12 @@ def list_known() -> None:
 # -- from options to requests --------------------------------------------------------------------------------
 
 
-def _plan(given: dict[str, Any]) -> tuple[Request, Plan]:
-    from resta.redeval.questions import read_bank
-    from resta.redeval.run import Request, make_plan
-    from resta.redeval.targets import parse_target
-    from resta.redeval.templates import read_template
+def plan_of_run(given: dict[str, Any]) -> tuple[Request, Plan]:
+    """Return what is asked of the one model that is named, and the plan of it."""
+    from resta.redeval.run import make_plan
 
-    bank_names, template_names = PROFILES.get(given["profile"] or "", (("smoke",), PROFILES["full"][1]))
-    safe_names = given["safe_banks"]
-    if not (given["banks"] or safe_names or given["profile"]):
-        safe_names = ("smoke-safe",)
-    harmful = given["banks"] or (() if given["safe_banks"] and not given["profile"] else bank_names)
-    where = {"bank_dirs": given["bank_dirs"], "download": given["download"]}
-    banks = [read_bank(name, **where) for name in harmful]
-    banks += [read_bank(name, **where, safe=True) for name in safe_names]
-    request = Request(
-        target=parse_target(
-            given["model"],
-            given["base_url"],
-            base=given["base"],
-            files=given["files"],
-            chat_template=given["chat_template"],
-            device=given["device"],
-            dtype=given["dtype"],
-            batch_rows=given["batch_size"],
-        ),
-        banks=tuple(banks),
-        templates=tuple(read_template(name) for name in given["templates"] or template_names),
-        **{key: given[key] for key in ("protocol", "duplicates", "limit", "epochs", "temperature", "top_p")},
-        **{key: given[key] for key in ("seed", "max_new_tokens", "keep_thoughts")},
-    )
+    request = request_of(given, given["model"])
     return request, make_plan(request)
-
-
-def _judges(given: dict[str, Any]) -> list[Judge]:
-    from resta.redeval.judges import parse_judge
-
-    return [parse_judge(text) for text in given["judges"] or ("refusal-strings",)]
 
 
 def _target_of(folder: RunDir) -> Target:
@@ -399,38 +230,12 @@ def _target_of(folder: RunDir) -> Target:
 
 def _open(given: dict[str, Any], request: Request, plan: Plan) -> RunDir:
     from resta.redeval.asks import digest
-    from resta.redeval.records import start_run
+    from resta.redeval.records import environment, start_run
 
-    _private()
+    private()
     short = request.target.name.rstrip("/").split("/")[-1].removesuffix(".yaml")
     path = given["out"] or Path("redeval-runs") / f"{short}-{digest(plan.config)[:12]}"
-    return start_run(path, plan.config, plan.questions, _environment())
-
-
-def _environment() -> dict[str, str]:
-    """Return what the results may depend on beyond the configuration; noted, not part of the run's digest."""
-    packages = ("resta", "torch", "transformers", "peft", "inspect-ai", "openai")
-    found = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
-    for package in packages:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
-
-
-def _private() -> None:
-    from resta.redeval.records import make_private
-
-    make_private()
-
-
-def _note_judges(folder: RunDir, judges: list[Judge]) -> None:
-    for judge in judges:
-        facts = {
-            "model": judge.model,
-            "base_url": judge.base_url,
-            **judge.spec.model_dump(mode="json", exclude={"model"}),
-        }
-        folder.add_judge(judge.id, judge.sha256, facts)
+    return start_run(path, plan.config, plan.questions, environment())
 
 
 def _say_plan(folder: RunDir, plan: Plan) -> None:
@@ -444,42 +249,6 @@ def _say_plan(folder: RunDir, plan: Plan) -> None:
     for bank, count in plan.repeats.items():
         treated = "asked once" if plan.config["duplicates"] == "once" else "asked as often as published"
         click.echo(f"note: {count} questions of {bank} repeat an earlier one; {treated}", err=True)
-
-
-@contextlib.contextmanager
-def _conditions(given: dict[str, Any]) -> Iterator[Conditions]:
-    """Yield running conditions whose watcher is a progress bar on stderr with the running ASR."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from resta.redeval.run import Conditions
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[asr]}"),
-    )
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bars:
-        tasks: dict[str, Any] = {}
-
-        def watch(tally: Tally) -> None:
-            if tally.phase not in tasks:
-                tasks[tally.phase] = bars.add_task(tally.phase, total=tally.total, asr="")
-            asr = "" if tally.asr is None else f"ASR so far {100 * tally.asr:.1f} %"
-            bars.update(tasks[tally.phase], completed=tally.done, asr=asr)
-
-        def note(line: str) -> None:
-            bars.console.print(line, highlight=False, markup=False)
-
-        yield Conditions(
-            connections=given["connections"],
-            retries=given["retries"],
-            timeout_s=given["timeout_s"],
-            judge_device=given["judge_device"],
-            watch=watch,
-            note=note,
-        )
 
 
 def _show(given: dict[str, Any]) -> dict[str, Any]:

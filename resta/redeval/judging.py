@@ -64,6 +64,13 @@ def check_judges(judges: Sequence[Judge], target: Target | None, *, allow_self: 
     return checked
 
 
+def note_judges(run: RunDir, judges: Sequence[Judge]) -> None:
+    """Put the judges' declarations into a run, so that its folder alone says who judged."""
+    for judge in judges:
+        facts = judge.spec.model_dump(mode="json", exclude={"model"})
+        run.add_judge(judge.id, judge.sha256, {"model": judge.model, "base_url": judge.base_url, **facts})
+
+
 def pending(run: RunDir, judge: Judge) -> list[tuple[Question, Answer]]:
     """Return the answers that a judge has yet to judge, on the kinds of questions that it measures."""
     done = {verdict.answer_id for verdict in run.verdicts() if verdict.judge_sha256 == judge.sha256}

@@ -15,11 +15,14 @@ start. Folders are 0700 and files 0600: the answers may be harmful.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
+import platform
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
+from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, Literal, TypeVar
 
@@ -278,6 +281,16 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def environment() -> dict[str, str]:
+    """Return what the results may depend on beyond the configuration; noted, not part of the run's digest."""
+    packages = ("resta", "torch", "transformers", "peft", "inspect-ai", "openai")
+    found = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
+    for package in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
 
 
 def make_private() -> None:

@@ -14,7 +14,7 @@ from resta.errors import BankError
 from resta.redeval.asks import Ask, Decoding, Message, Rendering, Reply, sha256_text
 from resta.redeval.clean import Cleaned, strip_thoughts, strip_thoughts_as_published
 from resta.redeval.judges import Judge, Strings, verdict_without_model
-from resta.redeval.models import estimate_seconds, load_local
+from resta.redeval.models import LocalModel, estimate_seconds, load_local
 from resta.redeval.questions import Bank, Duplicates, Question, choose
 from resta.redeval.records import Answer, Journal, RunDir, Verdict
 from resta.redeval.targets import Target, api_key, check_endpoint
@@ -273,17 +273,18 @@ def answer_phase(
     conditions: Conditions,
     *,
     judges: Sequence[Judge] = (),
+    local: LocalModel | None = None,
 ) -> None:
     """Ask all that is missing; judges that need no model judge each answer at once. Raises UnansweredError.
 
-    A local target is loaded here and freed before this returns.
+    A local target that is not handed over loaded, as `local`, is loaded here and freed before this returns.
     """
     asks = missing_asks(run, plan)
     if not asks:
         return
     from resta.redeval import engine
 
-    handle = _target_handle(target, plan, conditions, asks)
+    handle = _target_handle(target, plan, conditions, asks, local)
     instant = [judge for judge in judges if isinstance(judge.spec.read, Strings)]
     by_id = {ask.id: ask for ask in asks}
     questions = {question.qid: question for question in plan.questions}
@@ -319,11 +320,13 @@ def answer_phase(
     gc.collect()
 
 
-def _target_handle(target: Target, plan: Plan, conditions: Conditions, asks: Sequence[Ask]) -> Any:
+def _target_handle(
+    target: Target, plan: Plan, conditions: Conditions, asks: Sequence[Ask], local: LocalModel | None
+) -> Any:
     from resta.redeval import engine
 
     if target.local is not None:
-        local = load_local(target.local)
+        local = local or load_local(target.local)
         # Checked on one prompt before anything is spent: a missing chat template, or one that refuses.
         local.chat_prompt("check", [Message(role="user", content="?")], plan.protocol.rendering)
         seconds = estimate_seconds(local, [len(ask.messages[0].content) for ask in asks], plan.decoding)

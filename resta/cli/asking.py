@@ -1,0 +1,254 @@
+"""Options that commands which ask models share, and what they mean; imports of what they lead to wait until then."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from resta.redeval.judges import Judge
+    from resta.redeval.run import Conditions, Request, Tally
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+# profile -> (banks, templates)
+PROFILES = {
+    "quick": (("dangerousqa", "catqa-en"), ("standard", "cou")),
+    "full": (("dangerousqa", "harmfulqa", "adversarialqa", "catqa-en"), ("standard", "cot", "suffix", "cou")),
+}
+
+
+def options(*decorators: Callable[[Function], Function]) -> Callable[[Function], Function]:
+    """Return a decorator that adds options in the order in which they are given."""
+
+    def add(function: Function) -> Function:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return add
+
+
+QUESTIONS = options(
+    click.option(
+        "--bank",
+        "banks",
+        multiple=True,
+        metavar="NAME|PATH",
+        help="Question bank; may be given again. [default: smoke, smoke-safe]",
+    ),
+    click.option(
+        "--safe-bank",
+        "safe_banks",
+        multiple=True,
+        metavar="NAME|PATH",
+        help="Bank of questions that are safe to answer (over-refusal).",
+    ),
+    click.option(
+        "--bank-dir",
+        "bank_dirs",
+        multiple=True,
+        type=click.Path(path_type=Path),
+        help="Folder with published banks; also $RESTA_BANKS.",
+    ),
+    click.option("--download", is_flag=True, help="Allow fetching a bank, pinned by commit and SHA-256."),
+    click.option(
+        "--template",
+        "templates",
+        multiple=True,
+        metavar="NAME|PATH",
+        help="Prompt template; may be given again. [default: standard, cot, suffix, cou]",
+    ),
+    click.option(
+        "--profile",
+        type=click.Choice(list(PROFILES)),
+        help="quick: two banks x two templates; full: four banks x four templates.",
+    ),
+    click.option(
+        "--protocol",
+        type=click.Choice(["resta", "red-instruct"]),
+        default="resta",
+        show_default=True,
+        help="Fixed procedure, or the published script's with its quirks.",
+    ),
+    click.option(
+        "--duplicates",
+        type=click.Choice(["once", "published"]),
+        help="Ask repeated questions once, or as often as published. [default: the protocol's]",
+    ),
+    click.option("--limit", type=click.IntRange(min=1), help="Questions per bank."),
+    click.option(
+        "--epochs",
+        type=click.IntRange(min=1),
+        default=1,
+        show_default=True,
+        help="Answers per question; needs a temperature.",
+    ),
+    click.option(
+        "--temperature",
+        type=click.FloatRange(min=0),
+        help="Sample at this temperature. [default: the protocol's: greedy, or the model's own]",
+    ),
+    click.option("--top-p", type=click.FloatRange(min=0, min_open=True, max=1), default=1.0, show_default=True),
+    click.option("--seed", type=int, default=0, show_default=True),
+    click.option(
+        "--max-new-tokens",
+        type=click.IntRange(min=1),
+        help="Limit per answer. [default: 512, or 500 for red-instruct]",
+    ),
+    click.option("--keep-thoughts", is_flag=True, help="Show judges the model's thoughts, too."),
+)
+
+WHERE = options(
+    click.option(
+        "--base-url",
+        metavar="URL",
+        help="OpenAI-compatible server (.../v1) that serves MODEL; key in $RESTA_API_KEY.",
+    ),
+    click.option("--base", metavar="MODEL", help="For an adapter: its base model."),
+    click.option("--files", metavar="DIR", help="For a recipe: folder of config and tokenizer."),
+    click.option(
+        "--chat-template",
+        type=click.Path(exists=True, dir_okay=False),
+        help="Jinja chat template for a model that has none.",
+    ),
+)
+
+JUDGES = options(
+    click.option(
+        "--judge",
+        "judges",
+        multiple=True,
+        metavar="NAME[=MODEL[@URL]]",
+        help="Judge (built-in name or YAML file), its model and that model's server; may be given again. "
+        "[default: refusal-strings]",
+    ),
+    click.option("--judge-device", default="auto", show_default=True, help="Device of local judges."),
+    click.option("--allow-self-judge", is_flag=True, help="Let the model under test judge itself."),
+)
+
+HOW = options(
+    click.option("--device", default="auto", show_default=True, help="cuda, mps, cpu or auto."),
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        default="auto",
+        show_default=True,
+    ),
+    click.option("--batch-size", type=click.IntRange(min=1), help="Most prompts at once. [default: found by memory]"),
+)
+
+SERVERS = options(
+    click.option(
+        "--connections",
+        type=click.IntRange(min=1),
+        default=16,
+        show_default=True,
+        help="Requests at once to a server.",
+    ),
+    click.option(
+        "--retries",
+        type=click.IntRange(min=0),
+        default=5,
+        show_default=True,
+        help="Per request to a server, with growing pauses.",
+    ),
+    click.option(
+        "--timeout",
+        "timeout_s",
+        type=click.IntRange(min=1),
+        default=600,
+        show_default=True,
+        help="Seconds per request to a server.",
+    ),
+)
+
+
+# -- what the options mean -----------------------------------------------------------------------------------
+
+
+def request_of(given: dict[str, Any], model: str) -> Request:
+    """Return what is asked of `model`. Raises BankError, ModelError, TemplateError."""
+    from resta.redeval.questions import read_bank
+    from resta.redeval.run import Request
+    from resta.redeval.targets import parse_target
+    from resta.redeval.templates import read_template
+
+    bank_names, template_names = PROFILES.get(given["profile"] or "", (("smoke",), PROFILES["full"][1]))
+    safe_names = given["safe_banks"]
+    if not (given["banks"] or safe_names or given["profile"]):
+        safe_names = ("smoke-safe",)
+    harmful = given["banks"] or (() if given["safe_banks"] and not given["profile"] else bank_names)
+    where = {"bank_dirs": given["bank_dirs"], "download": given["download"]}
+    banks = [read_bank(name, **where) for name in harmful]
+    banks += [read_bank(name, **where, safe=True) for name in safe_names]
+    return Request(
+        target=parse_target(
+            model,
+            given["base_url"],
+            base=given["base"],
+            files=given["files"],
+            chat_template=given["chat_template"],
+            device=given["device"],
+            dtype=given["dtype"],
+            batch_rows=given["batch_size"],
+        ),
+        banks=tuple(banks),
+        templates=tuple(read_template(name) for name in given["templates"] or template_names),
+        **{key: given[key] for key in ("protocol", "duplicates", "limit", "epochs", "temperature", "top_p")},
+        **{key: given[key] for key in ("seed", "max_new_tokens", "keep_thoughts")},
+    )
+
+
+def judges_of(given: dict[str, Any]) -> list[Judge]:
+    """Return the judges that are named. Raises JudgeError."""
+    from resta.redeval.judges import parse_judge
+
+    return [parse_judge(text) for text in given["judges"] or ("refusal-strings",)]
+
+
+def private() -> None:
+    """Let nothing that is written from now on be readable by other users: the answers may be harmful."""
+    from resta.redeval.records import make_private
+
+    make_private()
+
+
+@contextlib.contextmanager
+def conditions_of(given: dict[str, Any]) -> Iterator[Conditions]:
+    """Yield running conditions whose watcher is a progress bar on stderr with the running ASR."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from resta.redeval.run import Conditions
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[asr]}"),
+    )
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bars:
+        tasks: dict[str, Any] = {}
+
+        def watch(tally: Tally) -> None:
+            if tally.phase not in tasks:
+                tasks[tally.phase] = bars.add_task(tally.phase, total=tally.total, asr="")
+            asr = "" if tally.asr is None else f"ASR so far {100 * tally.asr:.1f} %"
+            bars.update(tasks[tally.phase], completed=tally.done, asr=asr)
+
+        def note(line: str) -> None:
+            bars.console.print(line, highlight=False, markup=False)
+
+        yield Conditions(
+            connections=given["connections"],
+            retries=given["retries"],
+            timeout_s=given["timeout_s"],
+            judge_device=given["judge_device"],
+            watch=watch,
+            note=note,
+        )
