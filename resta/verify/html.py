@@ -7,6 +7,7 @@ Questions and answers are redacted unless asked for. The same comparison gives t
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
@@ -231,8 +232,9 @@ def _tiles(comparison: Comparison) -> Markup:
     if comparison.utility:
         task = max(comparison.utility, key=lambda task: task.drop["tuned"].value)
         drop = task.drop["tuned"]
-        lost = f"{_signed(-100 * drop.value)} points"
-        tiles.append(("Largest loss on a task", lost, f"{task.task}", "restored against tuned"))
+        bounds = f"[{_signed(-100 * drop.high)}, {_signed(-100 * drop.low)}]" if math.isfinite(drop.high) else ""
+        where = f"{task.task}, restored against tuned"
+        tiles.append(("Largest loss on a task, points", _signed(-100 * drop.value), bounds, where))
     bad = comparison.conduct["restored"].degenerate
     tiles.append(
         ("Unusable answers", _percent(bad.value or 0.0), f"[{_bounds(bad)}]", "empty, repetitive, no language")
@@ -262,7 +264,7 @@ def _rules(decision: Decision) -> Iterable[Markup]:
         ("rule", "outcome", "measured", "interval", "limit", "why"),
         (
             (
-                element("code", rule.name),
+                _rule_name(rule.name),
                 _chip(rule.outcome),
                 *_measured(rule),
                 rule.limit.replace("<=", "≤").replace(">=", "≥") or "–",
@@ -273,6 +275,12 @@ def _rules(decision: Decision) -> Iterable[Markup]:
         right=(2, 3),
         wide=(5,),
     )
+
+
+def _rule_name(name: str) -> Markup:
+    """Return a rule's name, which may be broken after its dots and underscores."""
+    parts = re.split(r"(?<=[._])", name)
+    return element("code", join([parts[0], *(join((element("wbr"), part)) for part in parts[1:])]))
 
 
 def _measured(rule: Rule) -> tuple[str, str]:
@@ -309,7 +317,7 @@ def _models(comparison: Comparison) -> Iterable[Markup]:
         (join((element("bdi", task.task), f", {task.metric}")), *(_score(task.means[role]) for role in ROLES))
         for task in comparison.utility
     ]
-    yield table("Side by side; in brackets the interval of each figure.", ("", *_role_heads()), rows, wide=())
+    yield table("Side by side; in brackets the interval of each figure.", ("", *_role_heads()), rows)
     if comparison.regained is not None:
         share = comparison.regained
         yield element(
@@ -626,7 +634,7 @@ def _digests(title: str, examples: Sequence[Example]) -> Markup:
             yield join((f"{example.labels[role]} ", element("span", text, class_="quiet")))
 
     rows = (tuple(row(example)) for example in examples)
-    return table(title, ("answer", "question", *_role_heads()), rows, wide=())
+    return table(f"{title}: verdicts", ("answer", "question", *_role_heads()), rows)
 
 
 # -- the safety vector ---------------------------------------------------------------------------------------

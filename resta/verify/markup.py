@@ -10,7 +10,7 @@ from collections.abc import Container, Iterable, Sequence
 
 from resta.redeval.report import printable
 
-VOID = frozenset({"br", "hr", "meta"})  # elements without an end
+VOID = frozenset({"meta", "wbr"})  # elements without an end
 
 
 class Markup(str):

@@ -92,7 +92,7 @@ def trade_off(scores: Mapping[str, Difference], safety: Mapping[str, Difference]
             if math.isfinite(bar.high - bar.low):
                 points = ([x, x], [bar.low, bar.high]) if vertical else ([bar.low, bar.high], [y, y])
                 axes.plot(*points, color=COLOURS[role], linewidth=2)
-        _mark(axes, role, x, y, size=9)
+        _mark(axes, role, x, y, size=10)
     axes.set_xlim(*_room(scores))
     axes.set_ylim(*_room(safety, at_most=1.04))
     low, high = axes.get_ylim()
@@ -113,7 +113,7 @@ def layer_bars(sizes: Mapping[str, float], caption: Caption) -> Markup:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    figure, axes = _figure(250, width=480, left=50, right=10, bottom=78, top=12)
+    figure, axes = _figure(270, width=480, left=50, right=10, bottom=100, top=12)
     axes.bar(range(len(sizes)), list(sizes.values()), color=COLOURS["restored"], width=0.72)
     numbers = {i: label.removeprefix("layer ") for i, label in enumerate(sizes)}
     numbered = [i for i, text in numbers.items() if text.isdigit()]
@@ -149,7 +149,7 @@ def _figure(height: int, *, left: int, right: int, bottom: int, top: int, width:
     return figure, axes
 
 
-def _mark(axes: Axes, role: str, x: float, y: float, size: int = 7) -> None:
+def _mark(axes: Axes, role: str, x: float, y: float, size: int = 8) -> None:
     style: dict[str, Any] = {"markeredgecolor": COLOURS["paper"], "markeredgewidth": 0.8}
     axes.plot([x], [y], MARKERS[role], color=COLOURS[role], markersize=size, clip_on=False, zorder=3, **style)
 
@@ -204,6 +204,7 @@ def _embed(svg: str, caption: Caption) -> Markup:
         Markup(re.sub(r"\s*\n\s*", "\n", body)),
         viewBox=box[1],
         role="img",
+        width=f"{box[1].split()[2]}",
         aria_labelledby=f"{caption.key}-title {caption.key}-desc",
     )
 
