@@ -1,0 +1,86 @@
+"""Three related tiny models with tokenizers, and made-up measurements."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("inspect_ai")
+
+from tests.redeval.conftest import save_model, save_tokenizer
+
+# Random models answer gibberish: what is tested is the sweep, so nothing that they say is held against them.
+LENIENT = """
+asr: {max_upper: 1.0}
+degenerate: {max: 1.0}
+unparsed: {max: 1.0}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    for name in ("RESTA_BANKS", "RESTA_API_KEY", "RESTA_JUDGE_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def nudge(source: Path, path: Path, seed: int) -> Path:
+    """Write a copy of a model whose floating-point tensors have moved a little."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    save_model(path)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        name: value + 0.05 * torch.randn(value.shape, generator=generator).to(value.dtype)
+        for name, value in load_file(source / "model.safetensors").items()
+    }
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    save_tokenizer(path, adds_bos=True)
+    return path
+
+
+@pytest.fixture(scope="session")
+def trio(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return the directories of base, aligned and tuned."""
+    folder = tmp_path_factory.mktemp("trio")
+    base = folder / "base"
+    save_model(base)
+    save_tokenizer(base, adds_bos=True)
+    return {
+        "base": base,
+        "aligned": nudge(base, folder / "aligned", 1),
+        "tuned": nudge(base, folder / "tuned", 2),
+    }
+
+
+@pytest.fixture(scope="session")
+def bank(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a bank of eight questions."""
+    path = tmp_path_factory.mktemp("bank") / "eight.json"
+    path.write_text(json.dumps({"A": {"x": [f"question {i}?" for i in range(8)]}}))
+    return path
+
+
+@pytest.fixture(scope="session")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a policy that every model passes."""
+    path = tmp_path_factory.mktemp("policy") / "lenient.yaml"
+    path.write_text(LENIENT)
+    return path
+
+
+def arguments(trio: dict[str, Path], bank: Path, policy: Path, **more: Any) -> list[str]:
+    """Return the command line of a small sweep; an option that is None is left out."""
+    given = {
+        "--aligned": trio["aligned"], "--base": trio["base"], "--scale": "0:1:0.5", "--wise-scale": "0.5",
+        "--bank": bank, "--template": "standard", "--max-new-tokens": 4, "--device": "cpu", "--policy": policy,
+    }  # fmt: skip
+    given |= {"--" + key.replace("_", "-"): value for key, value in more.items()}
+    words = [str(word) for key, value in given.items() if value is not None for word in (key, value)]
+    return ["sweep", str(trio["tuned"]), "--no-utility", *words]
