@@ -6,12 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import click.testing
 import pytest
 
 pytest.importorskip("transformers")
 pytest.importorskip("inspect_ai")
 
+from resta.cli import main
+from resta.redeval.records import Answer, read_rows
 from tests.redeval.conftest import save_model, save_tokenizer
+
+Trio = dict[str, Path]
 
 # Random models answer gibberish: what is tested is the sweep, so nothing that they say is held against them.
 LENIENT = """
@@ -84,3 +89,37 @@ def arguments(trio: dict[str, Path], bank: Path, policy: Path, **more: Any) -> l
     given |= {"--" + key.replace("_", "-"): value for key, value in more.items()}
     words = [str(word) for key, value in given.items() if value is not None for word in (key, value)]
     return ["sweep", str(trio["tuned"]), "--no-utility", *words]
+
+
+def invoke(words: list[str], out: Path, code: int = 0) -> str:
+    result = click.testing.CliRunner().invoke(main, [*words, "-o", str(out)], catch_exceptions=False)
+    assert result.exit_code == code, result.output
+    return str(result.output)
+
+
+def answers(folder: Path) -> list[Answer]:
+    return read_rows(folder / "redeval" / "answers.jsonl", Answer)
+
+
+def results(out: Path) -> dict[str, Any]:
+    return {each["name"]: each for each in json.loads((out / "sweep.json").read_text())["candidates"]}
+
+
+def records(out: Path) -> dict[str, Any]:
+    """Return all that was answered, decided and computed, by candidate."""
+    return {
+        folder.name: (
+            sorted((a.id, a.raw) for a in answers(folder)),
+            json.loads((folder / "change.json").read_text()),
+        )
+        for folder in (out / "candidates").iterdir()
+    }
+
+
+@pytest.fixture(scope="session")
+def done(trio: Trio, bank: Path, policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a finished sweep."""
+    out = tmp_path_factory.mktemp("sweep") / "out"
+    shown = invoke(arguments(trio, bank, policy), out)
+    assert "Chosen: resta-0.5 (smallest-passing)" in shown
+    return out

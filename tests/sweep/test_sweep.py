@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -11,49 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import click.testing
 import pytest
 
-from resta.cli import main
-from resta.redeval.records import Answer, load_run, read_rows
+from resta.redeval.records import load_run
 
-from .conftest import arguments
-
-Trio = dict[str, Path]
-
-
-def invoke(words: list[str], out: Path, code: int = 0) -> str:
-    result = click.testing.CliRunner().invoke(main, [*words, "-o", str(out)], catch_exceptions=False)
-    assert result.exit_code == code, result.output
-    return str(result.output)
-
-
-def answers(folder: Path) -> list[Answer]:
-    return read_rows(folder / "redeval" / "answers.jsonl", Answer)
-
-
-def results(out: Path) -> dict[str, Any]:
-    return {each["name"]: each for each in json.loads((out / "sweep.json").read_text())["candidates"]}
-
-
-def records(out: Path) -> dict[str, Any]:
-    """Return all that was answered, decided and computed, by candidate."""
-    return {
-        folder.name: (
-            sorted((a.id, a.raw) for a in answers(folder)),
-            json.loads((folder / "change.json").read_text()),
-        )
-        for folder in (out / "candidates").iterdir()
-    }
-
-
-@pytest.fixture(scope="module")
-def done(trio: Trio, bank: Path, policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a finished sweep."""
-    out = tmp_path_factory.mktemp("sweep") / "out"
-    shown = invoke(arguments(trio, bank, policy), out)
-    assert "Chosen: resta-0.5 (smallest-passing)" in shown
-    return out
+from .conftest import Trio, answers, arguments, invoke, records, results
 
 
 def test_a_sweep_writes_table_plot_records_and_a_recipe_that_merges(done: Path, trio: Trio, tmp_path: Path) -> None:
