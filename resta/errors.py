@@ -11,6 +11,7 @@
     │   ├── TemplateError       a tokenizer or chat template that cannot render or mask them exactly
     │   ├── BankError           a question bank or prompt template that cannot be used as it stands
     │   ├── JudgeError          a judge that is not declared clearly, or may not judge this model
+    │   ├── TaskError           a utility task that is not known, or cannot be scored as it stands
     │   ├── PolicyError         a release policy that does not say one clear thing
     │   ├── CompareError        measurements that were not made alike, or not of the same things
     │   ├── ModelError          a model to ask that cannot be loaded or prompted
@@ -74,6 +75,10 @@ class BankError(RequestError):
 
 class JudgeError(RequestError):
     """A judge that is not declared clearly, or may not judge this model."""
+
+
+class TaskError(RequestError):
+    """A utility task that is not known, or cannot be scored per document."""
 
 
 class PolicyError(RequestError):

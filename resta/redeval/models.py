@@ -91,7 +91,7 @@ class LocalModel:
         )
         self._lock = threading.Lock()
         self.tokenised = 0  # prompts tokenised so far
-        self.adds_bos = _adds_bos(tokenizer)
+        self.adds_bos = adds_bos(tokenizer)
 
     @property
     def context(self) -> int:
@@ -358,7 +358,8 @@ def _stop_ids(config: Any, tokenizer: Any) -> list[int]:
     return [int(token) for token in ids]
 
 
-def _adds_bos(tokenizer: Any) -> bool:
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether a tokenizer puts a BOS before plain text."""
     ids = tokenizer("a")["input_ids"]
     return tokenizer.bos_token_id is not None and bool(ids) and ids[0] == tokenizer.bos_token_id
 
