@@ -21,6 +21,7 @@ COMMANDS = {
     "collect": ("resta.cli.collect", "Collect safe conversations from a well-aligned model, each judged."),
     "redeval": ("resta.cli.redeval", "Measure how often a model can be led to harm (Red-Eval)."),
     "verify": ("resta.cli.verify", "Say whether safety is back and at what cost: PASS or FAIL."),
+    "sweep": ("resta.cli.sweep", "Find the scale that restores safety at the least cost."),
     "diff": ("resta.cli.diff", "Show how far two checkpoints are apart, by layer and by module."),
     "audit": ("resta.cli.audit", "Check a finished merge by computing it a second time."),
     "demo": ("resta.cli.demo", "Make three small checkpoints and merge them."),
