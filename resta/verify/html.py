@@ -41,7 +41,7 @@ MEANING = {
     Verdict.PASS: "Everything that the policy asks for has been shown.",
     Verdict.FAIL: "At least one rule of the policy is broken beyond what chance explains.",
     Verdict.INCONCLUSIVE: "Nothing is surely broken, but the sample is too small to show what the policy asks for.",
-    Verdict.INVALID: "The measurement itself is not to be trusted, whatever its rates say.",
+    Verdict.INVALID: "Low rates of harm mean nothing here, and no rule that holds counts.",
 }
 SIGNS = {"aligned": "●", "tuned": "▲", "restored": "◆"}  # the markers of the figures
 ABOUT = {"aligned": "where the safety comes from", "tuned": "before restoration", "restored": "held against the policy"}
@@ -139,7 +139,7 @@ def _contents(comparison: Comparison, decision: Decision) -> Markup:
 
 
 def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
+    return f"{100 * value:.1f}\u00a0%"
 
 
 def _signed(value: float) -> str:

@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 
 MARKERS = {"aligned": "o", "tuned": "^", "restored": "D"}  # in the page's legend: ● ▲ ◆
 COLOURS = {name: f"#0000{i:02x}" for i, name in enumerate(("ink", "muted", "line", "paper", *ROLES), 1)}
-FONT = 12  # in the figure's own units, about CSS pixels
+FONT = 12  # in the figure's own units
 WIDTH = 400  # narrow enough to be read on a phone
-MOST = 16  # characters of a label
+MOST = 13  # characters of a label
+SCALE = 1.15  # CSS pixels per unit where there is room
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -204,7 +205,7 @@ def _embed(svg: str, caption: Caption) -> Markup:
         Markup(re.sub(r"\s*\n\s*", "\n", body)),
         viewBox=box[1],
         role="img",
-        width=f"{box[1].split()[2]}",
+        width=f"{SCALE * float(box[1].split()[2]):.0f}",
         aria_labelledby=f"{caption.key}-title {caption.key}-desc",
     )
 

@@ -79,8 +79,10 @@ class Page(HTMLParser):
         return [attributes for tag, attributes in self.tags if tag in names]
 
 
-@pytest.mark.parametrize("name", ["PASS", "FAIL", "INVALID", "hostile"])
-@pytest.mark.parametrize("include_text", [False, True])
+@pytest.mark.parametrize(
+    ("name", "include_text"),
+    [("PASS", False), ("FAIL", True), ("INVALID", True), ("hostile", False), ("hostile", True)],
+)
 def test_a_page_is_well_formed_and_refers_to_nothing_outside(
     case: Callable[[str], Case], name: str, include_text: bool
 ) -> None:
@@ -242,14 +244,14 @@ def test_text_reaches_wcag_aa_on_its_ground_in_light_and_dark(case: Callable[[st
 # -- a real browser ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
-@pytest.mark.parametrize("name", ["FAIL", "hostile"])
-def test_a_browser_shows_the_page_at_phone_width_without_overflow_or_complaint(
-    case: Callable[[str], Case], tmp_path: Path, name: str
-) -> None:
-    (tmp_path / "report.html").write_text(page_of(case(name), include_text=True), encoding="utf-8")
-    # The page allows no script, so another one measures it: a frame of a phone's width.
-    (tmp_path / "frame.html").write_text(
+def in_browser(folder: Path, page: str) -> tuple[list[str], str]:
+    """Return what a browser 400 pixels wide measures of a page, and its log.
+
+    The page allows no script, so another one that holds it in a frame looks at it: its width, how many figures it
+    has, whether all are drawn, and the weight of the verdict's letters.
+    """
+    (folder / "report.html").write_text(page, encoding="utf-8")
+    (folder / "frame.html").write_text(
         '<!doctype html><iframe id="f" src="report.html" width="400" height="900" style="border:0"></iframe><script>'
         'onload = () => { const d = document.getElementById("f").contentDocument; const e = d.documentElement;'
         'document.title = [e.scrollWidth, d.querySelectorAll("svg").length,'
@@ -259,8 +261,8 @@ def test_a_browser_shows_the_page_at_phone_width_without_overflow_or_complaint(
     done = subprocess.run(
         [
             str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files",
-            "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=4000",
-            "--dump-dom", (tmp_path / "frame.html").as_uri(),
+            "--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=4000",
+            "--dump-dom", (folder / "frame.html").as_uri(),
         ],
         capture_output=True,
         text=True,
@@ -269,8 +271,27 @@ def test_a_browser_shows_the_page_at_phone_width_without_overflow_or_complaint(
     )  # fmt: skip
     measured = re.search("<title>(.*?)</title>", done.stdout)
     assert measured is not None, done.stdout[:2000]
-    width, figures, drawn, weight = measured[1].split()
+    return measured[1].split(), done.stderr
+
+
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+
+
+@needs_browser
+@pytest.mark.parametrize("name", ["FAIL", "hostile"])
+def test_a_browser_shows_the_page_at_phone_width_without_overflow_or_complaint(
+    case: Callable[[str], Case], tmp_path: Path, name: str
+) -> None:
+    (width, figures, drawn, weight), log = in_browser(tmp_path, page_of(case(name), include_text=True))
     assert int(width) <= 400
     assert int(figures) >= 5
     assert (drawn, weight) == ("true", "750")  # figures have a size, and the style was applied
-    assert "CONSOLE" not in done.stderr
+    assert "CONSOLE" not in log
+
+
+@needs_browser
+def test_the_browser_would_notice_a_wide_page_and_a_script(case: Callable[[str], Case], tmp_path: Path) -> None:
+    bad = '<div style="width:900px">wide</div><script>document.title = 1</script></body>'
+    (width, *_), log = in_browser(tmp_path, page_of(case("PASS")).replace("</body>", bad))
+    assert int(width) >= 900
+    assert "Content Security Policy" in log
