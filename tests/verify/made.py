@@ -312,7 +312,7 @@ def make_hostile_case(folder: Path) -> Case:
     tag, broken, control = HOSTILE
     templates = tuple(
         Template(name=f"{name} {text}", text=f"<question> {tag}", sha256=sha256_text(name), published=False)
-        for name, text in (("one", tag), ("two", broken))
+        for name, text in (("one", tag), ("two", broken), ("$\\frac", control), ("数", ""))
     )
     study = Study(
         questions=(
