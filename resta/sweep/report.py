@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from resta.errors import MissingExtraError
 from resta.recipe import dump_recipe
@@ -63,7 +63,7 @@ def chosen_recipe(sweep: Sweep, outcome: Outcome) -> str:
 def print_outcome(outcome: Outcome, out: Path) -> None:
     """Print the table and what it says."""
     console = Console(highlight=False)
-    table = Table(*COLUMNS, title_justify="left")
+    table = Table(*(Column(name, overflow="fold") for name in COLUMNS))
     for row in _rows(outcome):
         table.add_row(*row)
     console.print(table)
@@ -242,6 +242,7 @@ def _draw_front(axes: Any, outcome: Outcome) -> None:
     has_utility = any(point.utility is not None for point in outcome.references.values())
     axes.set(
         xlabel="attack success rate (%)",
+        xlim=(-3, 103),
         ylabel="utility (mean over tasks)" if has_utility else "over-refusal (%)",
         title="front in full colour, chosen in a circle",
     )
