@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -73,7 +72,7 @@ class Generation:
 
 
 class LocalModel:
-    """A loaded model and its tokenizer. Answers come in the order of the prompts; one thread at a time."""
+    """A loaded model and its tokenizer. Answers come in the order of the prompts."""
 
     def __init__(self, model: Any, tokenizer: Any, *, name: str, batch_rows: int | None = None):
         transformers: Any = import_transformers()
@@ -89,7 +88,6 @@ class LocalModel:
         model.generation_config = transformers.GenerationConfig(
             eos_token_id=self.stop_ids or None, pad_token_id=self.pad_id, bos_token_id=tokenizer.bos_token_id
         )
-        self._lock = threading.Lock()
         self.tokenised = 0  # prompts tokenised so far
         self.adds_bos = adds_bos(tokenizer)
 
@@ -188,8 +186,7 @@ class LocalModel:
         """Generate for one batch; on out-of-memory the batch size is halved for good. Raises
         UnansweredError.
         """
-        with self._lock:
-            return self._halving(prompts, lambda rows: generate(self, rows, decoding, whole_sequence=whole_sequence))
+        return self._halving(prompts, lambda rows: generate(self, rows, decoding, whole_sequence=whole_sequence))
 
     def next_token_logprobs(self, prompts: Sequence[Prompt]) -> torch.Tensor:
         """Return log-probabilities of the token after each prompt: (prompts, vocabulary), float32, on the
@@ -197,18 +194,17 @@ class LocalModel:
         """
         import torch
 
-        with self._lock:
-            rows: list[Any] = [None] * len(prompts)
-            todo = list(range(len(prompts)))
-            one = Decoding(max_new_tokens=1)
-            while todo:
-                picked = self.take([prompts[i] for i in todo], one)
-                batch = [todo[i] for i in picked]
-                found = self._halving([prompts[i] for i in batch], lambda part: list(_first_logprobs(self, part)))
-                for i, row in zip(batch, found, strict=True):
-                    rows[i] = row
-                todo = [i for i in todo if rows[i] is None]
-            return torch.stack(rows)
+        rows: list[Any] = [None] * len(prompts)
+        todo = list(range(len(prompts)))
+        one = Decoding(max_new_tokens=1)
+        while todo:
+            picked = self.take([prompts[i] for i in todo], one)
+            batch = [todo[i] for i in picked]
+            found = self._halving([prompts[i] for i in batch], lambda part: list(_first_logprobs(self, part)))
+            for i, row in zip(batch, found, strict=True):
+                rows[i] = row
+            todo = [i for i in todo if rows[i] is None]
+        return torch.stack(rows)
 
     def _halving(self, prompts: Sequence[Prompt], work: Any) -> list[Any]:
         """Run `work` on slices of at most `batch_rows` prompts; halve those on out-of-memory."""
