@@ -22,7 +22,7 @@ COMMANDS = {
     "redeval": ("resta.cli.redeval", "Measure how often a model can be led to harm (Red-Eval)."),
     "diff": ("resta.cli.diff", "Show how far two checkpoints are apart, by layer and by module."),
     "audit": ("resta.cli.audit", "Check a finished merge by computing it a second time."),
-    "demo": ("resta.cli.demo", "Make three small checkpoints and merge them."),
+    "demo": ("resta.cli.demo", "Train three tiny models, give one its safety back, and measure it."),
     "schema": ("resta.cli.schema", "Print the JSON Schema of a merge recipe."),
     "completion": ("resta.cli.completion", "Print the completion script of a shell."),
 }
