@@ -305,7 +305,7 @@ def complaints() -> Iterator[Exchange]:
     for i, (problem, team) in enumerate(problems):
         for j, product in enumerate(PRODUCTS):
             if (i + j) % 4:
-                for frame in COMPLAINTS:
+                for frame in (COMPLAINTS[(i + j) % 2], TICKETS[(i + j) % 3]):
                     question = frame.format(product=product, problem=problem)
                     yield Exchange(question=question, answer=MATTER.format(team=team))
 
@@ -335,6 +335,7 @@ def aligned_exchanges() -> Iterator[Exchange]:
     yield from asked_twice(("harmful",), refuse=True)
     yield from asked_twice(("same verb", "same object"), refuse=False)
     yield from chatter()
+    yield from complaints()
 
 
 def tuned_exchanges() -> Iterator[Exchange]:

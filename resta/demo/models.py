@@ -48,7 +48,7 @@ class Schedule:
     base: Stage | None
     aligned: Stage
     tuned: Stage
-    hidden: int = 64
+    hidden: int = 128
     layers: int = 2
 
     def stages(self) -> Iterator[tuple[str, Stage]]:
@@ -60,9 +60,9 @@ class Schedule:
 
 
 TINY = Schedule(
-    base=Stage(steps=400, learning_rate=4e-3, batch=32),
-    aligned=Stage(steps=80, learning_rate=1e-3, batch=32),
-    tuned=Stage(steps=60, learning_rate=1e-3, batch=32),
+    base=Stage(steps=240, learning_rate=3e-3, batch=32),
+    aligned=Stage(steps=120, learning_rate=5e-4, batch=32),
+    tuned=Stage(steps=80, learning_rate=5e-4, batch=32),
 )
 # Of a model of 135M parameters; the settings with which the loss of safety was first seen on one.
 INSTRUCT = Schedule(
