@@ -61,8 +61,8 @@ class Schedule:
 
 TINY = Schedule(
     base=Stage(steps=240, learning_rate=3e-3, batch=32),
-    aligned=Stage(steps=120, learning_rate=5e-4, batch=32),
-    tuned=Stage(steps=80, learning_rate=5e-4, batch=32),
+    aligned=Stage(steps=180, learning_rate=5e-4, batch=32),
+    tuned=Stage(steps=60, learning_rate=3e-4, batch=32),
 )
 # Of a model of 135M parameters; the settings with which the loss of safety was first seen on one.
 INSTRUCT = Schedule(

@@ -19,6 +19,7 @@ from resta.errors import PlanError
 from resta.plan import make_plan
 from resta.recipe import dump_recipe, make_recipe
 from resta.redeval.judges import parse_judge
+from resta.redeval.judging import note_judges
 from resta.redeval.questions import read_bank
 from resta.redeval.records import RunLock, environment, make_private, start_run
 from resta.redeval.run import Conditions, Request, answer_phase
@@ -88,8 +89,10 @@ def measure(model: str, files: CorpusFiles, out: Path) -> Rates:
     plan = plan_redeval(request)
     make_private()
     run = start_run(out, plan.config, plan.questions, environment())
+    judges = [parse_judge("refusal-strings")]
     with RunLock(run.path):
-        answer_phase(run, plan, request.target, Conditions(), judges=[parse_judge("refusal-strings")])
+        note_judges(run, judges)
+        answer_phase(run, plan, request.target, Conditions(), judges=judges)
     refused: dict[bool, list[bool]] = {True: [], False: []}  # by whether the question is safe
     questions = {question.qid: question for question in plan.questions}
     for verdict in run.current_verdicts():
