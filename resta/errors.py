@@ -21,6 +21,7 @@
     ├── TrainingError           a training run that had to stop, such as one out of memory
     ├── EndpointError           a model server that does not answer, or not as its protocol says
     ├── UnansweredError         some questions got no answer; those that did are kept
+    ├── DemoError               the demo ran, and did not show that safety was lost and regained
     └── AuditError              a finished output that is not what its manifest says
 
 A message says which file or tensor, what was expected, what was found, and what to do.
@@ -115,6 +116,10 @@ class EndpointError(RestaError):
 
 class UnansweredError(RestaError):
     """Some questions got no answer (an endpoint down, out of memory); the answers that came are kept."""
+
+
+class DemoError(RestaError):
+    """The demo ran, but what it measured does not show that safety was lost and regained."""
 
 
 class AuditError(RestaError):

@@ -24,7 +24,7 @@ COMMANDS = {
     "sweep": ("resta.cli.sweep", "Find the scale that restores safety at the least cost."),
     "diff": ("resta.cli.diff", "Show how far two checkpoints are apart, by layer and by module."),
     "audit": ("resta.cli.audit", "Check a finished merge by computing it a second time."),
-    "demo": ("resta.cli.demo", "Make three small checkpoints and merge them."),
+    "demo": ("resta.cli.demo", "Train three tiny models, give one its safety back, and measure it."),
     "schema": ("resta.cli.schema", "Print the JSON Schema of a merge recipe."),
     "completion": ("resta.cli.completion", "Print the completion script of a shell."),
 }
