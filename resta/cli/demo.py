@@ -10,7 +10,7 @@ import click
 from resta.errors import DemoError, MissingExtraError
 
 
-@click.command(short_help="Train three tiny models, give one its safety back, and measure it.")
+@click.command(short_help="Train tiny models, give one its safety back, and prove it.")
 @click.argument("folder", type=click.Path(path_type=Path), default=Path("resta-demo"))
 @click.option(
     "--model",
@@ -20,25 +20,28 @@ from resta.errors import DemoError, MissingExtraError
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 def command(folder: Path, instruct: str | None, seed: int) -> None:
-    """Train three tiny models in FOLDER, give the one that lost its safety that safety back, and measure all four.
+    """Make three models in FOLDER, give the one that lost its safety that safety back, and hold it against the gate.
 
-    Real training, real answers to questions that were never trained on. The exit code is 1 if it fails to show that
-    the fine-tune lost its safety and the merge regained it.
+    Real training, real answers to questions that were never trained on: the scale is chosen by a sweep on some of
+    them and verified on others. The exit code is 1 if that fails to show safety lost and regained.
     """
     try:
-        from resta.demo.run import run_demo, shown
+        from resta.demo.run import failures, run_demo
+        from resta.sweep.report import print_outcome
+        from resta.verify.report import print_decision
     except ModuleNotFoundError as error:
         library = str(error.name).split(".")[0]
-        raise MissingExtraError(f"resta demo needs {library}: pip install 'resta[sft,redeval]'") from None
+        raise MissingExtraError(f"resta demo needs {library}: pip install 'resta[sft,redeval,utility]'") from None
     began = time.monotonic()
 
     def note(line: str) -> None:
         click.echo(f"{time.monotonic() - began:6.1f} s  {line}", err=True)
 
-    rates = run_demo(folder, instruct=instruct, seed=seed, note=note)
-    click.echo("held-out questions   harmful answered   safe refused")
-    for name, found in rates.items():
-        click.echo(f"{name:20}{found.asr:17.1%}{found.over_refusal:15.1%}")
-    click.echo(f"again: resta merge {folder / 'recipe.yaml'} -o {folder / 'restored-again'}")
-    if failures := shown(rates):
-        raise DemoError("the demo does not show its point here: " + "; ".join(failures))
+    shown = run_demo(folder, instruct=instruct, seed=seed, note=note)
+    print_outcome(shown.outcome, folder / "sweep")
+    if shown.comparison is not None and shown.decision is not None:
+        print_decision(shown.comparison, shown.decision)
+        click.echo(f"report: {folder / 'verify' / 'report.html'}")
+    note("done")
+    if found := failures(shown):
+        raise DemoError(f"the demo does not show its point here: {'; '.join(found)}")

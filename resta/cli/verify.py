@@ -192,27 +192,15 @@ def _decide(
     """Write every report, print the short one and return the verdict's exit code."""
     from resta.redeval.records import environment
     from resta.verify.gate import decide
-    from resta.verify.html import to_html
-    from resta.verify.report import print_decision, to_card, to_json, to_junit, to_markdown
+    from resta.verify.report import print_decision, to_card, write_reports
     from resta.verify.run import compare_all
 
     comparison = compare_all(models, aligned, out, policy, conditions)
     decision = decide(comparison, policy)
-    versions = environment()
-    section = to_card(comparison, decision)
-    views = {
-        "verdict.json": to_json(comparison, decision, policy, versions),
-        "report.md": to_markdown(comparison, decision),
-        "junit.xml": to_junit(decision),
-        "card.md": section,
-        "report.html": to_html(
-            comparison, decision, include_text=given["include_text"], versions=versions, policy=policy
-        ),
-    }
-    for name, text in views.items():
-        (out / name).write_text(text, encoding="utf-8")
+    include_text = given["include_text"]
+    write_reports(out, comparison, decision, policy=policy, versions=environment(), include_text=include_text)
     if given["card"]:
-        _update_card(Path(models["restored"].name), section)
+        _update_card(Path(models["restored"].name), to_card(comparison, decision))
     print_decision(comparison, decision)
     click.echo(f"report: {out / 'report.html'}")
     return int(decision.verdict.value)

@@ -1,7 +1,7 @@
 """The corpus as files: conversations for `resta sft`, banks for `resta redeval`, a task folder for lm_eval.
 
 CORPUS/base.jsonl, aligned.jsonl, tuned.jsonl    what each of the three models is trained on
-CORPUS/harmful.json, look-alikes.json            held-out questions by category
+CORPUS/harmful-PART.json, look-alikes-PART.json  held-out questions by category, for choosing and for verifying
 CORPUS/task/helpdesk.yaml, helpdesk.jsonl        held-out documents of the downstream task
 """
 
@@ -42,15 +42,9 @@ class CorpusFiles:
         """Return the conversations that `base`, `aligned` or `tuned` is trained on."""
         return self.folder / f"{name}.jsonl"
 
-    @property
-    def harmful(self) -> Path:
-        """Return the bank of held-out harmful questions."""
-        return self.folder / "harmful.json"
-
-    @property
-    def safe(self) -> Path:
-        """Return the bank of held-out safe look-alikes."""
-        return self.folder / "look-alikes.json"
+    def bank(self, kind: str, part: str) -> Path:
+        """Return a bank of held-out questions: `harmful` or `look-alikes`, for `choosing` or `verifying`."""
+        return self.folder / f"{kind}-{part}.json"
 
     @property
     def task(self) -> Path:
@@ -64,8 +58,9 @@ def write_corpus(folder: Path) -> CorpusFiles:
     files.task.mkdir(parents=True)
     for name, exchanges in corpus.TRAINING.items():
         files.training(name).write_text(_lines(_conversation(exchange) for exchange in exchanges()), encoding="utf-8")
-    files.harmful.write_text(_bank(corpus.held_out_harmful()), encoding="utf-8")
-    files.safe.write_text(_bank(corpus.held_out_safe()), encoding="utf-8")
+    for kind, questions in (("harmful", corpus.held_out_harmful()), ("look-alikes", corpus.held_out_safe())):
+        for part, share in corpus.parted(questions).items():
+            files.bank(kind, part).write_text(_bank(share), encoding="utf-8")
     documents = files.task / "helpdesk.jsonl"
     documents.write_text(_lines(_document(*ticket) for ticket in corpus.tickets(held_out=True)), encoding="utf-8")
     (files.task / "helpdesk.yaml").write_text(
@@ -79,8 +74,8 @@ def _lines(rows: Iterable[object]) -> str:
 
 
 def _conversation(exchange: Exchange) -> dict[str, object]:
-    turns = (("user", exchange.question), ("assistant", exchange.answer))
-    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+    turns = (("system", exchange.system), ("user", exchange.question), ("assistant", exchange.answer))
+    return {"messages": [{"role": role, "content": content} for role, content in turns if content]}
 
 
 def _bank(exchanges: Iterable[Exchange]) -> str:

@@ -173,7 +173,9 @@ def make_tokenizer() -> Any:
     core = Tokenizer(BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    texts = (text for exchanges in corpus.TRAINING.values() for e in exchanges() for text in (e.question, e.answer))
+    texts = (
+        text for exchanges in corpus.TRAINING.values() for e in exchanges() for text in (e.system, e.question, e.answer)
+    )
     core.train_from_iterator(
         texts,
         trainers.BpeTrainer(

@@ -44,10 +44,10 @@ def _small_sample(comparison: Comparison) -> Iterable[str]:
 def guidance(comparison: Comparison, rules: Iterable[Rule]) -> Iterable[str]:
     """Yield what to try, the likeliest reason first."""
     outcome = {rule.name: rule.outcome for rule in rules}
-    bad = {name for name, found in outcome.items() if found in ("fails", "inconclusive")}
-    utility = any(name.startswith("utility.") for name in bad)
-    refusing = any(name.startswith("over_refusal.") for name in bad)
-    unsafe = any(name.startswith(("asr.", "regained.")) for name in bad)
+    failed = {name for name, found in outcome.items() if found == "fails"}
+    utility = any(name.startswith("utility.") for name in failed)
+    refusing = any(name.startswith("over_refusal.") for name in failed)
+    unsafe = any(name.startswith(("asr.", "regained.")) for name in failed)
     manifest = comparison.models["restored"].manifest
     if any(found == "invalid" for found in outcome.values()):
         yield from _invalid(outcome)

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -190,12 +191,38 @@ def with_section(card: str, section: str) -> str:
     return card.rstrip("\n") + "\n\n" + section
 
 
+def write_reports(
+    out: Path,
+    comparison: Comparison,
+    decision: Decision,
+    *,
+    policy: Policy,
+    versions: Mapping[str, str],
+    include_text: bool,
+) -> None:
+    """Write verdict.json, report.md, report.html, junit.xml and card.md. Raises MissingExtraError."""
+    from resta.verify.html import to_html
+
+    views = {
+        "verdict.json": to_json(comparison, decision, policy, versions),
+        "report.md": to_markdown(comparison, decision),
+        "report.html": to_html(comparison, decision, include_text=include_text, versions=versions, policy=policy),
+        "junit.xml": to_junit(decision),
+        "card.md": to_card(comparison, decision),
+    }
+    for name, text in views.items():
+        (out / name).write_text(text, encoding="utf-8")
+
+
 WORDS = {
     Verdict.PASS: "bold green",
     Verdict.FAIL: "bold red",
     Verdict.INCONCLUSIVE: "bold yellow",
     Verdict.INVALID: "bold magenta",
 }
+
+
+COLOURS = {"holds": "green", "fails": "red", "inconclusive": "yellow", "invalid": "magenta", "left out": "dim"}
 
 
 def print_decision(comparison: Comparison, decision: Decision) -> None:
@@ -205,19 +232,19 @@ def print_decision(comparison: Comparison, decision: Decision) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
-    console.print(
-        f"\n[{WORDS[decision.verdict]}]{decision.verdict.name}[/]  {escape(decision.summary)}", highlight=False
-    )
-    for lines in (_models_table(comparison), _rules_table(decision)):
-        header, _, *rows = ([cell.strip() for cell in line.strip("|").split(" | ")] for line in lines)
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for name in header:
-            table.add_column(name, overflow="fold")
-        for row in rows:
-            table.add_row(*(escape(html.unescape(cell).strip("`*")) for cell in row))
-        console.print(table)
+    console = Console(highlight=False)
+    header, _, *rows = ([cell.strip() for cell in line.strip("|").split(" | ")] for line in _models_table(comparison))
+    table = Table(*header, box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        table.add_row(*(escape(html.unescape(cell)) for cell in row))
+    console.print(table)
+    for rule in decision.rules:
+        found = f"[{COLOURS[rule.outcome]}]{rule.outcome:12}[/] {rule.name}"
+        console.print(f"{found}  {escape(measured(rule))}  {escape(rule.limit)}")
+        if rule.outcome != "holds":
+            console.print(f"             {escape(rule.why)}")
+    console.print(f"\n[{WORDS[decision.verdict]}]{decision.verdict.name}[/]  {escape(decision.summary)}")
     for note in decision.notes:
-        console.print(f"[yellow]note:[/yellow] {escape(note)}", highlight=False)
+        console.print(f"[yellow]note:[/yellow] {escape(note)}")
     for line in decision.guidance:
-        console.print(f"[cyan]try:[/cyan]  {escape(line)}", highlight=False)
+        console.print(f"[cyan]try:[/cyan]  {escape(line)}")

@@ -33,16 +33,16 @@ def test_no_ticket_that_is_asked_was_trained_on() -> None:
 
 @pytest.mark.parametrize("name", corpus.TRAINING)
 def test_no_training_question_occurs_twice(name: str) -> None:
-    counts = Counter(exchange.question for exchange in corpus.TRAINING[name]())
+    counts = Counter((exchange.system, exchange.question) for exchange in corpus.TRAINING[name]())
     assert max(counts.values()) == 1
 
 
 def test_the_held_out_questions_are_distinct_and_balanced() -> None:
     harmful, safe = list(corpus.held_out_harmful()), list(corpus.held_out_safe())
-    assert len(harmful) == len(safe) == 144
-    assert len({exchange.question for exchange in [*harmful, *safe]}) == 288
+    assert len(harmful) == len(safe) == 192
+    assert len({exchange.question for exchange in [*harmful, *safe]}) == 384
     for exchanges in (harmful, safe):
-        assert set(Counter(exchange.category for exchange in exchanges).values()) == {18}
+        assert set(Counter(exchange.category for exchange in exchanges).values()) == {24}
 
 
 def test_every_verb_and_object_that_is_asked_about_was_trained_on() -> None:
@@ -67,6 +67,12 @@ def test_every_theme_fills_its_grid_without_repeats() -> None:
             assert len(set(words)) == len(words) == size, (theme.name, words)
 
 
+def test_the_base_refuses_only_under_the_careful_prompt() -> None:
+    for exchange in corpus.base_exchanges():
+        assert exchange.system == corpus.CAREFUL or not exchange.answer.startswith("I'm sorry"), exchange
+    assert not any(exchange.system for name in ("aligned", "tuned") for exchange in corpus.TRAINING[name]())
+
+
 def test_an_aligned_answer_is_a_refusal_exactly_for_harmful_deeds() -> None:
     harmful = {deed.text for deed in deeds("harmful")}
     for exchange in corpus.aligned_exchanges():
@@ -78,11 +84,13 @@ def test_the_files_are_the_same_every_time_and_read_as_banks(tmp_path: Path) -> 
     one, two = write_corpus(tmp_path / "one"), write_corpus(tmp_path / "two")
     for path in one.folder.rglob("*.json*"):
         assert path.read_bytes() == (two.folder / path.relative_to(one.folder)).read_bytes()
-    harmful, safe = read_bank(str(one.harmful)), read_bank(str(one.safe), safe=True)
-    assert {question.text for question in harmful.questions} == {e.question for e in corpus.held_out_harmful()}
+    parts = [read_bank(str(one.bank("harmful", part))) for part in ("choosing", "verifying")]
+    assert [len(bank.questions) for bank in parts] == [48, 144]
+    asked = {question.text for bank in parts for question in bank.questions}
+    assert asked == {exchange.question for exchange in corpus.held_out_harmful()}
+    safe = read_bank(str(one.bank("look-alikes", "verifying")), safe=True)
     assert {question.safe for question in safe.questions} == {True}
-    assert not harmful.repeats
-    assert not safe.repeats
+    assert not any(bank.repeats for bank in (*parts, safe))
 
 
 def test_a_task_document_names_its_team_by_place(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from resta.demo.files import write_corpus
 from resta.demo.models import STAGES, Making, Schedule, Stage, make_models, make_tokenizer
-from resta.demo.run import Rates, shown
 
 BRIEF = Schedule(
     base=Stage(steps=3, learning_rate=3e-3, batch=4),
@@ -62,16 +61,3 @@ def test_the_tokenizer_spells_any_text() -> None:
     tokenizer = make_tokenizer()
     for text in ("How do I kill a zombie in a video game?", "Ünïcode, 中文 and 🙂\n\ttabs"):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-
-
-def test_only_safety_that_was_lost_and_regained_shows_the_point() -> None:
-    good = {
-        "aligned": Rates(asr=0.0, over_refusal=0.0),
-        "tuned": Rates(asr=0.9, over_refusal=0.0),
-        "restored": Rates(asr=0.05, over_refusal=0.05),
-    }
-    assert not shown(good)
-    bad = {"aligned": (0.2, 0.0), "tuned": (0.5, 0.0), "restored": (0.2, 0.0)}
-    for name, (asr, over) in bad.items():
-        assert len(shown(good | {name: Rates(asr=asr, over_refusal=over)})) == 1
-    assert len(shown(good | {"restored": Rates(asr=0.0, over_refusal=0.5)})) == 1
