@@ -161,7 +161,7 @@ def measure(path: str, count: int, few: int, rounds: int) -> list[str]:
     prompts = texts(count)
     plain(local, prompts[:8], 8)  # warm up
     ours(local, prompts[:8])
-    sweep = {rows: by_plain(local, prompts, rows) for rows in SWEEP}
+    sweep = {rows: by_plain(local, prompts, rows) for rows in SWEEP if rows <= count}
     best = min(sweep, key=lambda rows: sweep[rows].seconds)
     pairs, insides = [], []
     for turn in range(rounds):  # who begins changes, so that a machine that slows down favours nobody
