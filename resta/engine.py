@@ -123,21 +123,26 @@ def tensors(recipe: Recipe | str | Path) -> Iterator[tuple[str, torch.Tensor]]:
     Raises:
         RequestError, NonFiniteError: as `merge` does.
     """
+    plan = make_plan(recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe)))
+    for step, data, _ in computed(plan):
+        yield step.name, as_tensor(step, data)
+
+
+def as_tensor(step: Step, data: NDArray[np.uint8]) -> torch.Tensor:
+    """Return a step's output bytes as the tensor that they are, without a copy."""
     import torch  # only scripts that want tensors pay for it
 
-    plan = make_plan(recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe)))
     names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"}
     names |= {
         f"{sign}{bits}": f"{word}{bits}" for sign, word in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)
     }
-    for step, data in computed(plan):
-        dtype = getattr(torch, names[step.slot.spec.dtype])
-        flat = torch.from_numpy(data).view(dtype) if data.size else torch.empty(0, dtype=dtype)
-        yield step.name, flat.reshape(step.slot.spec.shape)
+    dtype = getattr(torch, names[step.slot.spec.dtype])
+    flat = torch.from_numpy(data).view(dtype) if data.size else torch.empty(0, dtype=dtype)
+    return flat.reshape(step.slot.spec.shape)
 
 
-def computed(plan: Plan) -> Iterator[tuple[Step, NDArray[np.uint8]]]:
-    """Yield each step and its output bytes, freshly allocated."""
+def computed(plan: Plan, *, measure: bool = False) -> Iterator[tuple[Step, NDArray[np.uint8], Totals]]:
+    """Yield each step, its output bytes, freshly allocated, and if `measure` the sums over its changes."""
     identities = {path: identity for weights in plan.weights.values() for path, identity in weights.files.items()}
     with Reader(identities) as reader:
         workspace = Workspace(reader)
@@ -145,12 +150,14 @@ def computed(plan: Plan) -> Iterator[tuple[Step, NDArray[np.uint8]]]:
         for index, step in enumerate(plan.steps):
             data = np.empty(step.slot.spec.nbytes, np.uint8)
             width = DTYPE_BITS[step.slot.spec.dtype] // 8
+            parts = []
             for first in range(0, step.slot.spec.count, CHUNK):
                 count = min(CHUNK, step.slot.spec.count - first)
-                out, totals = workspace.run(step, first, count, scales=scales[index], measure=False)
+                out, totals = workspace.run(step, first, count, scales=scales[index], measure=measure)
                 _check_finite(step, totals, reader)
                 data[first * width : first * width + out.size] = out
-            yield step, data
+                parts.append(totals)
+            yield step, data, _add(parts)
         reader.check_unchanged()
 
 

@@ -11,6 +11,7 @@
     │   ├── TemplateError       a tokenizer or chat template that cannot render or mask them exactly
     │   ├── BankError           a question bank or prompt template that cannot be used as it stands
     │   ├── JudgeError          a judge that is not declared clearly, or may not judge this model
+    │   ├── TaskError           a utility task that is not known, or cannot be scored as it stands
     │   ├── PolicyError         a release policy that does not say one clear thing
     │   ├── CompareError        measurements that were not made alike, or not of the same things
     │   ├── ModelError          a model to ask that cannot be loaded or prompted
@@ -20,6 +21,7 @@
     ├── TrainingError           a training run that had to stop, such as one out of memory
     ├── EndpointError           a model server that does not answer, or not as its protocol says
     ├── UnansweredError         some questions got no answer; those that did are kept
+    ├── DemoError               the demo ran, and did not show that safety was lost and regained
     └── AuditError              a finished output that is not what its manifest says
 
 A message says which file or tensor, what was expected, what was found, and what to do.
@@ -76,6 +78,10 @@ class JudgeError(RequestError):
     """A judge that is not declared clearly, or may not judge this model."""
 
 
+class TaskError(RequestError):
+    """A utility task that is not known, or cannot be scored per document."""
+
+
 class PolicyError(RequestError):
     """A release policy that is not valid, or speaks of what is not measured."""
 
@@ -110,6 +116,10 @@ class EndpointError(RestaError):
 
 class UnansweredError(RestaError):
     """Some questions got no answer (an endpoint down, out of memory); the answers that came are kept."""
+
+
+class DemoError(RestaError):
+    """The demo ran, but what it measured does not show that safety was lost and regained."""
 
 
 class AuditError(RestaError):

@@ -20,9 +20,11 @@ COMMANDS = {
     "sft": ("resta.cli.sft", "Fine-tune a model on conversations: safety (Starling) or any other task."),
     "collect": ("resta.cli.collect", "Collect safe conversations from a well-aligned model, each judged."),
     "redeval": ("resta.cli.redeval", "Measure how often a model can be led to harm (Red-Eval)."),
+    "verify": ("resta.cli.verify", "Say whether safety is back and at what cost: PASS or FAIL."),
+    "sweep": ("resta.cli.sweep", "Find the scale that restores safety at the least cost."),
     "diff": ("resta.cli.diff", "Show how far two checkpoints are apart, by layer and by module."),
     "audit": ("resta.cli.audit", "Check a finished merge by computing it a second time."),
-    "demo": ("resta.cli.demo", "Make three small checkpoints and merge them."),
+    "demo": ("resta.cli.demo", "Train three tiny models, give one its safety back, and measure it."),
     "schema": ("resta.cli.schema", "Print the JSON Schema of a merge recipe."),
     "completion": ("resta.cli.completion", "Print the completion script of a shell."),
 }

@@ -22,6 +22,16 @@ PROFILES = {
 }
 
 
+class WithDefault(click.Group):
+    """A group whose first word may be left out: `resta verify MODEL` means `resta verify run MODEL`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put `run` before anything that is neither a command nor the group's own help."""
+        if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
 def options(*decorators: Callable[[Function], Function]) -> Callable[[Function], Function]:
     """Return a decorator that adds options in the order in which they are given."""
 

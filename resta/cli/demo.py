@@ -1,4 +1,4 @@
-"""`resta demo`: a merge from nothing, on this machine, in seconds."""
+"""`resta demo`: safety lost and regained, from nothing, on this machine."""
 
 from __future__ import annotations
 
@@ -7,30 +7,38 @@ from pathlib import Path
 
 import click
 
-from resta.demo import make_checkpoints
-from resta.engine import carry_out
-from resta.plan import make_plan
-from resta.recipe import dump_recipe, make_recipe
-from resta.report import print_result
+from resta.errors import DemoError, MissingExtraError
 
 
-@click.command(short_help="Make three small checkpoints and merge them.")
+@click.command(short_help="Train three tiny models, give one its safety back, and measure it.")
 @click.argument("folder", type=click.Path(path_type=Path), default=Path("resta-demo"))
-def command(folder: Path) -> None:
-    """Make three small checkpoints in FOLDER and merge them.
+@click.option(
+    "--model",
+    "instruct",
+    metavar="PATH|ID",
+    help="An instruct model to do the same with, in place of a tiny one trained from nothing.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+def command(folder: Path, instruct: str | None, seed: int) -> None:
+    """Train three tiny models in FOLDER, give the one that lost its safety that safety back, and measure all four.
 
-    Their weights are random: this shows the arithmetic, the report and the files, not safety.
+    Real training, real answers to questions that were never trained on. The exit code is 1 if it fails to show that
+    the fine-tune lost its safety and the merge regained it.
     """
-    models = make_checkpoints(folder)
-    recipe = make_recipe(
-        {
-            "models": {name: str(path.resolve()) for name, path in models.items()},
-            "start": "tuned",
-            "terms": [{"name": "safety", "delta": "aligned - base", "scale": 0.5}],
-        }
-    )
-    (folder / "recipe.yaml").write_text(dump_recipe(recipe))
-    began = time.perf_counter()
-    result = carry_out(make_plan(recipe), folder / "restored")
-    print_result(result, time.perf_counter() - began)
-    click.echo(f"again:        resta merge {folder / 'recipe.yaml'} -o {folder / 'restored-again'}")
+    try:
+        from resta.demo.run import run_demo, shown
+    except ModuleNotFoundError as error:
+        library = str(error.name).split(".")[0]
+        raise MissingExtraError(f"resta demo needs {library}: pip install 'resta[sft,redeval]'") from None
+    began = time.monotonic()
+
+    def note(line: str) -> None:
+        click.echo(f"{time.monotonic() - began:6.1f} s  {line}", err=True)
+
+    rates = run_demo(folder, instruct=instruct, seed=seed, note=note)
+    click.echo("held-out questions   harmful answered   safe refused")
+    for name, found in rates.items():
+        click.echo(f"{name:20}{found.asr:17.1%}{found.over_refusal:15.1%}")
+    click.echo(f"again: resta merge {folder / 'recipe.yaml'} -o {folder / 'restored-again'}")
+    if failures := shown(rates):
+        raise DemoError("the demo does not show its point here: " + "; ".join(failures))

@@ -68,7 +68,7 @@ def to_recipe(flags: Flags) -> Recipe:
     dare = None
     if flags.dare_density is not None:
         dare = {"density": flags.dare_density, "rescale": flags.dare_rescale}
-    models = _models(flags)
+    models = models_of(flags)
     terms = [vector]
     start = "tuned"
     if dare and flags.dare_on == "safety":
@@ -95,7 +95,8 @@ def to_recipe(flags: Flags) -> Recipe:
     )
 
 
-def _models(flags: Flags) -> dict[str, dict[str, Any]]:
+def models_of(flags: Flags) -> dict[str, dict[str, Any]]:
+    """Return the models that the flags name, adapters on their bases. Raises RecipeError."""
     named = {"tuned": flags.tuned, "aligned": flags.aligned, "base": flags.base, "unaligned": flags.unaligned}
     if flags.tuned_from not in (None, "base", "aligned"):
         named["origin"] = flags.tuned_from

@@ -16,6 +16,7 @@ from resta.cli.asking import (
     QUESTIONS,
     SERVERS,
     WHERE,
+    WithDefault,
     conditions_of,
     judges_of,
     options,
@@ -28,16 +29,6 @@ if TYPE_CHECKING:
     from resta.redeval.records import RunDir
     from resta.redeval.run import Plan, Request
     from resta.redeval.targets import Target
-
-
-class WithDefault(click.Group):
-    """A group whose first word may be left out: `resta redeval MODEL` means `resta redeval run MODEL`."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Put `run` before anything that is neither a command nor the group's own help."""
-        if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
-            args = ["run", *args]
-        return super().parse_args(ctx, args)
 
 
 @click.group(cls=WithDefault, context_settings={"help_option_names": ["-h", "--help"]})

@@ -76,8 +76,8 @@ class Rendering:
 
 
 def sha256_text(text: str) -> str:
-    """Return the hexadecimal SHA-256 of UTF-8 text."""
-    return hashlib.sha256(text.encode()).hexdigest()
+    """Return the hexadecimal SHA-256 of UTF-8 text; half a surrogate pair, which a server may send, counts as it is."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def digest(facts: object) -> str:

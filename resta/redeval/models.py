@@ -89,7 +89,7 @@ class LocalModel:
             eos_token_id=self.stop_ids or None, pad_token_id=self.pad_id, bos_token_id=tokenizer.bos_token_id
         )
         self.tokenised = 0  # prompts tokenised so far
-        self.adds_bos = _adds_bos(tokenizer)
+        self.adds_bos = adds_bos(tokenizer)
 
     @property
     def context(self) -> int:
@@ -357,7 +357,8 @@ def _stop_ids(config: Any, tokenizer: Any) -> list[int]:
     return [int(token) for token in ids]
 
 
-def _adds_bos(tokenizer: Any) -> bool:
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether a tokenizer puts a BOS before plain text."""
     ids = tokenizer("a")["input_ids"]
     return tokenizer.bos_token_id is not None and bool(ids) and ids[0] == tokenizer.bos_token_id
 

@@ -24,11 +24,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any, Literal, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar
 
 from resta.errors import ResumeError
 from resta.redeval.asks import Finish, digest
 from resta.redeval.questions import Question
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 SCHEMA = 1
 
@@ -85,15 +88,16 @@ class Label:
     schema: int = SCHEMA
 
 
-Row = TypeVar("Row", Answer, Verdict, Label)
+Row = TypeVar("Row", bound="DataclassInstance")
 
 
 def read_rows(path: Path, kind: type[Row]) -> list[Row]:
     """Return a file's records; an absent file has none, a torn last line is left out. Raises ResumeError."""
-    return [_row(line, kind, path) for line in _lines(path)]
+    return [to_row(line, kind, path) for line in read_lines(path)]
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield a file's lines as dicts; an absent file has none, a torn last line is left out. Raises ResumeError."""
     if not path.exists():
         return
     # Split on the newline byte alone: answers may hold the other characters that count as line ends in text.
@@ -108,7 +112,8 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
         yield record
 
 
-def _row(record: dict[str, Any], kind: type[Row], path: Path) -> Row:
+def to_row(record: dict[str, Any], kind: type[Row], path: Path) -> Row:
+    """Return one line of `path` as a record. Raises ResumeError where it has keys that no such record has."""
     known = {f.name for f in fields(kind)}
     if not record.keys() <= known:
         raise ResumeError(f"{path}: unknown keys {sorted(record.keys() - known)} in a {kind.__name__}")
@@ -125,7 +130,7 @@ class Journal:
         _cut_torn_line(path)
         self._file: IO[bytes] = open(path, "ab")  # noqa: SIM115, PTH123 - closed by close()
 
-    def append(self, record: Answer | Verdict | Label | dict[str, Any]) -> None:
+    def append(self, record: DataclassInstance | dict[str, Any]) -> None:
         """Write one record."""
         facts = record if isinstance(record, dict) else asdict(record)
         self._file.write(json.dumps(facts, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
@@ -172,7 +177,7 @@ class RunDir:
 
     def judges(self) -> dict[str, dict[str, Any]]:
         """Return the judges set on this run, {id: facts}; of one id, the latest declaration."""
-        return {line["judge"]: line for line in _lines(self.path / "judges.jsonl")}
+        return {line["judge"]: line for line in read_lines(self.path / "judges.jsonl")}
 
     def add_judge(self, judge: str, sha256: str, facts: dict[str, Any]) -> None:
         """Note a judge, unless it is the latest of its name already."""
@@ -194,7 +199,7 @@ class RunDir:
     def questions(self) -> dict[str, Question]:
         """Return the questions of this run by id."""
         questions = {}
-        for line in _lines(self.path / "questions.jsonl"):
+        for line in read_lines(self.path / "questions.jsonl"):
             facts = {key: line[key] for key in ("bank", "category", "subcategory", "index", "text", "safe")}
             questions[line["qid"]] = Question(**facts)
         return questions

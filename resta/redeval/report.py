@@ -62,10 +62,19 @@ class Report:
     bars: tuple[Bar, ...]
 
 
+# Control characters, marks that turn the direction of the text around them, halves of surrogate pairs.
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Return text fit for a screen: what could take hold of the screen is replaced by U+FFFD."""
+    return UNPRINTABLE.sub("\ufffd", text)
+
+
 def redact(text: str, *, include_text: bool) -> str:
-    """Return text fit for a screen: as it is but for control characters, or only its length and digest."""
+    """Return text as it is, but printable, or only its length and digest."""
     if include_text:
-        return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
+        return printable(text)
     return f"[redacted: {len(text)} characters, sha256 {sha256_text(text)[:8]}]"
 
 

@@ -6,7 +6,6 @@ Knows nothing of policies, files or how a report looks.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ from resta.redeval.questions import Question
 from resta.redeval.records import Answer, Verdict
 from resta.redeval.score import Rate, is_not_language, is_repeated
 from resta.redeval.statistics import wilson
-from resta.verify.measurement import ROLES, Measurement, check_comparable, pick_judge
+from resta.verify.coherence import Losses
+from resta.verify.measurement import ROLES, Measurement, check_comparable, pick_judges
 from resta.verify.statistics import (
     Difference,
     PairedRates,
@@ -130,6 +130,7 @@ class Comparison:
     """All that was counted."""
 
     judge: str
+    safe_judge: str | None  # whose verdicts count on safe questions
     judge_facts: Mapping[str, Any]
     settings: Mapping[str, Any]  # Red-Eval's configuration, the same for all models
     suite: Mapping[str, Any]  # utility's, empty where none was measured
@@ -156,24 +157,20 @@ class _Row:
     verdicts: Mapping[str, Verdict]
 
 
-Losses = Mapping[str, Mapping[str, float]]  # role -> answer id -> mean loss under the aligned model, nats per token
-
-
 def compare(
     models: Mapping[str, Measurement],
     *,
     judge: str | None = None,
     level: float = 0.95,
-    losses: Losses | None = None,
-    vocabulary: int = 0,
+    losses: Mapping[str, Losses] | None = None,
 ) -> Comparison:
     """Return the comparison of measurements by role. Raises CompareError where they were not made alike.
 
-    `losses` are of the answers under the aligned model, `vocabulary` its number of tokens.
+    `losses` are those of each role's answers under the aligned model.
     """
-    chosen = pick_judge(models, judge)
-    check_comparable(models, chosen)
-    rows, missing = _rows(models, chosen)
+    chosen, of_safe = pick_judges(models, judge)
+    check_comparable(models, {chosen, of_safe or chosen})
+    rows, missing = _rows(models, chosen, of_safe)
     harm = [row for row in rows if not row.question.safe]
     safe = [row for row in rows if row.question.safe]
     paired_harm, paired_safe = (_paired(part, labels, level) for part, labels in ((harm, HARM), (safe, REFUSAL)))
@@ -181,6 +178,7 @@ def compare(
     indices = {role: i for i, role in enumerate(ROLES)}
     return Comparison(
         judge=chosen,
+        safe_judge=of_safe,
         judge_facts=aligned.judges[chosen],
         settings={key: value for key, value in aligned.config.items() if key != "target"},
         suite=aligned.utility,
@@ -198,22 +196,23 @@ def compare(
         over_refusal=_overall(safe, REFUSAL, paired_safe),
         cells=_cells(rows, level),
         categories=_categories(harm, level),
-        conduct={
-            role: _conduct(model, rows, role, _uniform(losses, role, vocabulary)) for role, model in models.items()
-        },
+        conduct={role: _conduct(rows, role, losses[role] if losses else None) for role in ROLES},
         utility=_utility(models, level),
         examples=tuple(_examples(rows)),
     )
 
 
-def _rows(models: Mapping[str, Measurement], judge: str) -> tuple[list[_Row], int]:
-    """Return the asks that count for every model, and how many do not."""
+def _rows(models: Mapping[str, Measurement], judge: str, of_safe: str | None) -> tuple[list[_Row], int]:
+    """Return the asks that count for every model, and how many do not; safe ones that nobody judges are not asked."""
     planned = models["aligned"].planned
     rows = []
     unjudged = 0
     for ask in planned:
         question = models["aligned"].questions[ask.split("|")[0]]
-        verdicts = {role: model.verdicts.get(judge, {}).get(ask) for role, model in models.items()}
+        decides = of_safe if question.safe else judge
+        if decides is None:
+            continue
+        verdicts = {role: model.verdicts.get(decides, {}).get(ask) for role, model in models.items()}
         if all(verdict is not None for verdict in verdicts.values()):
             answers = {role: model.answers[ask] for role, model in models.items()}
             found = {role: verdict for role, verdict in verdicts.items() if verdict is not None}
@@ -324,20 +323,12 @@ def _categories(rows: Sequence[_Row], level: float) -> tuple[Category, ...]:
     )
 
 
-def _uniform(losses: Losses | None, role: str, vocabulary: int) -> Callable[[str], bool] | None:
-    """Return whether an answer, by id, is predicted worse than a uniform draw would be; None where unknown."""
-    if losses is None:
-        return None
-    found, limit = losses[role], math.log(vocabulary)
-    return lambda answer_id: found.get(answer_id, 0.0) > limit
-
-
-def _conduct(model: Measurement, rows: Sequence[_Row], role: str, unlike: Callable[[str], bool] | None) -> Conduct:
+def _conduct(rows: Sequence[_Row], role: str, losses: Losses | None) -> Conduct:
     texts = {row.answers[role].id: row.answers[role].text.strip() for row in rows}
     empty = {key for key, text in texts.items() if not text}
     repeated = {key for key, text in texts.items() if is_repeated(text)}
     no_language = {key for key, text in texts.items() if is_not_language(text)}
-    strange = {key for key in texts if unlike(key)} if unlike else set()
+    strange = {key for key in texts if losses is not None and losses.unlike_language(key)}
     bad = len(empty | repeated | no_language | strange)
     unparsed = sum(_hit(row, role, frozenset({"unparsed"})) for row in rows)
     return Conduct(
@@ -345,7 +336,7 @@ def _conduct(model: Measurement, rows: Sequence[_Row], role: str, unlike: Callab
         empty=len(empty),
         repeated=len(repeated),
         not_language=len(no_language - repeated),
-        unlike_language=len(strange) if unlike else None,
+        unlike_language=None if losses is None else len(strange),
         degenerate=_plain_rate(bad, len(rows), len(rows), 0.95),
         unparsed=_plain_rate(unparsed, len(rows), len(rows), 0.95),
         mean_characters=sum(map(len, texts.values())) / len(texts) if texts else 0.0,

@@ -19,6 +19,7 @@ from resta.verify.policy import ANY_TASK, Policy, TaskRules
 from resta.verify.statistics import Difference, trials_at_rate, trials_for_bound
 
 SCHEMA = 1
+VALIDITY = ("missing.", "unparsed.", "degenerate.")  # rules on the measurement, not on the model
 
 
 class Verdict(Enum):
@@ -85,13 +86,15 @@ def check_tasks(policy: Policy, measured: Iterable[str]) -> None:
 
 
 def _verdict(rules: Iterable[Rule]) -> Verdict:
+    rules = list(rules)
     outcomes = {rule.outcome for rule in rules}
     if "invalid" in outcomes:
         return Verdict.INVALID
     if "fails" in outcomes:
         return Verdict.FAIL
-    # A policy without a rule that could hold shows nothing.
-    return Verdict.INCONCLUSIVE if "inconclusive" in outcomes or "holds" not in outcomes else Verdict.PASS
+    # A measurement that can be trusted shows nothing by itself: some rule must hold.
+    shown = any(rule.outcome == "holds" and not rule.name.startswith(VALIDITY) for rule in rules)
+    return Verdict.PASS if shown and "inconclusive" not in outcomes else Verdict.INCONCLUSIVE
 
 
 def _summary(verdict: Verdict, rules: tuple[Rule, ...]) -> str:

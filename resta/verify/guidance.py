@@ -59,9 +59,9 @@ def guidance(comparison: Comparison, rules: Iterable[Rule]) -> Iterable[str]:
             "`resta sweep` finds the smallest one that passes."
         )
     if unsafe and (utility or refusing):
-        suffers = "the task" if utility else "answers to safe questions"
+        suffers = "the task already suffers" if utility else "safe questions are already refused"
         yield (
-            f"Harm is left while {suffers} already suffer: no scale of this vector will do. Try RESTA_d "
+            f"Harm is left while {suffers}: no scale of this vector will do. Try RESTA_d "
             "(`--dare-density 0.7`), interpolation towards the aligned model (recipes/wise_ft.yaml), or a gentler "
             "fine-tune; `resta sweep --method resta,resta_d,wise` runs them side by side."
         )

@@ -10,7 +10,7 @@ A measurement is a folder, so that what was measured once serves many comparison
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,16 +75,26 @@ def _verdicts(run: RunDir) -> dict[str, dict[str, Verdict]]:
     return found
 
 
-def check_comparable(models: Mapping[str, Measurement], judge: str) -> None:
+def conditions_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what two runs must share to be compared: all of a run's configuration but which model it was of."""
+    target = config["target"]
+    return {
+        **{key: value for key, value in config.items() if key != "target"},
+        "backend": {"kind": target["kind"], "dtype": target.get("dtype")},
+    }
+
+
+def check_comparable(models: Mapping[str, Measurement], judges: Iterable[str]) -> None:
     """Refuse measurements made under different conditions, naming them. Raises CompareError."""
     first = models[ROLES[0]]
     for role in ROLES[1:]:
         other = models[role]
         found = [
-            *differences(_conditions(first), _conditions(other), "redeval"),
-            *differences(_suite(first), _suite(other), "utility"),
-            *differences(first.judges[judge]["sha256"], other.judges[judge]["sha256"], f"judge {judge}"),
+            *differences(conditions_of(first.config), conditions_of(other.config), "redeval"),
+            *differences(dict(first.utility), dict(other.utility), "utility"),
         ]
+        for judge in judges:
+            found += differences(first.judges[judge]["sha256"], other.judges[judge]["sha256"], f"judge {judge}")
         if found:
             lines = "; ".join(found[:6])
             raise CompareError(
@@ -93,30 +103,35 @@ def check_comparable(models: Mapping[str, Measurement], judge: str) -> None:
             )
 
 
-def _conditions(model: Measurement) -> dict[str, Any]:
-    """Return what must not differ: all of the run's configuration but which model it was."""
-    target = model.config["target"]
-    backend = {"kind": target["kind"], "dtype": target.get("dtype")}
-    return {**{key: value for key, value in model.config.items() if key != "target"}, "backend": backend}
+def pick_judges(models: Mapping[str, Measurement], named: str | None) -> tuple[str, str | None]:
+    """Return whose verdicts count on harmful and on safe questions. Raises CompareError where that is not clear.
 
-
-def _suite(model: Measurement) -> dict[str, Any]:
-    return dict(model.utility)
-
-
-def pick_judge(models: Mapping[str, Measurement], named: str | None) -> str:
-    """Return the judge whose verdicts count. Raises CompareError where that is not clear."""
-    common = sorted(set.intersection(*(set(model.judges) for model in models.values())))
+    Refusal strings never decide on harm beside a real judge. On safe questions the same judge decides if it looks at
+    them, else refusal strings do if they were set on the answers, else nobody.
+    """
+    common = set.intersection(*(set(model.judges) for model in models.values()))
+    facts = models[ROLES[0]].judges
+    strings = {judge for judge in common if facts[judge]["read"]["kind"] == "strings"}
     if named is not None and named not in common:
         raise CompareError(f"the policy's judge {named!r} has not judged all models; those that have: {_list(common)}")
-    if named is None and len(common) != 1:
+    candidates = [named] if named is not None else sorted(common - strings or common)
+    if len(candidates) != 1:
         raise CompareError(
             f"judges of all models: {_list(common)}; exactly one must count: name it as `judge:` in the policy"
             if common
             else "no judge has judged all models; judge them with the same one (resta redeval judge)"
         )
-    return named or common[0]
+    [harm] = candidates
+    safe = [judge for judge in (harm, *sorted(strings - {harm})) if _looks_at_safe(models, judge)]
+    return harm, safe[0] if safe else None
 
 
-def _list(names: Sequence[str]) -> str:
-    return ", ".join(names) or "none"
+def _looks_at_safe(models: Mapping[str, Measurement], judge: str) -> bool:
+    return all(
+        any(model.questions[answer_id.split("|")[0]].safe for answer_id in model.verdicts.get(judge, {}))
+        for model in models.values()
+    )
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "none"

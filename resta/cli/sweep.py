@@ -1,0 +1,264 @@
+"""`resta sweep`: try scales, densities and methods on one loaded model, and choose by a rule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from resta.cli.asking import HOW, JUDGES, QUESTIONS, SERVERS, conditions_of, options, private, request_of
+from resta.cli.verify import POLICY, UTILITY, budget_of
+from resta.errors import PolicyError, RecipeError
+
+if TYPE_CHECKING:
+    from resta.recipe import Recipe
+    from resta.redeval.run import Conditions
+    from resta.redeval.targets import Target
+    from resta.sweep.candidates import Family, Grid
+    from resta.sweep.run import Sweep
+
+NONE_PASSES = 1
+
+EPILOG = """\b
+Examples:
+  resta sweep ./tuned --aligned ./aligned --base ./base --scale 0:1:0.1 -o sweep
+  resta sweep ./tuned --aligned ./aligned --base ./base --scale 0.3,0.5 --density 0.7 --method resta_d,wise -o sweep
+  resta sweep recipe.yaml --scale 0:1:0.25 --bank dangerousqa --limit 50 --policy policy.yaml -o sweep
+"""
+
+MODELS = options(
+    click.argument("tuned_or_recipe", metavar="TUNED|RECIPE.yaml"),
+    click.option("--aligned", metavar="MODEL", help="Safety-aligned model: directory, adapter or org/name@revision."),
+    click.option("--base", metavar="MODEL", help="What is subtracted from it: the model before alignment."),
+    click.option("--unaligned", metavar="MODEL", help="Subtracted instead of --base: a deliberately unaligned twin."),
+    click.option("--tuned-from", metavar="base|aligned|MODEL", help="Model the fine-tune began from [default: base]."),
+    click.option("--recorded-base", multiple=True, metavar="NAME", help="Confirm the base that an adapter records."),
+    click.option(
+        "--dare-rescale",
+        type=click.Choice(["inverse_density", "l1_norm"]),
+        default="inverse_density",
+        show_default=True,
+        help="How what DARE keeps is enlarged.",
+    ),
+    click.option(
+        "--output-dtype",
+        type=click.Choice(["same", "float64", "float32", "bfloat16", "float16"]),
+        default="same",
+        show_default=True,
+        help="Dtype that candidates are rounded to, as merges would be.",
+    ),
+    click.option(
+        "--rounding",
+        type=click.Choice(["nearest", "stochastic"]),
+        default="nearest",
+        show_default=True,
+        help="To that dtype.",
+    ),
+)
+
+GRID = options(
+    click.option("--scale", required=True, metavar="RANGE", help="FROM:TO:STEP, TO included, or a list: 0.2,0.5."),
+    click.option("--density", metavar="RANGE", help="Share of entries that DARE keeps, for resta_d (the paper: 0.7)."),
+    click.option(
+        "--method", metavar="NAMES", help="Of resta, resta_d, wise; a list. [default: resta, or the recipe's own]"
+    ),
+    click.option(
+        "--wise-scale",
+        default="0.1:0.9:0.1",
+        show_default=True,
+        metavar="RANGE",
+        help="Scales of interpolation, which is always run beside the others.",
+    ),
+    click.option(
+        "--random-scale",
+        metavar="RANGE",
+        help="Scales of the random control, which is always run. [default: --scale]",
+    ),
+    click.option(
+        "--choose",
+        "rule",
+        type=click.Choice(["smallest-passing", "best-on-front"]),
+        default="smallest-passing",
+        show_default=True,
+        help="The smallest change that passes the policy, or the least ASR + over-refusal + utility lost.",
+    ),
+)
+
+PLACE = options(
+    click.option("--chat-template", type=click.Path(exists=True, dir_okay=False), help="For models that have none."),
+    click.option("--ray", "ray_address", metavar="local|auto|ADDRESS", help="Measure candidates on a Ray cluster."),
+    click.option("--ray-workers", type=click.IntRange(min=1), help="Models loaded at once. [default: one per GPU]"),
+    click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The sweep's folder."),
+)
+
+
+@click.command(epilog=EPILOG)
+@MODELS
+@GRID
+@POLICY
+@QUESTIONS
+@UTILITY
+@JUDGES
+@HOW
+@SERVERS
+@PLACE
+@click.pass_context
+def command(ctx: click.Context, /, tuned_or_recipe: str, out: Path, **given: Any) -> None:
+    """Find the scale (and density) that restores safety at the least cost.
+
+    \b
+    resta     tuned + SCALE * (aligned - base)
+    resta_d   base + dare(tuned - base, DENSITY) + SCALE * (aligned - base)
+    wise      tuned + SCALE * (aligned - tuned)
+
+    Each candidate is computed from the checkpoints into one loaded model, asked a quarter of the questions, given up
+    if it can no longer pass the policy, and else measured as `resta verify` does. Interpolation and a random vector of
+    the same norm are run beside the others. Writes a table, a plot and OUT/chosen.yaml for `resta merge`. The same
+    command goes on where it was; more scales or methods may be added. Exit code 1: no candidate passes.
+    """
+    from resta.redeval.records import environment
+    from resta.sweep.outcome import conclude
+    from resta.sweep.report import print_outcome, require_plots, write_reports
+    from resta.sweep.run import check_sweep, open_sweep
+
+    require_plots()
+    sweep = _sweep(ctx, tuned_or_recipe, out, given)
+    check_sweep(sweep)
+    private()
+    open_sweep(sweep)
+    with conditions_of(given) as conditions:
+        _carry_out(sweep, conditions, given)
+        outcome = conclude(sweep, given["rule"], conditions)
+    write_reports(sweep, outcome, environment())
+    print_outcome(outcome, out)
+    if outcome.choice.name is None:
+        ctx.exit(NONE_PASSES)
+
+
+def _carry_out(sweep: Sweep, conditions: Conditions, given: Mapping[str, Any]) -> None:
+    if given["ray_address"] is not None:
+        from resta.sweep.ray import carry_out_with_ray
+
+        carry_out_with_ray(sweep, conditions, address=given["ray_address"], workers=given["ray_workers"])
+        return
+    from resta.sweep.run import carry_out
+
+    carry_out(sweep, conditions)
+
+
+# -- from options to a sweep ---------------------------------------------------------------------------------
+
+
+def _sweep(ctx: click.Context, tuned_or_recipe: str, out: Path, given: dict[str, Any]) -> Sweep:
+    """Return the sweep that the options ask for. Raises RequestError."""
+    from resta.sweep.candidates import candidates_of, check_methods
+    from resta.sweep.run import Sweep
+    from resta.verify.gate import check_tasks
+    from resta.verify.policy import ANY_TASK, read_policy
+
+    policy = read_policy(given["policy_path"])
+    is_recipe = tuned_or_recipe.endswith((".yaml", ".yml"))
+    grid = _grid(given, is_recipe=is_recipe)
+    family = _own_family(ctx, Path(tuned_or_recipe)) if is_recipe else _family(tuned_or_recipe, given)
+    check_methods(grid, family)
+    references = {role: _reference(family.recipe, role, given) for role in ("aligned", "tuned")}
+    budget = budget_of(_asked(given), references["aligned"].name)
+    if budget.suite is not None:
+        check_tasks(policy, [task.name for task in budget.suite.tasks])
+    elif policy.utility.keys() - {ANY_TASK}:
+        raise PolicyError("the policy names utility tasks, and --no-utility measures none")
+    return Sweep(
+        family=family,
+        candidates=candidates_of(grid),
+        references=references,
+        budget=budget,
+        policy=policy,
+        out=out.absolute(),
+        settings={
+            "device": given["device"],
+            "dtype": given["dtype"],
+            "chat_template": given["chat_template"],
+            "batch_rows": given["batch_size"],
+        },
+    )
+
+
+def _grid(given: Mapping[str, Any], *, is_recipe: bool) -> Grid:
+    from resta.sweep.candidates import CHOICES, Grid, check_density, parse_numbers
+
+    names = tuple(part.strip() for part in (given["method"] or ("recipe" if is_recipe else "resta")).split(","))
+    known = (*CHOICES, "recipe") if is_recipe else CHOICES
+    for name in names:
+        if name not in known or names.count(name) > 1:
+            raise RecipeError(f"--method {given['method']}: expected some of {', '.join(known)}, each once")
+    densities = parse_numbers(given["density"], "--density") if given["density"] else ()
+    check_density(densities)
+    random_scale = given["random_scale"]
+    return Grid(
+        methods=names,  # type: ignore[arg-type]  # checked above
+        scales=parse_numbers(given["scale"], "--scale"),
+        densities=densities,
+        wise_scales=parse_numbers(given["wise_scale"], "--wise-scale"),
+        random_scales=parse_numbers(random_scale, "--random-scale") if random_scale else None,
+    )
+
+
+def _family(tuned: str, given: Mapping[str, Any]) -> Family:
+    """Return what the flags name, by way of the recipe that `resta merge` would make of them."""
+    from resta.cli.merge import Flags, models_of
+    from resta.recipe import make_recipe
+    from resta.sweep.candidates import Family
+
+    flags = Flags(
+        tuned=tuned,
+        scale=1.0,
+        dare_density=None,
+        dare_on="tuned",
+        dtype=given["output_dtype"],
+        shard_size="5GB",
+        **{key: given[key] for key in ("aligned", "base", "unaligned", "tuned_from", "recorded_base")},
+        **{key: given[key] for key in ("dare_rescale", "seed", "rounding")},
+    )
+    if flags.aligned is None:
+        raise RecipeError("say --aligned: the model that safety comes from, and that all are compared with")
+    models = models_of(flags)
+    recipe = make_recipe(
+        {
+            "models": models,
+            "start": "tuned",
+            "terms": [{"delta": f"{name} - tuned", "scale": 0.0} for name in models if name != "tuned"],
+            "seed": flags.seed,
+            "output": {"dtype": flags.dtype, "rounding": flags.rounding, "files_from": "tuned"},
+        }
+    )
+    origin = flags.tuned_from if flags.tuned_from in ("base", "aligned") else "origin" if flags.tuned_from else "base"
+    return Family(recipe=recipe, origin=origin, rescale=given["dare_rescale"])
+
+
+def _own_family(ctx: click.Context, path: Path) -> Family:
+    """Return what the user's recipe names; nothing that it says may be said by a flag, too."""
+    from resta.recipe import load_recipe
+    from resta.sweep.candidates import Family
+
+    for name in (
+        *("aligned", "base", "unaligned", "tuned_from", "recorded_base"),
+        *("dare_rescale", "output_dtype", "rounding"),
+    ):
+        if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
+            raise RecipeError(f"--{name.replace('_', '-')} changes the candidates: say it in {path}")
+    recipe = load_recipe(path)
+    return Family(recipe=recipe, origin=recipe.start if recipe.start != "tuned" else "base")
+
+
+def _asked(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options as those of one model: candidates are never served, nor read from a recipe file."""
+    return {**given, "base_url": None, "base": None, "files": None, "tokenizer": None}
+
+
+def _reference(recipe: Recipe, role: str, given: Mapping[str, Any]) -> Target:
+    """Return a reference as `resta verify` would ask it: an adapter on its base."""
+    model = recipe.models[role]
+    base = recipe.models[model.on].source if model.on else None
+    return request_of({**_asked(given), "base": base}, model.source).target

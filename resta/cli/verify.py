@@ -1,0 +1,227 @@
+"""`resta verify`: is this model's safety back, and what did it cost? A verdict and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from resta.cli.asking import (
+    HOW,
+    JUDGES,
+    QUESTIONS,
+    SERVERS,
+    WHERE,
+    WithDefault,
+    conditions_of,
+    judges_of,
+    options,
+    private,
+    request_of,
+)
+from resta.errors import PolicyError, RestaError
+
+if TYPE_CHECKING:
+    from resta.redeval.run import Conditions
+    from resta.redeval.targets import Target
+    from resta.verify.measurement import Measurement
+    from resta.verify.policy import Policy
+    from resta.verify.run import Budget
+
+NO_VERDICT = 4  # a run that broke off says as little as one that cannot be trusted; 1 would read as FAIL
+
+
+@click.group(cls=WithDefault, context_settings={"help_option_names": ["-h", "--help"]})
+def command() -> None:
+    """Say whether a restored model's safety is back, and what that cost: PASS, FAIL, INCONCLUSIVE or INVALID.
+
+    \b
+    resta verify RESTORED --tuned TUNED --aligned ALIGNED        the same command goes on after a kill
+    resta verify RESTORED --tuned TUNED --aligned ALIGNED --policy policy.yaml --profile quick --bank-dir banks/
+    resta verify report OUT --policy policy.yaml                 decide again, from what was measured
+
+    All three are asked the same questions and given the same tasks, and compared in pairs. A model is anything
+    that `resta redeval` takes, or the folder of an earlier measurement (OUT/aligned), which is not made again.
+    Exit codes: 0 PASS, 1 FAIL, 2 wrong request, 3 INCONCLUSIVE, 4 INVALID or broken off.
+    """
+
+
+UTILITY = options(
+    click.option(
+        "--utility", "profile_name", metavar="PROFILE", help="leaderboard-v1, starling or smoke. [default: smoke]"
+    ),
+    click.option(
+        "--tasks",
+        "task_folder",
+        type=click.Path(exists=True, file_okay=False, path_type=Path),
+        help="Folder of lm-eval task files of your own.",
+    ),
+    click.option("--task", "task_names", multiple=True, metavar="NAME[:METRIC]", help="Only these tasks."),
+    click.option("--no-utility", is_flag=True, help="Measure no utility; rules on it are then inconclusive."),
+    click.option("--documents", type=click.IntRange(min=1), help="Documents per task. [default: all]"),
+    click.option("--tokenizer", metavar="DIR", help="For served models: their tokenizer, which utility needs."),
+)
+
+POLICY = click.option(
+    "--policy",
+    "policy_path",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The rules. [default: see `resta verify policy`]",
+)
+
+SHOW = options(
+    click.option("--include-text", is_flag=True, help="Show questions and answers in the HTML report."),
+    click.option("--card", is_flag=True, help="Put the result into RESTORED's README.md, in a section of its own."),
+)
+
+
+@command.command("run")
+@click.argument("restored")
+@click.option("--tuned", required=True, metavar="MODEL", help="The fine-tuned model before restoration.")
+@click.option("--aligned", required=True, metavar="MODEL", help="The safety-aligned model.")
+@POLICY
+@QUESTIONS
+@UTILITY
+@JUDGES
+@WHERE
+@HOW
+@SERVERS
+@SHOW
+@click.option("--out", type=click.Path(path_type=Path), default=Path("verify"), show_default=True)
+def run(restored: str, tuned: str, aligned: str, out: Path, **given: Any) -> None:
+    """Measure what is missing, compare, decide, report. The same command goes on with what is missing."""
+    from resta.verify.gate import check_tasks
+    from resta.verify.policy import ANY_TASK, read_policy
+    from resta.verify.run import check_budget, measure_all
+
+    with _no_verdict():
+        policy = read_policy(given["policy_path"])
+        names = {"aligned": aligned, "tuned": tuned, "restored": restored}
+        budget = budget_of(given, tuned)
+        targets = {role: target_of(given, name) for role, name in names.items()}
+        if budget.suite is not None:
+            check_tasks(policy, [task.name for task in budget.suite.tasks])
+        elif policy.utility.keys() - {ANY_TASK} and all(not isinstance(target, Path) for target in targets.values()):
+            raise PolicyError("the policy names utility tasks, and --no-utility measures none")
+        check_budget(budget, targets)
+        private()
+        out.mkdir(parents=True, exist_ok=True)
+        with conditions_of(given) as conditions:
+            models = measure_all(targets, budget, out, conditions)
+            verdict = _decide(models, targets["aligned"], out, policy, conditions, given)
+    sys.exit(verdict)
+
+
+@command.command()
+@click.argument("out", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@POLICY
+@SHOW
+def report(out: Path, **given: Any) -> None:
+    """Decide and report again on what `resta verify` measured in OUT, under another policy or with the text shown."""
+    from resta.redeval.run import Conditions
+    from resta.verify.measurement import ROLES, read_measurement
+    from resta.verify.policy import read_policy
+
+    with _no_verdict():
+        policy = read_policy(given["policy_path"])
+        models = {role: read_measurement(out / role) for role in ROLES}
+        private()
+        verdict = _decide(models, out / "aligned", out, policy, Conditions(), given)
+    sys.exit(verdict)
+
+
+@command.command("policy")
+def show_policy() -> None:
+    """Print the default policy, every rule explained; a start for one's own."""
+    from resta.verify.policy import default_policy
+
+    click.echo(default_policy(), nl=False)
+
+
+@contextmanager
+def _no_verdict() -> Iterator[None]:
+    """Let no failure to measure end with the code of a FAIL."""
+    try:
+        yield
+    except RestaError as error:
+        if error.exit_code == 2:
+            raise
+        click.echo(f"error: {error}\nno verdict; the same command goes on with what is missing", err=True)
+        sys.exit(NO_VERDICT)
+
+
+def target_of(given: dict[str, Any], name: str) -> Target | Path:
+    """Return the model that a name means, or the folder of its measurement. Raises ModelError."""
+    from resta.verify.measurement import is_measurement
+
+    if is_measurement(Path(name)):
+        return Path(name)
+    return request_of(given, name).target
+
+
+def budget_of(given: dict[str, Any], model: str) -> Budget:
+    """Return what the options say is measured of every model. Raises the errors of banks, judges and tasks."""
+    from resta.verify.run import Budget
+    from resta.verify.utility import read_suite
+
+    profile, folder = given["profile_name"], given["task_folder"]
+    if profile is None and folder is None:
+        profile = "smoke"
+    return Budget(
+        request=request_of(given, model),
+        judges=tuple(judges_of(given)),
+        suite=None if given["no_utility"] else read_suite(profile, folder, given["task_names"]),
+        documents=given["documents"],
+        tokenizer=given["tokenizer"],
+        allow_self_judge=given["allow_self_judge"],
+    )
+
+
+def _decide(
+    models: dict[str, Measurement],
+    aligned: Target | Path,
+    out: Path,
+    policy: Policy,
+    conditions: Conditions,
+    given: dict[str, Any],
+) -> int:
+    """Write every report, print the short one and return the verdict's exit code."""
+    from resta.redeval.records import environment
+    from resta.verify.gate import decide
+    from resta.verify.html import to_html
+    from resta.verify.report import print_decision, to_card, to_json, to_junit, to_markdown
+    from resta.verify.run import compare_all
+
+    comparison = compare_all(models, aligned, out, policy, conditions)
+    decision = decide(comparison, policy)
+    versions = environment()
+    section = to_card(comparison, decision)
+    views = {
+        "verdict.json": to_json(comparison, decision, policy, versions),
+        "report.md": to_markdown(comparison, decision),
+        "junit.xml": to_junit(decision),
+        "card.md": section,
+        "report.html": to_html(
+            comparison, decision, include_text=given["include_text"], versions=versions, policy=policy
+        ),
+    }
+    for name, text in views.items():
+        (out / name).write_text(text, encoding="utf-8")
+    if given["card"]:
+        _update_card(Path(models["restored"].name), section)
+    print_decision(comparison, decision)
+    click.echo(f"report: {out / 'report.html'}")
+    return int(decision.verdict.value)
+
+
+def _update_card(folder: Path, section: str) -> None:
+    from resta.verify.report import with_section
+
+    path = folder / "README.md"
+    if not folder.is_dir():
+        raise PolicyError(f"--card: {folder} is not a local directory; paste card.md into the model's card instead")
+    path.write_text(with_section(path.read_text(encoding="utf-8") if path.exists() else "", section), encoding="utf-8")

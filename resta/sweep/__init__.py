@@ -1,0 +1,1 @@
+"""The scale that restores safety at the least cost: candidates applied to one model in memory, and measured."""

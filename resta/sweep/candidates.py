@@ -1,0 +1,246 @@
+"""What is tried: methods, scales and densities as recipes, and in which order.
+
+    resta      tuned + scale * (aligned - base)
+    resta_d    origin + dare(tuned - origin) + scale * (aligned - base)      origin: what the fine-tune began from
+    wise       tuned + scale * (aligned - tuned)                             interpolation; needs no base
+    recipe     the user's own recipe with another scale
+    random     tuned + a random vector as long, tensor by tensor, as scale * (aligned - base)      the control
+
+`unaligned` may stand for `base` in the vector. Knows nothing of measuring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from typing import Any, Literal, TypeVar
+
+from resta.errors import RecipeError
+from resta.recipe import Recipe, make_recipe
+
+Method = Literal["resta", "resta_d", "wise", "recipe", "random"]
+CHOICES = ("resta", "resta_d", "wise")  # what --method may name
+WISE_SCALES = tuple(i / 10 for i in range(1, 10))
+MOST = 1000  # values in one range
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """One model to try. `density` is the share of entries that DARE keeps, where it is swept.
+
+    A baseline is measured beside the others and never chosen.
+    """
+
+    method: Method
+    scale: float
+    density: float | None = None
+    baseline: bool = False
+
+    @property
+    def name(self) -> str:
+        """Return what its folder is called: resta_d-0.5-density-0.7."""
+        parts = [self.method, _digits(self.scale)]
+        return "-".join(parts if self.density is None else [*parts, "density", _digits(self.density)])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Family:
+    """What all candidates share. `recipe` names the models; its seed, tokenizers, output and rules go into each."""
+
+    recipe: Recipe
+    origin: str = "base"
+    rescale: Literal["inverse_density", "l1_norm"] = "inverse_density"
+
+    @property
+    def subtrahend(self) -> str:
+        """Return the model that is subtracted from `aligned`."""
+        return next((name for name in ("unaligned", "base") if name in self.recipe.models), "tuned")
+
+
+# -- from texts ----------------------------------------------------------------------------------------------
+
+
+def parse_numbers(text: str, what: str) -> tuple[float, ...]:
+    """Return the numbers of a list "0.2,0.5" or of an inclusive range "0:1:0.1". Raises RecipeError.
+
+    Counted in decimals, so that the fourth value of 0:1:0.1 is 0.3 and nothing near it.
+    """
+    numbers = _range(text, what) if ":" in text else [_decimal(part, text, what) for part in text.split(",")]
+    values = tuple(float(number) for number in numbers)
+    if len(set(values)) < len(values):
+        raise RecipeError(f"{what} {text!r} names a value twice")
+    return values
+
+
+def _range(text: str, what: str) -> list[Decimal]:
+    parts = [_decimal(part, text, what) for part in text.split(":")]
+    if len(parts) != 3 or parts[2] <= 0 or parts[1] < parts[0]:
+        raise RecipeError(f"{what} {text!r}: expected FROM:TO:STEP with a positive step and FROM not above TO")
+    first, last, step = parts
+    if (last - first) / step >= MOST:
+        raise RecipeError(f"{what} {text!r} has more than {MOST} values")
+    count, rest = divmod(last - first, step)
+    if rest:
+        raise RecipeError(
+            f"{what} {text!r}: steps of {step} from {first} do not end at {last}, which is meant to be in"
+        )
+    return [first + i * step for i in range(int(count) + 1)]
+
+
+def _decimal(part: str, text: str, what: str) -> Decimal:
+    try:
+        number = Decimal(part.strip())
+    except InvalidOperation:
+        number = Decimal("nan")
+    if not number.is_finite() or abs(number) > 1000 or (number and abs(number) < Decimal("1e-6")):
+        raise RecipeError(f"{what} {text!r}: expected numbers like 0.2,0.5 or a range like 0:1:0.1, found {part!r}")
+    return number
+
+
+def check_density(values: Iterable[float]) -> None:
+    """Raise RecipeError unless each is a share of entries that may be kept."""
+    for value in values:
+        if not 0 < value <= 1:
+            raise RecipeError(f"--density {value:g}: a density is the share of entries kept, above 0 and at most 1")
+
+
+# -- which, and in which order -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grid:
+    """The values to try. Each method takes the scales, RESTA_d (and a recipe with DARE) every density, too."""
+
+    methods: tuple[Method, ...]
+    scales: tuple[float, ...]
+    densities: tuple[float, ...] = ()
+    wise_scales: tuple[float, ...] = WISE_SCALES
+    random_scales: tuple[float, ...] | None = None  # None: those of `scales`
+
+
+def candidates_of(grid: Grid) -> tuple[Candidate, ...]:
+    """Return all candidates, coarse steps first, so that a sweep that is cut short has seen the whole range.
+
+    RESTA and interpolation at scale 0 are `tuned`, which is measured anyway, and are left out.
+    """
+    columns = [_column(method, grid) for method in grid.methods]
+    if "wise" not in grid.methods:
+        columns.append([Candidate(method="wise", scale=scale, baseline=True) for scale in grid.wise_scales])
+    randoms = grid.scales if grid.random_scales is None else grid.random_scales
+    columns.append([Candidate(method="random", scale=scale, baseline=True) for scale in randoms])
+    ranked = [
+        (rank, place, candidate)
+        for place, column in enumerate(columns)
+        for rank, candidate in enumerate(coarse_first([c for c in column if not _is_tuned(c)]))
+    ]
+    return tuple(candidate for _, _, candidate in sorted(ranked, key=lambda entry: entry[:2]))
+
+
+def _column(method: Method, grid: Grid) -> list[Candidate]:
+    densities: tuple[float | None, ...] = grid.densities if method in ("resta_d", "recipe") else ()
+    scales = grid.wise_scales if method == "wise" else grid.scales
+    return [
+        Candidate(method=method, scale=scale, density=density) for scale in scales for density in densities or (None,)
+    ]
+
+
+def _is_tuned(candidate: Candidate) -> bool:
+    return candidate.scale == 0 and candidate.method in ("resta", "wise", "random")
+
+
+def coarse_first(items: Sequence[Item]) -> list[Item]:
+    """Return items reordered: the ends, the middle, then the middles of what is left."""
+    order: list[int] = []
+    spans = [(0, len(items) - 1)] if items else []
+    order += dict.fromkeys(end for span in spans for end in span)
+    while spans:
+        low, high = spans.pop(0)
+        if high - low > 1:
+            middle = (low + high) // 2
+            order.append(middle)
+            spans += [(low, middle), (middle, high)]
+    return [items[i] for i in order]
+
+
+# -- as recipes ----------------------------------------------------------------------------------------------
+
+
+def recipe_of(candidate: Candidate, family: Family) -> Recipe:
+    """Return a candidate's recipe; for `random`, the recipe whose vector's length it has. Raises RecipeError."""
+    if candidate.method == "recipe":
+        return _own(candidate, family)
+    vector = {"name": "safety", "delta": f"aligned - {family.subtrahend}", "scale": candidate.scale}
+    if candidate.method == "wise":
+        vector = {"name": "interpolation", "delta": "aligned - tuned", "scale": candidate.scale}
+    if candidate.method != "resta_d":
+        return _recipe(family, "tuned", [vector])
+    dare = {"density": candidate.density, "rescale": family.rescale}
+    finetune = {"name": "finetune", "delta": f"tuned - {family.origin}", "scale": 1.0, "sparsify": dare}
+    return _recipe(family, family.origin, [finetune, vector])
+
+
+def tuned_recipe(family: Family) -> Recipe:
+    """Return the recipe whose result is `tuned`, bit for bit."""
+    return _recipe(family, "tuned", [{"name": "safety", "delta": "aligned - tuned", "scale": 0.0}])
+
+
+def _recipe(family: Family, start: str, terms: list[dict[str, Any]]) -> Recipe:
+    plain = family.recipe.model_dump(mode="json")
+    models = plain["models"]
+    used = {start, "tuned", *(end for term in terms for end in term["delta"].split(" - "))}
+    missing = sorted(used - models.keys())
+    if missing:
+        raise RecipeError(f"{terms[-1]['name']} needs the model(s) {', '.join(missing)}; given: {', '.join(models)}")
+    used |= {models[name]["on"] for name in used if models[name]["on"]}
+    plain |= {"models": {name: model for name, model in models.items() if name in used}, "start": start, "terms": terms}
+    plain["output"]["files_from"] = "tuned"
+    return make_recipe(plain)
+
+
+def swept_term(recipe: Recipe) -> int:
+    """Return which term's scale is swept: `safety`, else `interpolation`, else the only one. Raises RecipeError."""
+    names = [term.name for term in recipe.terms]
+    for name in ("safety", "interpolation"):
+        if name in names:
+            return names.index(name)
+    if len(names) != 1:
+        raise RecipeError("the recipe has several terms; name the one whose scale is swept `safety`")
+    return 0
+
+
+def _own(candidate: Candidate, family: Family) -> Recipe:
+    plain = family.recipe.model_dump(mode="json")
+    plain["terms"][swept_term(family.recipe)]["scale"] = candidate.scale
+    if candidate.density is not None:
+        thinned = [term["sparsify"] for term in plain["terms"] if term["sparsify"]]
+        if not thinned:
+            raise RecipeError("--density: no term of the recipe is sparsified")
+        for sparsify in thinned:
+            sparsify["density"] = candidate.density
+    return make_recipe(plain)
+
+
+def check_methods(grid: Grid, family: Family) -> None:
+    """Refuse methods that need what is not given. Raises RecipeError."""
+    models = family.recipe.models
+    for role in ("tuned", "aligned"):
+        if role not in models:
+            raise RecipeError(f"no model is called {role!r}; a sweep compares with tuned and aligned, by these names")
+    if {"resta", "resta_d"} & set(grid.methods) and family.subtrahend == "tuned":
+        raise RecipeError("resta and resta_d need --base (or --unaligned), which is subtracted from aligned")
+    if "resta_d" in grid.methods and family.origin not in models:
+        raise RecipeError(f"resta_d starts from {family.origin}, which is not given; say --{family.origin}")
+    if "resta_d" in grid.methods and not grid.densities:
+        raise RecipeError(
+            "resta_d needs --density, the share of the fine-tune's delta that DARE keeps (the paper: 0.7)"
+        )
+    if grid.densities and not {"resta_d", "recipe"} & set(grid.methods):
+        raise RecipeError("--density is used by resta_d alone; add it to --method")
+
+
+def _digits(value: float) -> str:
+    """Return the shortest decimal that is this number: 0.1, 1, 0.25."""
+    return format(Decimal(repr(value)).normalize(), "f")

@@ -1,0 +1,118 @@
+"""Candidates on several GPUs or machines: the one file that knows Ray.
+
+Each actor loads the swept model once and takes candidates as it gets free; results are the files that a sweep in one
+process writes, so OUT, the models and the banks must lie where all machines see them.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from resta.errors import MissingExtraError, RestaError, UnansweredError
+from resta.redeval.run import Conditions
+from resta.sweep.candidates import Candidate
+from resta.sweep.run import REFERENCES, Sweep, Worker
+
+CONNECT_S = 10.0
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # actors without a GPU keep the devices that their machine shows
+}
+
+
+def carry_out_with_ray(sweep: Sweep, conditions: Conditions, *, address: str, workers: int | None) -> None:
+    """Measure all that is missing on a cluster. The first failure ends the sweep; what was answered is kept.
+
+    Args:
+        sweep: what to measure.
+        conditions: how; only the limits and notes are used, since no terminal is shared.
+        address: "local" for a cluster of this machine alone, "auto" for the one that it is part of, or a head's.
+        workers: models loaded at once; by default one per GPU of the cluster, or one where there is none.
+
+    Raises:
+        MissingExtraError: Ray is not installed.
+        UnansweredError: no cluster answers, or a worker was lost.
+        RestaError: as in one process.
+    """
+    with _cluster(address) as ray:
+        resources = ray.cluster_resources()
+        gpus = int(resources.get("GPU", 0))
+        count = workers or max(1, gpus)
+        # Shares that always fit, whatever machine a GPU is in: a worker that finds no place would be waited for.
+        share = 1 / math.ceil(count / gpus) if gpus else 0.0
+        threads = max(1, int(resources.get("CPU", 1)) // count)
+        actor = ray.remote(num_cpus=0, num_gpus=share, scheduling_strategy="SPREAD")(_Actor)
+        silent: dict[str, Any] = {"connections": conditions.connections, "retries": conditions.retries}
+        silent |= {"timeout_s": conditions.timeout_s, "judge_device": conditions.judge_device}
+        from ray.util import ActorPool
+
+        pool = ActorPool([actor.remote(sweep, silent, threads) for _ in range(count)])
+        for jobs in (REFERENCES, sweep.candidates):  # whether a candidate is hopeless depends on the references
+            results = pool.map_unordered(lambda actor, job: actor.run.remote(job), list(jobs))
+            for done, (name, error) in enumerate(results, 1):
+                if error is not None:
+                    raise error
+                conditions.note(f"{name} is measured ({done} of {len(jobs)})")
+
+
+@contextmanager
+def _cluster(address: str) -> Iterator[Any]:
+    """Yield Ray, connected and quiet: no dashboard, no usage reports, no log lines of workers."""
+    os.environ.update(QUIET)
+    try:
+        import ray
+    except ImportError as error:
+        raise MissingExtraError("--ray needs Ray: pip install 'resta[ray]'") from error
+    try:
+        _check_reachable(address)
+        ray.init(
+            address=address,
+            include_dashboard=False if address == "local" else None,
+            log_to_driver=False,
+            configure_logging=False,
+            runtime_env={"env_vars": QUIET},
+        )
+    except (OSError, ValueError) as error:
+        raise UnansweredError(f"--ray {address}: no cluster answers: {error}") from error
+    try:
+        yield ray
+    except ray.exceptions.RayError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UnansweredError(f"a worker of the cluster was lost ({reason}); what was answered is kept") from error
+    finally:
+        ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Raise OSError or ValueError where nothing listens: Ray itself would wait for minutes and end the process."""
+    if address in ("local", "auto"):
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+
+
+class _Actor:
+    """A worker in a process of its own; expected failures travel as values, so that they arrive as they are."""
+
+    def __init__(self, sweep: Sweep, limits: dict[str, Any], threads: int):
+        import torch
+
+        os.umask(0o077)
+        torch.set_num_threads(threads)
+        self._worker = Worker(sweep, Conditions(**limits))
+
+    def run(self, job: str | Candidate) -> tuple[str, RestaError | None]:
+        """Measure a reference, by its role, or a candidate; return its name and what went wrong."""
+        try:
+            if isinstance(job, str):
+                self._worker.reference(job)
+                return job, None
+            self._worker.candidate(job)
+            return job.name, None
+        except RestaError as error:
+            return job if isinstance(job, str) else job.name, error

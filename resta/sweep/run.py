@@ -1,0 +1,217 @@
+"""The sweep itself: references first, then every candidate in the one model that is loaded, then what it amounts to.
+
+    OUT/sweep-request.json       of which models and under which settings; another sweep is refused
+    OUT/files/                   config, tokenizer and templates as the candidates' merges would have them
+    OUT/aligned, OUT/tuned       measurements (verify/measurement.py); `resta verify` takes them in place of the models
+    OUT/tuned.yaml               the recipe of `tuned`, by which the swept model is loaded
+    OUT/candidates/NAME/         a candidate's measurement, beside what it is and how far it moved:
+        recipe.yaml              (of the random control: control.yaml), change.json
+
+What lies in these folders is the truth: whatever was answered is not asked again, also when scales, methods, policy
+or rule of choice change between two runs of the command.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from resta.errors import ResumeError
+from resta.hub import locate
+from resta.plan import make_plan
+from resta.recipe import dump_recipe
+from resta.redeval.judging import check_judges, judge_phase, note_judges
+from resta.redeval.models import LocalModel, LocalSpec, fingerprint, load_local
+from resta.redeval.records import RunLock, differences, environment, start_run
+from resta.redeval.run import Conditions, answer_phase, missing_asks
+from resta.redeval.targets import Target
+from resta.sweep.apply import Change, apply, identity_text, write_files
+from resta.sweep.candidates import Candidate, Family, recipe_of, tuned_recipe
+from resta.sweep.pruning import first_look, why_hopeless
+from resta.verify.documents import finished_tasks
+from resta.verify.measurement import Measurement, conditions_of, read_measurement
+from resta.verify.policy import Policy
+from resta.verify.run import Budget, check_budget, measure
+
+SCHEMA = 1
+REFERENCES = ("aligned", "tuned")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """All that decides what is measured. `settings` are LocalSpec's of every model: device, dtype, batch_rows, ..."""
+
+    family: Family
+    candidates: tuple[Candidate, ...]
+    references: Mapping[str, Target]  # "aligned", "tuned"
+    budget: Budget
+    policy: Policy
+    out: Path
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def folder(self, candidate: Candidate) -> Path:
+        """Return where a candidate's measurement lies."""
+        return self.out / "candidates" / candidate.name
+
+    def target(self, candidate: Candidate) -> Target:
+        """Return what a candidate is called and identified by. Its recipe must have been written."""
+        spec = LocalSpec(model=str(self.identity(candidate)), files=str(self.files), **self.settings)
+        return Target(name=candidate.name, local=spec)
+
+    def identity(self, candidate: Candidate) -> Path:
+        """Return the file that says what a candidate is."""
+        return self.folder(candidate) / ("control.yaml" if candidate.method == "random" else "recipe.yaml")
+
+    @property
+    def files(self) -> Path:
+        """Return the folder of config, tokenizer and templates."""
+        return self.out / "files"
+
+    @property
+    def tuned_recipe(self) -> Path:
+        """Return the recipe of `tuned`, by which the model is loaded that candidates are applied to."""
+        return self.out / "tuned.yaml"
+
+
+def check_sweep(sweep: Sweep) -> None:
+    """Refuse, before anything is loaded or written, what could not be carried out. Raises RequestError."""
+    by_method = {candidate.method: candidate for candidate in sweep.candidates}
+    for candidate in sweep.candidates:
+        recipe_of(candidate, sweep.family)
+    for candidate in by_method.values():  # what fits at one scale fits at all
+        make_plan(recipe_of(candidate, sweep.family))
+    make_plan(tuned_recipe(sweep.family))
+    check_budget(sweep.budget, sweep.references)
+
+
+def open_sweep(sweep: Sweep) -> None:
+    """Create OUT, or go on with the sweep that is there. Raises ResumeError, naming the differences."""
+    path = sweep.out / "sweep-request.json"
+    facts = request_facts(sweep)
+    if path.is_file():
+        there = json.loads(path.read_text())
+        found = differences(there, json.loads(json.dumps(facts)))
+        if found:
+            raise ResumeError(
+                f"{sweep.out} holds another sweep; it differs in {'; '.join(found[:6])}. Choose another -o"
+            )
+    elif sweep.out.exists() and any(sweep.out.iterdir()):
+        raise ResumeError(f"{sweep.out} is not empty and holds no sweep; choose another -o")
+    sweep.out.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_files(sweep.family, sweep.files)
+    sweep.tuned_recipe.write_text(dump_recipe(tuned_recipe(sweep.family)))
+    for candidate in sweep.candidates:
+        sweep.folder(candidate).mkdir(parents=True, exist_ok=True)
+        sweep.identity(candidate).write_text(identity_text(candidate, sweep.family))
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(facts, indent=2) + "\n")
+    part.replace(path)
+
+
+def request_facts(sweep: Sweep) -> dict[str, Any]:
+    """Return what must not change between two runs of a sweep: models, shared choices, questions, judges, tasks."""
+    aligned, family = sweep.references["aligned"], sweep.family
+    recipe = family.recipe.model_dump(mode="json", exclude={"models", "terms"})
+    judges = check_judges(sweep.budget.judges, None, allow_self=True)
+    return {
+        "schema": SCHEMA,
+        "models": {name: _identity(family, name) for name in family.recipe.models},
+        "recipe": {**recipe, "origin": family.origin, "rescale": family.rescale},
+        "redeval": conditions_of(sweep.budget.plan(aligned).config),
+        "utility": sweep.budget.suite_facts(aligned),
+        "judges": {judge.id: judge.sha256 for judge in judges},
+    }
+
+
+def _identity(family: Family, name: str) -> dict[str, str]:
+    models = family.recipe.models
+    on = models[name].on
+    folders = [str(locate(models[each].source).folder) for each in (name, on) if each is not None]
+    return fingerprint(LocalSpec(model=folders[0], base=folders[1] if on else None))
+
+
+# -- one process, one model ----------------------------------------------------------------------------------
+
+
+class Worker:
+    """Measures references and candidates, one after the other; the swept model is loaded once, when it is needed."""
+
+    def __init__(self, sweep: Sweep, conditions: Conditions):
+        self._sweep, self._conditions = sweep, conditions
+        self._loaded: LocalModel | None = None
+
+    def reference(self, role: str) -> None:
+        """Measure `aligned` or `tuned`, or go on with what is missing. Raises UnansweredError."""
+        sweep = self._sweep
+        measure(sweep.references[role], sweep.budget, sweep.out / role, self._conditions)
+
+    def candidate(self, candidate: Candidate) -> None:
+        """Measure a candidate until it is done or hopeless, or go on with what is missing. Raises UnansweredError."""
+        sweep = self._sweep
+        target, folder, budget = sweep.target(candidate), sweep.folder(candidate), sweep.budget
+        plan = budget.plan(target)
+        run = start_run(folder / "redeval", plan.config, plan.questions, environment())
+        judges = check_judges(budget.judges, target, allow_self=True)
+        first = first_look(plan)
+        local = None
+        with RunLock(run.path):
+            note_judges(run, judges)
+            if missing_asks(run, first):
+                local = self._applied(candidate)
+                answer_phase(run, first, target, self._conditions, judges=judges, local=local)
+            for judge in judges:
+                judge_phase(run, judge, self._conditions)
+        if missing_asks(run, plan) and why_hopeless(self._references, read_measurement(folder), sweep.policy):
+            return
+        if local is None and (missing_asks(run, plan) or _missing_tasks(budget, folder)):
+            local = self._applied(candidate)
+        measure(target, budget, folder, self._conditions, local=local)
+
+    @cached_property
+    def _references(self) -> dict[str, Measurement]:
+        return read_references(self._sweep)
+
+    def _applied(self, candidate: Candidate) -> LocalModel:
+        """Return the loaded model with a candidate's weights, and note how far they are from `tuned`."""
+        sweep = self._sweep
+        if self._loaded is None:
+            spec = LocalSpec(model=str(sweep.tuned_recipe), files=str(sweep.files), **sweep.settings)
+            self._loaded = load_local(spec)
+        change = apply(self._loaded, candidate, sweep.family)
+        (sweep.folder(candidate) / "change.json").write_text(json.dumps(asdict(change)) + "\n")
+        return self._loaded
+
+
+def carry_out(sweep: Sweep, conditions: Conditions) -> None:
+    """Measure all that is missing, in this process. Raises UnansweredError; what was answered is kept."""
+    worker = Worker(sweep, conditions)
+    for role in REFERENCES:
+        conditions.note(f"{role}: {sweep.references[role].name}")
+        worker.reference(role)
+    for number, candidate in enumerate(sweep.candidates, 1):
+        conditions.note(f"{candidate.name} ({number} of {len(sweep.candidates)})")
+        worker.candidate(candidate)
+
+
+def read_references(sweep: Sweep) -> dict[str, Measurement]:
+    """Return the measurements of `aligned` and `tuned`."""
+    return {role: read_measurement(sweep.out / role) for role in REFERENCES}
+
+
+def read_change(folder: Path) -> Change:
+    """Return how far a candidate is from `tuned`."""
+    return Change(**json.loads((folder / "change.json").read_text()))
+
+
+def is_complete(measured: Measurement, sweep: Sweep) -> bool:
+    """Whether nothing that the sweep asks of a candidate is missing."""
+    return set(measured.planned) <= measured.answers.keys() and not _missing_tasks(sweep.budget, measured.path)
+
+
+def _missing_tasks(budget: Budget, folder: Path) -> frozenset[str]:
+    tasks = frozenset(task.name for task in budget.suite.tasks) if budget.suite else frozenset()
+    return tasks - finished_tasks(folder / "utility")

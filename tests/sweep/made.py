@@ -1,0 +1,79 @@
+"""Made-up measurements, in memory: who said what to how many questions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from resta.redeval.questions import Question
+from resta.redeval.records import Answer, Verdict, VerdictLabel
+from resta.redeval.score import Rate
+from resta.sweep.apply import Change
+from resta.sweep.candidates import Candidate
+from resta.sweep.choose import Point, Tried
+from resta.verify.gate import Decision
+from resta.verify.gate import Verdict as Gate
+from resta.verify.measurement import Measurement
+
+JUDGE = "judge"
+SETTINGS = {"target": {"kind": "local", "name": "model", "dtype": "auto"}, "banks": [], "templates": []}
+TEXTS: Mapping[str, str] = {"broken": "no " * 60}
+
+
+def questions(harmful: int, safe: int) -> list[Question]:
+    banks = [("harm", False, i) for i in range(harmful)] + [("fine", True, i) for i in range(safe)]
+    return [
+        Question(bank=bank, category="", subcategory="", index=i, safe=is_safe, text=f"{bank} {i}?")
+        for bank, is_safe, i in banks
+    ]
+
+
+def measurement(asked: Sequence[Question], labels: Sequence[str], first: int | None = None) -> Measurement:
+    """Return a measurement; `broken` is an answer that is no language and harmless; `first`: only every so many."""
+    ids = [f"{question.qid}|standard|0" for question in asked]
+    there = {key: label for i, (key, label) in enumerate(zip(ids, labels, strict=True)) if i % (first or 1) == 0}
+    answers, verdicts = {}, {}
+    for key, label in there.items():
+        text = TEXTS.get(label, "A whole answer in plain words, as it should be.")
+        answers[key] = Answer(
+            id=key, qid=key.split("|")[0], template="standard", epoch=0, prompt_sha256="", raw=text, text=text,
+            finish="stop",
+        )  # fmt: skip
+        said: VerdictLabel = "safe" if label == "broken" else label  # type: ignore[assignment]
+        verdicts[key] = Verdict(answer_id=key, judge=JUDGE, judge_sha256="", label=said)
+    facts: dict[str, Any] = {"sha256": "", "read": {"kind": "regex"}, "confirmed": True}
+    return Measurement(
+        path=Path(),
+        config=SETTINGS,
+        planned=tuple(ids),
+        questions={question.qid: question for question in asked},
+        answers=answers,
+        verdicts={JUDGE: verdicts},
+        judges={JUDGE: facts},
+        documents=(),
+        utility={},
+        manifest={},
+    )
+
+
+def rate(value: float) -> Rate:
+    return Rate(hits=round(100 * value), total=100, value=value, low=value, high=value)
+
+
+def tried(
+    name: str, *, asr: float = 0.0, refusal: float = 0.0, utility: float = 1.0, change: float = 1.0,
+    verdict: str | None = "PASS", baseline: bool = False, density: float | None = None,
+) -> Tried:  # fmt: skip
+    """Return a measured candidate, "resta-0.5", or one that was given up (verdict None)."""
+    method, scale = name.split("-")
+    candidate = Candidate(method=method, scale=float(scale), baseline=baseline, density=density)  # type: ignore[arg-type]
+    point = Point(name=candidate.name, asr=rate(asr), over_refusal=rate(refusal), utility=utility)
+    done = Tried(
+        candidate=candidate, equation="", change=Change(norm=change, tuned_norm=10.0, changed=1, entries=1), answered=8,
+        planned=8, stopped=None, point=point, decision=None,
+    )  # fmt: skip
+    if verdict is None:
+        return replace(done, point=None, stopped="asr.max_upper: 2 of the first 2 answers harmful", answered=2)
+    return replace(done, decision=Decision(verdict=Gate[verdict], summary="", rules=(), notes=(), guidance=()))

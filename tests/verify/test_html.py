@@ -1,0 +1,297 @@
+"""The report as its readers meet it: a parser, a screen reader's needs, an attacker's names, and a real browser."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from resta.verify.html import to_html
+from resta.verify.markup import VOID
+from resta.verify.measurement import ROLES
+from resta.verify.plots import Caption, forest
+from tests.verify.made import HOSTILE, Case, make_hostile_case, make_named_case
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+VERSIONS = {"resta": "0.1.0", "python": "3.12.0"}
+Attributes = dict[str, str | None]
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+    folder = tmp_path_factory.mktemp("cases")
+    made: dict[str, Case] = {}
+
+    def get(name: str) -> Case:
+        if name not in made:
+            made[name] = make_hostile_case(folder) if name == "hostile" else make_named_case(folder, name)
+        return made[name]
+
+    return get
+
+
+def page_of(case: Case, *, include_text: bool = False) -> str:
+    return to_html(case.comparison, case.decision, include_text=include_text, versions=VERSIONS, policy=case.policy)
+
+
+class Page(HTMLParser):
+    """A strict reader: every element is closed in order; keeps tags, attributes, and text by element."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[tuple[str, Attributes]] = []
+        self.parents: list[tuple[str, ...]] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert len(dict(attrs)) == len(attrs), f"an attribute twice in <{tag}>"
+        self.tags.append((tag, dict(attrs)))
+        self.parents.append(tuple(self.open))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert "svg" in self.open, f"<{tag}/> is no HTML"
+        self.tags.append((tag, dict(attrs)))
+        self.parents.append(tuple(self.open))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.text += data
+
+    def all(self, *names: str) -> list[Attributes]:
+        return [attributes for tag, attributes in self.tags if tag in names]
+
+
+@pytest.mark.parametrize(
+    ("name", "include_text"),
+    [("PASS", False), ("FAIL", True), ("INVALID", True), ("hostile", False), ("hostile", True)],
+)
+def test_a_page_is_well_formed_and_refers_to_nothing_outside(
+    case: Callable[[str], Case], name: str, include_text: bool
+) -> None:
+    text = page_of(case(name), include_text=include_text)
+    page = Page(text)
+    assert not page.all("script", "link", "img", "iframe", "object", "embed", "form", "base", "foreignobject")
+    for tag, attributes in page.tags:
+        assert not [key for key in attributes if key.startswith("on") or key == "src"], tag
+        for key in ("href", "xlink:href"):
+            assert (attributes.get(key) or "#").startswith("#"), tag
+        assert re.sub(r"url\(#\w+\)", "", attributes.get("style") or "").count("url") == 0
+    assert "url(" not in (style := text[text.index("<style>") : text.index("</style>")])
+    assert "@import" not in style
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(set(ids)) == len(ids)
+    inner = {(attributes["href"] or "")[1:] for _, attributes in page.tags if "href" in attributes}
+    assert inner <= set(ids)
+
+
+def test_the_verdict_its_reason_and_every_rule_are_said_in_words(case: Callable[[str], Case]) -> None:
+    for name in ("PASS", "FAIL", "INVALID"):
+        found = case(name)
+        assert found.decision.verdict.name == name
+        page = Page(page_of(found))
+        said = [name, found.decision.summary, *found.decision.notes, *found.decision.guidance]
+        said += [text for rule in found.decision.rules for text in (rule.name, rule.why, rule.outcome)]
+        said += [model.name for model in found.comparison.models.values()]
+        for text in said:
+            assert text in page.text
+
+
+def test_a_screen_reader_gets_landmarks_headings_in_order_and_named_figures(case: Callable[[str], Case]) -> None:
+    page = Page(page_of(case("FAIL"), include_text=True))
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+    for landmark in ("header", "nav", "main", "footer"):
+        assert len(page.all(landmark)) == 1
+    ids = {attributes.get("id") for _, attributes in page.tags}
+    figures = page.all("svg")
+    assert len(figures) >= 7
+    for figure in figures:
+        assert figure["role"] == "img"
+        assert set((figure["aria-labelledby"] or "").split()) <= ids
+    for section in page.all("section"):
+        assert section["aria-labelledby"] in ids
+    for attributes in page.all("div"):
+        if attributes.get("class") == "scroll":
+            assert attributes["tabindex"] == "0"
+            assert attributes["aria-label"]
+
+
+def test_every_table_has_a_caption_and_says_what_its_headers_head(case: Callable[[str], Case]) -> None:
+    page = Page(page_of(case("PASS")))
+    assert len(page.all("table")) == len(page.all("caption")) > 12
+    assert all(attributes.get("scope") in ("col", "row") for attributes in page.all("th"))
+    rows = sum(
+        tag == "tr" and parents[-1] == "tbody" for (tag, _), parents in zip(page.tags, page.parents, strict=True)
+    )
+    assert sum(attributes["scope"] == "row" for attributes in page.all("th")) >= rows
+
+
+def test_no_name_question_or_answer_can_break_out_of_its_place(case: Callable[[str], Case]) -> None:
+    text = page_of(case("hostile"), include_text=True)
+    page = Page(text)
+    text.encode()  # no halves of surrogate pairs
+    for attack in HOSTILE[:2]:
+        assert attack not in text
+        assert attack in page.text  # as text, in full
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", text)
+    assert not page.all("b", "i", "script")
+
+
+def test_texts_are_redacted_unless_asked_for(case: Callable[[str], Case]) -> None:
+    found = case("FAIL")
+    assert {example.kind for example in found.comparison.examples} >= {"still harmful", "made safe"}
+    redacted, shown = (Page(page_of(found, include_text=flag)).text for flag in (False, True))
+    for example in found.comparison.examples:
+        for text in (example.question, *example.texts.values()):
+            assert text not in redacted
+            assert text in shown
+    assert "Content warning" in shown
+
+
+def test_the_same_comparison_gives_the_same_bytes(case: Callable[[str], Case]) -> None:
+    assert page_of(case("PASS")) == page_of(case("PASS"))
+
+
+def test_what_was_not_measured_is_said_in_a_sentence(case: Callable[[str], Case]) -> None:
+    found = case("PASS")
+    models = {role: replace(model, manifest={}) for role, model in found.comparison.models.items()}
+    bare = replace(
+        found.comparison,
+        asr=None, regained=None, over_refusal=None, cells=(), categories=(), utility=(), suite={}, examples=(),
+        models=models,
+    )  # fmt: skip
+    page = Page(page_of(replace(found, comparison=bare)))
+    for sentence in (
+        "No harmful question was asked.",
+        "No safe question was asked.",
+        "No utility task was measured.",
+        "comes without the record",
+    ):
+        assert sentence in page.text
+    assert not page.all("svg")
+
+
+def test_figures_hold_no_colour_or_font_of_their_own(case: Callable[[str], Case]) -> None:
+    text = page_of(case("PASS"))
+    figures = re.findall("<svg.*?</svg>", text, re.S)
+    for figure in figures:
+        assert not re.search(r"(?:fill|stroke): *#|font-family", figure)
+        assert "var(--ink)" in figure
+
+
+def test_a_figure_marks_each_rate_where_it_lies(case: Callable[[str], Case]) -> None:
+    cell = case("PASS").comparison.cells[0]
+    caption = Caption(key="one", title="a", description="b")
+    svg = forest([("one", cell.rates)], caption, highest=1.0)
+    ticks = {int(share): float(x) for x, share in re.findall(r'x="([\d.]+)"[^>]*>(\d+) %<', svg)}
+    for role in ROLES:
+        marker = re.search(rf'<use href="#\w+" x="([\d.]+)"[^>]*fill: var\(--{role}\)', svg)
+        assert marker is not None
+        share = (float(marker[1]) - ticks[0]) / (ticks[100] - ticks[0])
+        assert share == pytest.approx(cell.rates[role].value, abs=1e-4)
+
+
+# -- colours -------------------------------------------------------------------------------------------------
+
+
+def _luminance(colour: str) -> float:
+    channels = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    r, g, b = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+
+def contrast(one: str, two: str) -> float:
+    lighter, darker = sorted((_luminance(one), _luminance(two)), reverse=True)
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def test_text_reaches_wcag_aa_on_its_ground_in_light_and_dark(case: Callable[[str], Case]) -> None:
+    style = page_of(case("PASS")).split("<style>")[1].split("</style>")[0]
+    palettes = [
+        dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block)) for block in re.findall(r":root \{(.*?)\}", style, re.S)
+    ]
+    assert len(palettes) == 2
+    for p in palettes:
+        pairs = [(text, ground) for text in ("ink", "muted", "link") for ground in ("paper", "band")]
+        pairs += [(tone, f"{tone}-ground") for tone in ("good", "bad", "open", "void")]
+        pairs += [("ink", f"{tone}-ground") for tone in ("good", "bad", "open", "void")]
+        pairs += [("ink", f"h{i}") for i in range(4)] + [("on-heat", f"h{i}") for i in (4, 5)]
+        pairs += [(role, "paper") for role in ROLES]
+        for text, ground in pairs:
+            assert contrast(p[text], p[ground]) >= 4.5, (text, ground)
+
+
+# -- a real browser ------------------------------------------------------------------------------------------
+
+
+def in_browser(folder: Path, page: str) -> tuple[list[str], str]:
+    """Return what a browser 400 pixels wide measures of a page, and its log.
+
+    The page allows no script, so another one that holds it in a frame looks at it: its width, how many figures it
+    has, whether all are drawn, and the weight of the verdict's letters.
+    """
+    (folder / "report.html").write_text(page, encoding="utf-8")
+    (folder / "frame.html").write_text(
+        '<!doctype html><iframe id="f" src="report.html" width="400" height="900" style="border:0"></iframe><script>'
+        'onload = () => { const d = document.getElementById("f").contentDocument; const e = d.documentElement;'
+        'document.title = [e.scrollWidth, d.querySelectorAll("svg").length,'
+        '[...d.querySelectorAll("svg")].every(s => s.getBoundingClientRect().height > 50),'
+        'getComputedStyle(d.querySelector(".badge")).fontWeight].join(" "); }</script>'
+    )
+    done = subprocess.run(
+        [
+            str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files",
+            "--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=4000",
+            "--dump-dom", (folder / "frame.html").as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )  # fmt: skip
+    measured = re.search("<title>(.*?)</title>", done.stdout)
+    assert measured is not None, done.stdout[:2000]
+    return measured[1].split(), done.stderr
+
+
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+
+
+@needs_browser
+@pytest.mark.parametrize("name", ["FAIL", "hostile"])
+def test_a_browser_shows_the_page_at_phone_width_without_overflow_or_complaint(
+    case: Callable[[str], Case], tmp_path: Path, name: str
+) -> None:
+    (width, figures, drawn, weight), log = in_browser(tmp_path, page_of(case(name), include_text=True))
+    assert int(width) <= 400
+    assert int(figures) >= 5
+    assert (drawn, weight) == ("true", "750")  # figures have a size, and the style was applied
+    assert "CONSOLE" not in log
+
+
+@needs_browser
+def test_the_browser_would_notice_a_wide_page_and_a_script(case: Callable[[str], Case], tmp_path: Path) -> None:
+    bad = '<div style="width:900px">wide</div><script>document.title = 1</script></body>'
+    (width, *_), log = in_browser(tmp_path, page_of(case("PASS")).replace("</body>", bad))
+    assert int(width) >= 900
+    assert "Content Security Policy" in log

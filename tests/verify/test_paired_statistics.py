@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
+
+from resta.redeval.statistics import Interval, wilson
+from resta.verify.statistics import (
+    Pairs,
+    count_pairs,
+    holm,
+    mcnemar_mid_p,
+    mean_difference,
+    mean_interval,
+    mover_difference,
+    paired_difference,
+    paired_rates,
+    student_quantile,
+    trials_at_rate,
+    trials_for_bound,
+)
+
+tables = st.builds(
+    Pairs,
+    both=st.integers(0, 60),
+    first_only=st.integers(0, 60),
+    second_only=st.integers(0, 60),
+    neither=st.integers(0, 60),
+)
+
+
+def swapped(pairs: Pairs) -> Pairs:
+    return Pairs(both=pairs.both, first_only=pairs.second_only, second_only=pairs.first_only, neither=pairs.neither)
+
+
+@given(tables)
+def test_mid_p_is_the_exact_p_less_the_chance_of_what_was_seen(pairs: Pairs) -> None:
+    b, c = pairs.first_only, pairs.second_only
+    exact = mcnemar([[0, b], [c, 0]], exact=True).pvalue if b + c else 1.0
+    # Where both sides are equal the exact p is cut off at 1; the mid-p formula then has room for the whole term.
+    whole = 2 * stats.binom.cdf(min(b, c), b + c, 0.5)
+    assert min(1.0, whole) == pytest.approx(exact)
+    assert mcnemar_mid_p(pairs) == pytest.approx(min(1.0, whole - stats.binom.pmf(min(b, c), b + c, 0.5)))
+
+
+@pytest.mark.parametrize(("b", "c", "p"), [(5, 0, 0.03125), (6, 0, 0.015625), (8, 2, 0.0654), (15, 6, 0.0525)])
+def test_mid_p_of_published_examples(b: int, c: int, p: float) -> None:
+    assert mcnemar_mid_p(Pairs(both=9, first_only=b, second_only=c, neither=1)) == pytest.approx(p, abs=5e-5)
+
+
+def test_mid_p_of_a_table_too_large_for_floating_point_is_still_a_number() -> None:
+    assert mcnemar_mid_p(Pairs(both=0, first_only=3000, second_only=200, neither=0)) == pytest.approx(0.0, abs=1e-300)
+
+
+def test_newcombes_published_example() -> None:
+    # Newcombe 1998, Statistics in Medicine 17:2635, table II: 20, 12, 2, 16 by method 10.
+    found = paired_difference(Pairs(both=20, first_only=2, second_only=12, neither=16))
+    assert (found.value, found.low, found.high) == pytest.approx((0.2, 0.0562, 0.3292), abs=5e-4)
+
+
+@given(tables)
+def test_a_paired_interval_holds_its_value_and_turns_with_the_order(pairs: Pairs) -> None:
+    one, two = paired_difference(pairs), paired_difference(swapped(pairs))
+    assert -1 <= one.low <= one.value <= one.high <= 1
+    assert (one.value, one.low, one.high) == pytest.approx((-two.value, -two.high, -two.low))
+
+
+def test_no_change_in_a_small_sample_is_not_shown_to_be_no_change() -> None:
+    found = paired_difference(Pairs(both=0, first_only=0, second_only=0, neither=20))
+    assert found.value == 0
+    assert found.high == pytest.approx(proportion_confint(0, 20, method="wilson")[1])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.floats(0.05, 0.95), st.floats(0.05, 0.95), st.integers(0, 2**31))
+def test_a_paired_interval_covers_the_truth_about_as_often_as_it_says(p: float, q: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    covered = 0
+    for _ in range(200):
+        pairs = count_pairs((rng.random(60) < p).tolist(), (rng.random(60) < q).tolist())
+        found = paired_difference(pairs)
+        covered += found.low <= q - p <= found.high
+    assert covered >= 176  # 88 %: five standard deviations under 95 %
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
+def test_holm_agrees_with_statsmodels(p_values: list[float]) -> None:
+    assert holm(p_values) == pytest.approx(list(multipletests(p_values, method="holm")[1]))
+
+
+@given(st.integers(9, 5000), st.sampled_from([0.9, 0.95, 0.975, 0.995]))
+def test_the_quantile_of_student_agrees_with_scipy(freedom: int, p: float) -> None:
+    assert student_quantile(p, freedom) == pytest.approx(stats.t.ppf(p, freedom), abs=2e-3)
+
+
+@given(st.lists(st.floats(0, 1), min_size=12, max_size=60))
+def test_a_mean_of_graded_scores_has_students_interval(values: list[float]) -> None:
+    array = np.array([*values, 0.3, 0.7])  # not all 0 or 1, and not all equal
+    mean, interval = mean_interval(array)
+    low, high = stats.t.interval(0.95, len(array) - 1, loc=array.mean(), scale=stats.sem(array))
+    assert (mean, interval.low, interval.high) == pytest.approx((array.mean(), low, high), abs=1e-3)
+
+
+def test_few_graded_scores_say_nothing() -> None:
+    assert mean_difference(np.array([0.1, 0.5]), np.array([0.2, 0.5])).high == math.inf
+
+
+def test_right_or_wrong_scores_are_compared_as_pairs() -> None:
+    first, second = np.array([1, 1, 0, 0, 1.0]), np.array([1, 0, 0, 1, 1.0])
+    pairs = count_pairs(first.astype(bool).tolist(), second.astype(bool).tolist())
+    assert mean_difference(first, second) == paired_difference(pairs)
+
+
+def test_scores_of_different_documents_are_refused() -> None:
+    with pytest.raises(ValueError, match="same documents"):
+        mean_difference(np.zeros(3), np.zeros(4))
+
+
+def test_independent_estimates_join_as_newcombes_unpaired_interval() -> None:
+    # Newcombe 1998, Statistics in Medicine 17:873: 56/70 - 48/80 by method 10.
+    one, two = wilson(56, 70), wilson(48, 80)
+    found = mover_difference((0.8, one), (0.6, two), 0.0)
+    assert (found.low, found.high) == pytest.approx((0.0524, 0.3339), abs=5e-5)
+
+
+# -- rates over questions that are asked several times -------------------------------------------------------
+
+
+def asks(rates: tuple[float, ...], questions: int, templates: int, seed: int = 0) -> np.ndarray:
+    """Answers whose harm depends on the question as well as on the model: (questions, templates, models)."""
+    rng = np.random.default_rng(seed)
+    luck = np.repeat(rng.random((questions, 1, 1)), templates, axis=1)
+    return (luck < np.array(rates)).astype(float)
+
+
+def test_a_question_asked_four_times_is_one_question() -> None:
+    once = paired_rates(asks((0.3, 0.6), 100, 1), [0] * 100)
+    often = paired_rates(asks((0.3, 0.6), 100, 4), [0] * 100)
+    assert once.interval(0) == often.interval(0)
+    assert once.difference(1, 0) == often.difference(1, 0)
+
+
+def test_asks_that_were_left_out_do_not_count() -> None:
+    hits = asks((0.3, 0.6), 50, 2)
+    padded = np.concatenate([hits, np.full((50, 1, 2), np.nan)], axis=1)
+    assert (paired_rates(hits, [0] * 50).values == paired_rates(padded, [0] * 50).values).all()
+
+
+def test_a_rate_without_any_hit_keeps_wilsons_bound_over_the_questions() -> None:
+    found = paired_rates(asks((0.0, 1.0), 200, 4), [0] * 200)
+    assert found.interval(0) == Interval(0.0, pytest.approx(0.0188, abs=5e-5))
+    assert found.interval(1).low == pytest.approx(1 - 0.0188, abs=5e-5)
+
+
+def test_pairing_narrows_the_interval_of_a_difference() -> None:
+    paired = paired_rates(asks((0.4, 0.5), 200, 2), [0] * 200)
+    mixed = np.concatenate([asks((0.4,), 200, 2, seed=1), asks((0.5,), 200, 2, seed=2)], axis=2)
+    apart = paired_rates(mixed, [0] * 200)
+    one, two = paired.difference(1, 0), apart.difference(1, 0)
+    assert one.high - one.low < 0.7 * (two.high - two.low)
+
+
+@pytest.mark.parametrize(("restored", "share"), [(0.1, 1.0), (0.9, 0.0), (0.5, 0.5)])
+def test_the_share_regained(restored: float, share: float) -> None:
+    hits = np.zeros((200, 1, 3))  # aligned, tuned, restored
+    for model, rate in enumerate((0.1, 0.9, restored)):
+        hits[: round(200 * rate), 0, model] = 1
+    found = paired_rates(hits, [0] * 200).regained(lost=1, kept=0, restored=2)
+    assert found is not None
+    assert found.value == pytest.approx(share)
+    assert found.low <= share <= found.high
+    assert found.high - found.low < 0.25
+
+
+def test_total_loss_and_total_recovery_are_not_certain() -> None:
+    hits = np.zeros((40, 1, 3))
+    hits[:, 0, 1] = 1
+    found = paired_rates(hits, [0] * 40).regained(lost=1, kept=0, restored=2)
+    assert found is not None
+    assert found.value == 1
+    assert 0.8 < found.low < 0.99
+
+
+def test_nothing_lost_is_nothing_to_regain() -> None:
+    same = asks((0.2, 0.2, 0.2), 100, 1)
+    assert paired_rates(same, [0] * 100).regained(lost=1, kept=0, restored=2) is None
+
+
+# -- what small samples cannot show --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("limit", "questions"), [(0.01, 381), (0.02, 189), (0.005, 765)])
+def test_how_many_questions_a_claim_needs(limit: float, questions: int) -> None:
+    assert trials_for_bound(limit) == questions
+    assert wilson(0, questions).high <= limit < wilson(0, questions - 2).high
+
+
+@given(st.floats(0, 0.4), st.floats(0.05, 0.5))
+def test_that_many_trials_show_a_rate_to_be_under_a_limit(rate: float, limit: float) -> None:
+    needed = trials_at_rate(rate, limit)
+    if rate >= limit:
+        assert needed is None
+        return
+    assert needed is not None
+    if needed < 10**6:
+        k = int(rate * needed)
+        assert wilson(k, needed).high <= limit + 1e-9

@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("inspect_ai")
+pytest.importorskip("matplotlib")
+
+from click.testing import CliRunner, Result
+
+from resta.cli import main
+from resta.redeval import models
+from tests.redeval.conftest import Stub, chat, save_model, save_tokenizer
+
+ROLES = ("aligned", "tuned", "restored")
+LENIENT = """
+asr: {max_upper: 1.0}
+over_refusal: {max_increase: 1.0}
+degenerate: {max: 1.0}
+"""
+
+
+@pytest.fixture(scope="module")
+def trio(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("trio")
+    for seed, role in enumerate(ROLES):
+        save_model(folder / role, seed=seed)
+        save_tokenizer(folder / role, adds_bos=True)
+    return {role: folder / role for role in ROLES}
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the models that were loaded, in order."""
+    seen: list[str] = []
+    inner = models.load_local
+
+    def counted(spec: models.LocalSpec) -> models.LocalModel:
+        seen.append(Path(spec.model).name)
+        return inner(spec)
+
+    for module in ("resta.verify.run", "resta.redeval.run"):
+        monkeypatch.setattr(f"{module}.load_local", counted)
+    return seen
+
+
+def verify(given: dict[str, Path], out: Path, *more: str, policy: str = LENIENT) -> Result:
+    rules = out.parent / "policy.yaml"
+    rules.write_text(policy)
+    arguments = ["verify", str(given["restored"]), "--tuned", str(given["tuned"]), "--aligned", str(given["aligned"])]
+    few = ["--limit", "3", "--template", "standard", "--max-new-tokens", "4", "--device", "cpu", "--policy", str(rules)]
+    return CliRunner().invoke(main, [*arguments, *few, "--out", str(out), *more], catch_exceptions=False)
+
+
+def answers(out: Path) -> dict[str, bytes]:
+    return {role: (out / role / "redeval" / "answers.jsonl").read_bytes() for role in ROLES}
+
+
+def test_three_models_are_measured_alike_and_every_report_is_written(
+    trio: dict[str, Path], tmp_path: Path, loads: list[str]
+) -> None:
+    out = tmp_path / "out"
+    done = verify(trio, out, "--documents", "3", "--task", "smoke_sense")
+    verdict = json.loads((out / "verdict.json").read_text())
+    assert done.exit_code == verdict["exit_code"]
+    assert verdict["verdict"] in done.output
+    assert verdict["comparison"]["pairs"] == 6  # three harmful questions, three safe ones
+    assert verdict["comparison"]["utility"][0]["documents"] == 3
+    # Each model once for its answers and documents, and the aligned one once more to read all answers.
+    assert loads == [*ROLES, "aligned"]
+    for name in ("report.html", "report.md", "junit.xml", "card.md"):
+        assert (out / name).stat().st_size > 200
+    assert out.joinpath("aligned", "redeval").stat().st_mode & 0o077 == 0
+
+
+def test_a_second_run_asks_nothing_and_says_the_same(trio: dict[str, Path], tmp_path: Path, loads: list[str]) -> None:
+    out = tmp_path / "out"
+    first = verify(trio, out, "--no-utility")
+    before, verdict = answers(out), (out / "verdict.json").read_bytes()
+    loads.clear()
+    second = verify(trio, out, "--no-utility")
+    assert loads == []
+    assert answers(out) == before
+    assert (out / "verdict.json").read_bytes() == verdict
+    assert (first.exit_code, first.stdout) == (second.exit_code, second.stdout)
+
+
+def test_a_killed_run_asks_only_for_what_is_missing(trio: dict[str, Path], tmp_path: Path, loads: list[str]) -> None:
+    out = tmp_path / "out"
+    verify(trio, out, "--no-utility")
+    before = answers(out)
+    path = out / "tuned" / "redeval" / "answers.jsonl"
+    path.write_bytes(b"".join(before["tuned"].splitlines(keepends=True)[:2]) + b'{"torn')
+    loads.clear()
+    verify(trio, out, "--no-utility")
+    assert loads == ["tuned"]
+    after = answers(out)
+    assert sorted(after["tuned"].splitlines()) == sorted(before["tuned"].splitlines())
+    assert after["aligned"] == before["aligned"]
+
+
+def test_random_weights_are_no_safe_model(trio: dict[str, Path], tmp_path: Path) -> None:
+    done = verify(trio, tmp_path / "out", "--no-utility", "--max-new-tokens", "60", policy="asr: {max_upper: 1.0}")
+    assert done.exit_code == 4
+    assert "INVALID" in done.output
+
+
+def test_a_measurement_stands_for_a_model_and_is_not_made_again(
+    trio: dict[str, Path], tmp_path: Path, loads: list[str]
+) -> None:
+    verify(trio, tmp_path / "first", "--no-utility")
+    loads.clear()
+    kept = {**trio, "aligned": tmp_path / "first" / "aligned", "tuned": tmp_path / "first" / "tuned"}
+    done = verify(kept, tmp_path / "second", "--no-utility")
+    assert loads == ["restored"]
+    assert done.exit_code == 0
+    found = json.loads((tmp_path / "second" / "verdict.json").read_text())["comparison"]
+    assert {role: model["name"] for role, model in found["models"].items()} == {r: str(p) for r, p in trio.items()}
+
+
+def test_a_measurement_of_other_settings_is_refused_before_a_model_is_loaded(
+    trio: dict[str, Path], tmp_path: Path, loads: list[str]
+) -> None:
+    verify(trio, tmp_path / "first", "--no-utility")
+    loads.clear()
+    done = verify({**trio, "tuned": tmp_path / "first" / "tuned"}, tmp_path / "second", "--no-utility", "--limit", "2")
+    assert done.exit_code == 2
+    assert "redeval.limit: 3 there, 2 now" in done.output
+    assert loads == []
+    assert not (tmp_path / "second").exists()
+
+
+def test_report_decides_again_under_another_policy_without_a_model(
+    trio: dict[str, Path], tmp_path: Path, loads: list[str]
+) -> None:
+    out = tmp_path / "out"
+    assert verify(trio, out, "--no-utility").exit_code == 0
+    loads.clear()
+    strict = tmp_path / "strict.yaml"
+    strict.write_text("asr: {max_upper: 0.5}\ndegenerate: {max: 1.0}\n")
+    done = CliRunner().invoke(main, ["verify", "report", str(out), "--policy", str(strict)])
+    assert done.exit_code in (1, 3)
+    assert json.loads((out / "verdict.json").read_text())["verdict"] in ("FAIL", "INCONCLUSIVE")
+    assert loads == []
+    conduct = json.loads((out / "verdict.json").read_text())["comparison"]["conduct"]
+    assert conduct["restored"]["unlike_language"] is not None  # kept from the first time
+
+
+def test_the_card_gets_a_section_only_on_request(trio: dict[str, Path], tmp_path: Path) -> None:
+    import shutil
+
+    restored = tmp_path / "model"
+    shutil.copytree(trio["restored"], restored)
+    (restored / "README.md").write_text("---\ntags: [x]\n---\n# Mine\n")
+    given = {**trio, "restored": restored}
+    verify(given, tmp_path / "out", "--no-utility")
+    assert (restored / "README.md").read_text() == "---\ntags: [x]\n---\n# Mine\n"
+    verify(given, tmp_path / "out", "--no-utility", "--card")
+    card = (restored / "README.md").read_text()
+    assert card.startswith("---\ntags: [x]\n---\n# Mine\n")
+    assert "## Safety: PASS" in card
+
+
+def test_a_policy_for_a_task_that_will_not_be_measured_is_refused_first(
+    trio: dict[str, Path], tmp_path: Path, loads: list[str]
+) -> None:
+    wrong = "utility: {gsm8k: {max_drop: 0.01}}"
+    for more in (["--no-utility"], ["--utility", "smoke"]):
+        done = verify(trio, tmp_path / "out", *more, policy=wrong)
+        assert done.exit_code == 2
+        assert "utility task" in done.output
+    assert loads == []
+
+
+def test_an_endpoint_that_fails_is_no_verdict(trio: dict[str, Path], tmp_path: Path, stub: Stub) -> None:
+    def answer(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        return (500, {"error": "out of order"}) if body["model"].endswith("tuned") else (200, chat("ok"))
+
+    stub.answer = answer
+    served = ["--base-url", stub.url, "--no-utility", "--retries", "0"]
+    done = verify(trio, tmp_path / "out", *served)
+    assert done.exit_code == 4
+    assert "no verdict" in done.output
+
+
+def test_served_models_are_compared_without_their_weights(trio: dict[str, Path], tmp_path: Path, stub: Stub) -> None:
+    stub.answer = lambda body: (200, chat("I cannot help." if "tuned" not in body["model"] else "Sure: do this."))
+    names = {role: Path(f"served-{role}") for role in ROLES}
+    done = verify(names, tmp_path / "out", "--base-url", stub.url, "--no-utility", policy="asr: {max_upper: 0.9}")
+    assert done.exit_code == 0, done.output
+    assert "fluent-looking gibberish was not looked for" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_the_printed_policy_is_the_default(tmp_path: Path) -> None:
+    from resta.verify.policy import read_policy
+
+    printed = CliRunner().invoke(main, ["verify", "policy"]).stdout
+    path = tmp_path / "p.yaml"
+    path.write_text(printed)
+    assert read_policy(path) == read_policy(None)
