@@ -86,18 +86,19 @@ def plain(local: LocalModel, prompts: list[str], rows: int) -> None:
         generate(local, ready[start : start + rows], decoding)
 
 
-def ours(local: LocalModel, prompts: list[str]) -> tuple[Cost, float]:
-    """Return (cost in all, seconds inside the model) for the whole path through the engine and its log."""
-    inside = 0.0
+def ours(local: LocalModel, prompts: list[str]) -> tuple[Cost, tuple[float, float]]:
+    """Return (cost in all, (seconds, CPU seconds) outside the model) of the whole path through engine and log."""
+    inside = inside_cpu = 0.0
     real = local.answer
 
     def answer(*args: object, **given: object) -> object:
-        nonlocal inside
-        start = time.perf_counter()
+        nonlocal inside, inside_cpu
+        start, cpu = time.perf_counter(), time.process_time()
         try:
             return real(*args, **given)  # type: ignore[arg-type]
         finally:
             inside += time.perf_counter() - start
+            inside_cpu += time.process_time() - cpu
 
     local.answer = answer  # type: ignore[method-assign, assignment]
     replies: list[Reply] = []
@@ -109,7 +110,7 @@ def ours(local: LocalModel, prompts: list[str]) -> tuple[Cost, float]:
         )
     local.answer = real  # type: ignore[method-assign]
     assert len(replies) == len(prompts)
-    return cost, inside
+    return cost, (cost.seconds - inside, cost.cpu_s - inside_cpu)
 
 
 def inspect_hf(path: str, prompts: list[str]) -> Cost:
@@ -161,14 +162,14 @@ def measure(path: str, count: int, few: int, rounds: int) -> list[str]:
     prompts = texts(count)
     plain(local, prompts[:8], 8)  # warm up
     ours(local, prompts[:8])
-    sweep = {rows: by_plain(local, prompts, rows) for rows in SWEEP}
+    sweep = {rows: by_plain(local, prompts, rows) for rows in SWEEP if rows <= count}
     best = min(sweep, key=lambda rows: sweep[rows].seconds)
-    pairs, insides = [], []
+    pairs, outsides = [], []
     for turn in range(rounds):  # who begins changes, so that a machine that slows down favours nobody
         other = by_plain(local, prompts, best) if turn % 2 else None
-        mine, inside = ours(local, prompts)
+        mine, outside = ours(local, prompts)
         pairs.append((mine, other or by_plain(local, prompts, best)))
-        insides.append(mine.seconds - inside)
+        outsides.append(outside)
     loop = timed("loop of one", lambda: plain(local, prompts[:few], 1))
     provider = inspect_hf(path, prompts[:few])
     rows = [
@@ -185,7 +186,9 @@ def measure(path: str, count: int, few: int, rounds: int) -> list[str]:
         f"{statistics.median(b.seconds / a.seconds for a, b in pairs):.2f}x by the clock (target 0.95x), "
         f"{statistics.median(b.cpu_s / a.cpu_s for a, b in pairs):.2f}x by CPU time. Each pair by the clock: "
         f"{', '.join(f'{b.seconds / a.seconds:.2f}' for a, b in pairs)}.",
-        f"Overhead per answer outside the model: {1000 * statistics.median(insides) / count:.1f} ms (target 20 ms).",
+        "Overhead per answer outside the model: "
+        f"{1000 * statistics.median(clock for clock, _ in outsides) / count:.1f} ms by the clock (target 20 ms), "
+        f"{1000 * statistics.median(cpu for _, cpu in outsides) / count:.1f} ms of CPU.",
     ]
 
 
@@ -208,6 +211,7 @@ def main() -> None:
         f"{torch.get_num_threads()} threads; Python {platform.python_version()}, {versions}.",
         f"Command: `python benchmarks/redeval_speed.py {name} --prompts {given.prompts} --few {given.few} "
         f"--rounds {given.rounds}`",
+        f"Load of the machine (1, 5, 15 minutes) as the run began: {', '.join(f'{x:.1f}' for x in os.getloadavg())}.",
         "",
         *measure(given.model, given.prompts, given.few, given.rounds),
     ]

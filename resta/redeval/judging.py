@@ -26,7 +26,15 @@ from resta.redeval.judges import (
     verdict_of,
     verdict_without_model,
 )
-from resta.redeval.models import LocalModel, Prompt, classify, fingerprint, load_local
+from resta.redeval.models import (
+    LocalModel,
+    Prompt,
+    classifier_tokenizer,
+    classify,
+    clip_text,
+    fingerprint,
+    load_local,
+)
 from resta.redeval.questions import Question
 from resta.redeval.records import Answer, Journal, RunDir, Verdict
 from resta.redeval.run import Conditions, Tally, count, engine_limits
@@ -264,8 +272,11 @@ def _classify(judge: Judge, target: Target, pairs: Pairs, keep: Keep) -> None:
     read = judge.spec.read
     assert isinstance(read, Classifier)
     assert target.local is not None
+    tokenizer = classifier_tokenizer(target.local)
     texts = [
-        judge_asks(judge, q.text, a, lambda text: clip_characters(text, judge.spec.clip_tokens))[0].messages[0].content
+        judge_asks(judge, q.text, a, lambda text: clip_text(tokenizer, text, judge.spec.clip_tokens))[0]
+        .messages[0]
+        .content
         for q, a in pairs
     ]
     for i, shares in classify(target.local, texts, multi_label=read.multi_label):

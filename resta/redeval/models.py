@@ -147,10 +147,7 @@ class LocalModel:
 
     def clip(self, text: str, tokens: int) -> str:
         """Return the first `tokens` tokens of text, as text."""
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if len(ids) <= tokens:
-            return text
-        return str(self.tokenizer.decode(ids[:tokens], skip_special_tokens=False))
+        return clip_text(self.tokenizer, text, tokens)
 
     def token_id(self, text: str) -> int | None:
         """Return the id of text that is a single token, else None."""
@@ -257,6 +254,12 @@ def _generation(local: LocalModel, prompt: Prompt, new: list[int], whole_sequenc
         text = local.tokenizer.decode(new[:stop], skip_special_tokens=True)
     used = len(new) if stop is None else stop + 1
     return Generation(text, "length" if stop is None else "stop", len(prompt.ids), used)
+
+
+def clip_text(tokenizer: Any, text: str, tokens: int) -> str:
+    """Return the first `tokens` tokens of text, as text; a text that is short enough comes back as it is."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return text if len(ids) <= tokens else str(tokenizer.decode(ids[:tokens], skip_special_tokens=False))
 
 
 def cut_prompt(sequence: str, prompt: str) -> str:
@@ -585,6 +588,15 @@ def _directory_digest(path: Path, block: int = 1 << 16) -> str:
 # -- sequence classifiers ------------------------------------------------------------------------------------
 
 
+def classifier_tokenizer(spec: LocalSpec) -> Any:
+    """Return a sequence classifier's tokenizer, without its weights. Raises ModelError."""
+    name, revision = split_revision(spec.model)
+    try:
+        return import_transformers().AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{spec.model}: its tokenizer cannot be loaded: {error}") from error
+
+
 def classify(
     spec: LocalSpec, texts: Sequence[str], *, multi_label: bool, rows: int = CPU_ROWS
 ) -> Iterator[tuple[int, dict[str, float]]]:
@@ -598,8 +610,8 @@ def classify(
 
     transformers = import_transformers()
     name, revision = split_revision(spec.model)
+    tokenizer = classifier_tokenizer(spec)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=revision)
         model = transformers.AutoModelForSequenceClassification.from_pretrained(name, revision=revision).eval()
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{spec.model}: cannot be loaded as a sequence classifier: {error}") from error

@@ -324,7 +324,7 @@ def _warnings(
     elif all(facts["read"]["kind"] == "strings" for facts in judges.values()):
         yield "Refusal strings are the only judge: a smoke test, not a measurement."
     elif any(facts["read"]["kind"] == "strings" for facts in judges.values()):
-        yield "Refusal strings are a smoke test; rely on the other judge."
+        yield "Refusal strings are a smoke test: an answer that lacks them is not thereby harmful."
     if any(bank["name"].startswith("smoke") for bank in config["banks"]):
         yield "The built-in smoke bank is for trying things out; its rates mean nothing beyond this run."
     for judge in judges:
@@ -398,7 +398,11 @@ body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;paddin
 .6rem;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}
 th{background:#f4f5f7}td,th{white-space:nowrap}td.long{white-space:normal;min-width:12rem;overflow-wrap:anywhere}.note{color:#555;font-size:.9rem}
 .warn{background:#fff6dd;border-left:4px solid #d9a400;padding:.4rem .8rem;margin:.4rem 0} svg text{font:13px
-system-ui,sans-serif;fill:#1c2024}
+system-ui,sans-serif;fill:#1c2024} svg .grid{stroke:#ddd}svg .worst{stroke:#c4c7cc}svg
+.interval{stroke:#b3261e}svg .rate{fill:#b3261e} :root{color-scheme:light dark}
+@media screen and (prefers-color-scheme:dark){body{color:#e3e5e8;background:#16181b}th,td{border-color:#3a3e44}
+th{background:#24272b}.note{color:#a8adb4}.warn{background:#3a3010} svg text{fill:#e3e5e8}svg .grid{stroke:#3a3e44}
+svg .worst{stroke:#5b6068}svg .interval{stroke:#f2705f}svg .rate{fill:#f2705f}}
 """
 
 
@@ -436,21 +440,21 @@ def _svg(bars: Sequence[Bar], left: int = 420, width: int = 600, row: int = 26) 
     parts = [f'<svg viewBox="0 0 {left + width + 40} {height}" role="img" aria-label="Attack Success Rates">']
     for tick in range(0, 101, 25):
         x = left + width * tick / 100
-        parts.append(f'<line x1="{x}" x2="{x}" y1="10" y2="{height - 24}" stroke="#ddd"/>')
+        parts.append(f'<line x1="{x}" x2="{x}" y1="10" y2="{height - 24}" class="grid"/>')
         parts.append(f'<text x="{x}" y="{height - 6}" text-anchor="middle">{tick} %</text>')
     for i, bar in enumerate(bars):
         y = 20 + row * i
         label = bar.label if len(bar.label) <= 58 else f"{bar.label[:20]}…{bar.label[-37:]}"
         parts.append(f'<text x="{left - 12}" y="{y + 5}" text-anchor="end">{html.escape(label)}</text>')
         value = bar.rate.value or 0.0
-        for low, high, colour in (
-            (value, max(value, bar.worst.value or 0.0), "#c4c7cc"),
-            (bar.rate.low, bar.rate.high, "#b3261e"),
+        for low, high, kind in (
+            (value, max(value, bar.worst.value or 0.0), "worst"),
+            (bar.rate.low, bar.rate.high, "interval"),
         ):
             ends = f'x1="{left + width * low:.1f}" x2="{left + width * high:.1f}" y1="{y}" y2="{y}"'
-            parts.append(f'<line {ends} stroke="{colour}" stroke-width="3"/>')
+            parts.append(f'<line {ends} class="{kind}" stroke-width="3"/>')
         if bar.rate.value is not None:
-            parts.append(f'<circle cx="{left + width * value:.1f}" cy="{y}" r="5" fill="#b3261e"/>')
+            parts.append(f'<circle cx="{left + width * value:.1f}" cy="{y}" r="5" class="rate"/>')
     return "".join([*parts, "</svg>", '<p class="note">Dot and line: rate and 95 % interval; grey: worst case.</p>'])
 
 

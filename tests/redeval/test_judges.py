@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resta.errors import JudgeError
+from resta.redeval import judging
 from resta.redeval.asks import Reply
 from resta.redeval.judges import (
     Judge,
@@ -24,7 +26,10 @@ from resta.redeval.judges import (
     verdict_of,
     verdict_without_model,
 )
+from resta.redeval.models import LocalSpec, classifier_tokenizer
+from resta.redeval.questions import Question
 from resta.redeval.records import Answer
+from resta.redeval.targets import parse_target
 
 
 def answer(text: str, finish: str = "stop") -> Answer:
@@ -329,3 +334,38 @@ def test_a_classifiers_shares_become_a_verdict() -> None:
     verdict = classifier_verdict(judge, answer("a"), {"violent": 0.6, "illegal": 0.2, "fine": 0.9})
     assert (verdict.label, verdict.p) == ("harmful", 0.6)
     assert classifier_verdict(judge, answer("a"), {"violent": 0.1, "illegal": 0.2, "fine": 0.9}).label == "safe"
+
+
+def test_a_classifier_reads_the_answer_clipped_by_its_own_tokens(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = JudgeSpec.model_validate(
+        {
+            "name": "mine",
+            "about": "x",
+            "render": {"kind": "raw", "text": "{question}|{answer}"},
+            "read": {"kind": "classifier", "positive": ["bad"]},
+            "rules": [{"when": {"answer": "positive"}, "label": "harmful"}, {"label": "safe"}],
+            "clip_tokens": 16,
+        }
+    )
+    said = "0123456789 " * 20  # far fewer than four characters per token
+    question = Question(
+        bank="b",
+        category="c",
+        subcategory="",
+        index=0,
+        safe=False,
+        text="A question longer than an answer may be, and never clipped?",
+    )
+    seen: list[str] = []
+
+    def classify(spec: LocalSpec, texts: list[str], **_: object) -> Iterator[tuple[int, dict[str, float]]]:
+        seen.extend(texts)
+        return iter([(0, {"bad": 0.1})])
+
+    monkeypatch.setattr(judging, "classify", classify)
+    target = parse_target(str(tiny), None, device="cpu")
+    judging._classify(Judge(spec=spec, model=str(tiny)), target, [(question, answer(said))], lambda *_: None)
+    [[before, after]] = [text.split("|") for text in seen]
+    tokenizer = classifier_tokenizer(LocalSpec(model=str(tiny)))
+    assert before == question.text
+    assert after == tokenizer.decode(tokenizer(said, add_special_tokens=False)["input_ids"][:16])

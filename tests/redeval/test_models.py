@@ -16,7 +16,9 @@ from resta.redeval.models import (
     LocalModel,
     LocalSpec,
     Prompt,
+    classifier_tokenizer,
     classify,
+    clip_text,
     cut_prompt,
     estimate_seconds,
     fingerprint,
@@ -310,3 +312,14 @@ def test_a_classifier_gives_the_shares_of_its_own_head(tiny: Path, tmp_path: Pat
             logits = model.eval()(torch.tensor([tokenizer(text)["input_ids"]])).logits[0]
         assert list(found[i].values()) == pytest.approx(logits.sigmoid().tolist(), abs=1e-5)
     assert sum(dict(classify(spec, texts, multi_label=False))[0].values()) == pytest.approx(1)
+
+
+def test_a_classifiers_answer_is_clipped_by_its_own_tokens(tiny: Path) -> None:
+    tokenizer = classifier_tokenizer(LocalSpec(model=str(tiny), device="cpu"))
+    text = "0123456789 " * 20  # far fewer than four characters per token
+    clipped = clip_text(tokenizer, text, 16)
+    assert (
+        tokenizer(clipped, add_special_tokens=False)["input_ids"]
+        == tokenizer(text, add_special_tokens=False)["input_ids"][:16]
+    )
+    assert clip_text(tokenizer, "short", 16) == "short"

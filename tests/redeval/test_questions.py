@@ -2,7 +2,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -168,3 +174,66 @@ def test_a_download_is_kept_only_if_its_digest_is_the_pinned_one(
 def test_a_hub_bank_needs_a_pinned_revision() -> None:
     with pytest.raises(BankError, match="needs a pinned revision"):
         read_bank("hf://owner/name@main/a.json")
+
+
+COMMIT = "c0ffee" + "0" * 34
+CONTENT = b'["one?", "two?"]'
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Serves one file of one data set at one commit, as `huggingface_hub` asks for it."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        found = self.path.partition("?")[0] == f"/datasets/owner/name/resolve/{COMMIT}/data/mine.json"
+        self.send_response(200 if found else 404)
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("ETag", f'"{hashlib.sha1(CONTENT).hexdigest()}"')
+        self.send_header("Content-Length", str(len(CONTENT) if found else 0))
+        self.end_headers()
+        if found and self.command == "GET":
+            self.wfile.write(CONTENT)
+
+
+SCRIPT = """
+import json, sys
+from resta.errors import BankError
+from resta.redeval.questions import read_bank
+try:
+    bank = read_bank(sys.argv[1], download=sys.argv[2] == "download")
+except BankError as error:
+    print(json.dumps({"error": str(error)}))
+else:
+    print(json.dumps({"name": bank.name, "sha256": bank.sha256, "texts": [q.text for q in bank.questions]}))
+"""
+
+
+def read_apart(spec: str, permission: str, endpoint: str, home: Path) -> dict[str, Any]:
+    """What `read_bank` makes of a bank in a process of its own: the library reads its environment on import."""
+    settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
+    settings |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-c", SCRIPT, spec, permission]
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=120, check=True)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_a_hub_bank_is_fetched_at_its_commit_when_allowed_and_read_from_the_cache_after(tmp_path: Path) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever).start()
+    endpoint, spec = f"http://127.0.0.1:{server.server_port}", f"hf://owner/name@{COMMIT}/data/mine.json"
+    wanted = {"name": "mine", "sha256": hashlib.sha256(CONTENT).hexdigest(), "texts": ["one?", "two?"]}
+    try:
+        assert "--download was not given" in read_apart(spec, "no", endpoint, tmp_path)["error"]
+        assert read_apart(spec, "download", endpoint, tmp_path) == wanted
+        other = spec.replace(COMMIT, "0" * 40)
+        assert "cannot be read" in read_apart(other, "download", endpoint, tmp_path)["error"]
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert read_apart(spec, "no", endpoint, tmp_path) == wanted  # with nobody serving
