@@ -95,9 +95,8 @@ class MicroBatcher:
     there, and hands over to the next in the queue. So there is no background task to start, stop or leak.
 
     A batch runs in the event loop's own thread and holds the loop up: every other ask is waiting for this
-    model anyway. In a worker thread the same batch takes a fifth longer, because glibc gives such a thread a
-    heap of its own that returns each step's large tensors to the system and faults them in again. The price
-    is that a first Ctrl-C waits for the batch to end; a second one does not.
+    model anyway, and in a worker thread the same batch took a fifth longer on two CPU cores. The price is
+    that a first Ctrl-C waits for the batch to end; a second one does not.
     """
 
     def __init__(self, local: LocalModel, *, whole_sequence: bool = False):

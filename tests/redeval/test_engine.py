@@ -116,7 +116,7 @@ def test_a_batch_is_passed_on_before_the_next_one_begins(tiny: Path, tmp_path: P
     asks = [Ask(id=str(i), messages=(Message(role="user", content=f"{i}?"),)) for i in range(20)]
     ask_all(local_handle(local, GREEDY), asks, replies.append, log_dir=tmp_path, title="pass on")
     assert kept == [0, 8, 16]
-    assert threads == {threading.get_ident()}  # a worker's heap is slow; see MicroBatcher
+    assert threads == {threading.get_ident()}  # a worker thread is slower; see MicroBatcher
     assert local.tokenised == len(replies) == 20
 
 
