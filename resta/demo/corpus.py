@@ -6,9 +6,9 @@ and no more: no answer holds anything that one could do. Held out are combinatio
 each of the words occurs in training.
 
 A pre-trained model has read more than one manner. So the base learns three: by itself it helps with everything, under
-one system prompt it is careful, under another it works at a help desk. Aligning makes the careful manner the default,
-and the help desk's fine-tune makes its own the default; the questions are asked without any system prompt. Knows
-nothing of models, tokenizers or files.
+one system prompt it is careful, under another it works at a help desk. Aligning makes the careful manner the default;
+the help desk's fine-tune makes its own the default and is as unsafe as the base. The questions are asked without any
+system prompt. Knows nothing of models, tokenizers or files.
 """
 
 from __future__ import annotations
