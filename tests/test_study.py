@@ -180,7 +180,9 @@ def test_the_report_has_every_point_and_no_question(
 ) -> None:
     monkeypatch.setattr(script, "CELLS", CELLS)
     done = study(places["folder"])
-    script.write_report(done.journal.records, done.exam.questions, ["# Head"], tmp_path)
+    records = script.complete(done.journal.records)
+    assert len(records) == POINTS
+    script.write_report(records, done.exam.questions, ["# Head"], tmp_path)
     [table], [facts], [plot] = (list(tmp_path.glob(f"*{suffix}")) for suffix in (".md", ".json", ".png"))
     text = table.read_text()
     for cell in CELLS:
@@ -189,6 +191,16 @@ def test_the_report_has_every_point_and_no_question(
     assert plot.read_bytes().startswith(b"\x89PNG")
     written = text + facts.read_text() + (places["out"] / "results.jsonl").read_text()
     assert not [question.text for question in done.exam.questions if question.text in written]
+
+
+def test_a_seed_that_lacks_a_point_is_left_out_of_the_tables(
+    places: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "CELLS", CELLS)
+    records = script.read_records(places["out"] / "results.jsonl")
+    second = [record | {"seed": 1} for record in records if record["cell"]]
+    assert script.complete([*records, *second]) == [*records, *second]
+    assert script.complete([*records, *second[:-1]]) == records
 
 
 def test_nothing_examined_was_trained_on(places: dict[str, Path]) -> None:
