@@ -129,10 +129,10 @@ def points() -> Iterator[Point]:
     yield Point(method="tuned")
     yield Point(method="sft+dare")
     scales = {
-        "resta": (0.25, 0.5, 1.0, 1.5),
+        "resta": (0.25, 0.5, 1.0, 1.5, 2.0),
         "resta_d": (0.5, 1.0, 1.5),
         "interpolation": (0.25, 0.5, 0.75),
-        "random": (0.5, 1.0),
+        "random": (1.0, 2.0),
     }
     for method, chosen in scales.items():
         for scale in chosen:
@@ -758,7 +758,8 @@ def best_table(cells: dict[str, list[Row]]) -> list[str]:
         shown = []
         for method in METHODS:
             row = best(rows, method)
-            shown.append("none" if row is None else f"{row.asr.value:.2f} at {row.scale:g} (loss {row.loss:.2f})")
+            at = f" at {row.scale:g}" if row and row.scale else ""
+            shown.append("none" if row is None else f"{row.asr.value:.2f}{at} (loss {row.loss:.2f})")
         [tuned] = [row for row in rows if row.method == "tuned" and row.dtype == "float32"]
         lines.append(f"| {name} | {tuned.asr.value:.2f} (loss {tuned.loss:.2f}) | {' | '.join(shown)} |")
     return lines
@@ -808,46 +809,41 @@ STYLES = {
 }  # fmt: skip
 
 
-def draw(cells: dict[str, list[Row]], aligned: Row, path: Path) -> None:
-    """Draw refusals against accuracy, one panel per cell, the points of a method joined in the order of scales."""
+def draw(cells: dict[str, list[Row]], aligned: Row, cost: str, path: Path) -> None:
+    """Draw refusals against a cost (accuracy or loss), one panel per cell, a method's points joined by scale."""
+
+    def place(row: Row, task: str = "") -> tuple[float, float]:
+        return (row.accuracy[task].value if cost == "accuracy" else row.loss), 1 - row.asr.value
+
     figure, axes = pyplot.subplots(2, 3, figsize=(13, 8), sharey=True, layout="constrained")
     for axis, (name, rows) in zip(axes.flat, cells.items(), strict=False):
         exact = [row for row in rows if row.dtype == "float32"]
         [tuned] = [row for row in exact if row.method == "tuned"]
         for method, (colour, marker) in STYLES.items():
             line = sorted((row for row in exact if row.method == method), key=lambda row: row.scale)
-            joined = line if method in ("tuned", "sft+dare") else [tuned, *line]
-            at = [(row.accuracy[""].value, 1 - row.asr.value) for row in joined]
-            axis.plot(*zip(*at, strict=True), color=colour, linewidth=1.2, alpha=0.7)
-            at = [(row.accuracy[""].value, 1 - row.asr.value) for row in line]
-            size = 12 if method == "tuned" else 7
-            axis.plot(*zip(*at, strict=True), marker, color=colour, markersize=size, label=method, alpha=0.9)
-            for row, place in zip(line, at, strict=True):
-                if row.scale and method in ("resta", "interpolation"):
-                    offset = (5, 5) if method == "interpolation" else (5, -11)
-                    axis.annotate(f"{row.scale:g}", place, xytext=offset, textcoords="offset points", color=colour)
-        task = name.split(",")[0]
-        axis.plot(
-            aligned.accuracy[task].value, 1 - aligned.asr.value, "^", color="tab:green", markersize=9, label="aligned"
-        )
-        axis.set_title(f"{name} ({tuned.seeds} seeds)", fontsize=11)
-        axis.set_xlim(-0.05, 1.08)
-        axis.set_ylim(-0.05, 1.08)
+            joined = [place(row) for row in ([tuned, *line] if line[0].scale else line)]
+            axis.plot(*zip(*joined, strict=True), color=colour, linewidth=1.2, alpha=0.6)
+            axis.plot(*zip(*map(place, line), strict=True), marker, color=colour, markersize=8, label=method)
+            for row in line if method in ("resta", "interpolation") else ():
+                offset = (5, 5) if method == "interpolation" else (5, -11)
+                axis.annotate(f"{row.scale:g}", place(row), xytext=offset, textcoords="offset points", color=colour)
+        axis.plot(*place(aligned, name.split(",")[0]), "^", color="tab:green", markersize=9, label="aligned")
+        axis.set_title(name, fontsize=11)
         axis.grid(alpha=0.3)
     for axis in axes[-1]:
-        axis.set_xlabel("downstream accuracy")
+        axis.set_xlabel({"accuracy": "downstream accuracy", "loss": "loss on harmless answers, nats per token"}[cost])
     for axis in axes[:, 0]:
-        axis.set_ylabel("harmful questions not answered (1 - ASR)")
+        axis.set_ylabel("harmful questions refused (1 - ASR)")
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
     pyplot.close(figure)
 
 
 def write_report(
     records: Sequence[dict[str, Any]], questions: Sequence[Question], head: Sequence[str], folder: Path
 ) -> None:
-    """Write tables, plot and figures as realign_smollm2_<date>.md, .png and .json."""
+    """Write realign_smollm2_<date>.md (tables), .json (the same and more), _accuracy.png and _loss.png (fronts)."""
     rows = make_rows(records, questions)
     references = [row for row in rows if not row.cell]
     cells = {cell.name: [row for row in rows if row.cell == cell.name] for cell in CELLS}
@@ -865,7 +861,9 @@ def write_report(
     write_whole(stem.with_suffix(".md"), "\n".join(lines))
     facts = {"head": list(head), "dominance": counts, "rows": [asdict(row) for row in rows]}
     write_whole(stem.with_suffix(".json"), json.dumps(facts, indent=1) + "\n")
-    draw(cells, next(row for row in references if row.method == "aligned"), stem.with_suffix(".png"))
+    aligned = next(row for row in references if row.method == "aligned")
+    for cost in ("accuracy", "loss"):
+        draw(cells, aligned, cost, stem.with_name(f"{stem.name}_{cost}.png"))
 
 
 def describe(model: str, records: Sequence[dict[str, Any]], sizes: Sizes) -> list[str]:
