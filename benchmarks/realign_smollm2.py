@@ -129,17 +129,16 @@ def points() -> Iterator[Point]:
     yield Point(method="tuned")
     yield Point(method="sft+dare")
     scales = {
-        "resta": (0.25, 0.5, 1.0, 1.5, 2.0),
-        "resta_d": (0.5, 1.0, 1.5),
+        "resta": (0.5, 1.0, 1.5),
         "interpolation": (0.25, 0.5, 0.75),
-        "random": (1.0, 2.0),
+        "resta_d": (0.5, 1.0),
+        "random": (1.0,),
     }
     for method, chosen in scales.items():
         for scale in chosen:
             yield Point(method=method, scale=scale)
-    yield Point(method="tuned", dtype="bfloat16")
-    for method, scale in itertools.product(("resta", "resta_d"), (0.5, 1.0)):
-        yield Point(method=method, scale=scale, dtype="bfloat16")
+    for method in ("resta", "resta_d"):
+        yield Point(method=method, scale=1.0, dtype="bfloat16")
 
 
 # -- what is taught and asked --------------------------------------------------------------------------------
@@ -448,14 +447,14 @@ class Exam:
         }
 
     def _label(self, question: Question, text: str) -> str:
-        verdict = verdict_without_model(self.judge, answer_to(question, 0, text), safe_question=question.safe)
+        verdict = verdict_without_model(self.judge, answer_to(question.qid, 0, text), safe_question=question.safe)
         assert verdict is not None
         return verdict.label
 
 
-def answer_to(question: Question, epoch: int, text: str = "") -> Answer:
+def answer_to(qid: str, epoch: int, text: str = "") -> Answer:
     return Answer(
-        id=f"{question.qid}|standard|{epoch}", qid=question.qid, template="standard", epoch=epoch,
+        id=f"{qid}|standard|{epoch}", qid=qid, template="standard", epoch=epoch,
         prompt_sha256="", raw=text, text=text, finish="length",
     )  # fmt: skip
 
@@ -666,11 +665,11 @@ def make_rows(records: Sequence[dict[str, Any]], questions: Sequence[Question]) 
 
 
 def _row(key: tuple[Any, ...], group: Sequence[dict[str, Any]], questions: Sequence[Question]) -> Row:
-    known = {question.qid: question for question in questions}
+    known = {question.qid: replace(question, category="") for question in questions}  # no scores by category
     answers, verdicts = [], []
     for epoch, record in enumerate(group):  # a seed is an epoch: the same question, asked of another model
         for qid, label in record["labels"].items():
-            answers.append(answer_to(known[qid], epoch))
+            answers.append(answer_to(qid, epoch))
             verdicts.append(Verdict(answer_id=answers[-1].id, judge="refusal-strings", judge_sha256="", label=label))
     scores = score(known, answers, verdicts)
     harmful = {qid for qid, question in known.items() if not question.safe}
