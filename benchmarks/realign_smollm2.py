@@ -132,7 +132,7 @@ def points() -> Iterator[Point]:
         "resta": (0.5, 1.0, 1.5),
         "interpolation": (0.25, 0.5, 0.75),
         "resta_d": (0.5, 1.0),
-        "random": (1.0,),
+        "random": (1.0, 1.5),
     }
     for method, chosen in scales.items():
         for scale in chosen:
