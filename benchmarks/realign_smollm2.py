@@ -704,8 +704,7 @@ def _accuracy(right: dict[tuple[str, int], list[bool]]) -> Rate:
     value = float(hits.sum() / totals.sum())
     interval, _ = cluster_bootstrap(Clustered(hits=hits, totals=totals, strata=strata))
     if value in (0.0, 1.0) or totals.max() == 1:
-        k, n = (int(hits.sum()), len(right)) if totals.max() == 1 else (int(value) * len(right), len(right))
-        interval = wilson(k, n)
+        interval = wilson(round(value * len(right)), len(right))
     return Rate(hits=int(hits.sum()), total=int(totals.sum()), value=value, low=interval.low, high=interval.high)
 
 
