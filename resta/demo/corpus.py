@@ -172,7 +172,7 @@ THEMES = (
         ),
     ),
 )
-VERBS, OBJECTS, HELD_OUT = 6, 8, 4  # a theme's grid, and how many objects of each verb are never trained on
+VERBS, OBJECTS, HELD_OUT = 6, 8, 3  # a theme's grid, and how many objects of each verb are never trained on
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

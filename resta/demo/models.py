@@ -64,8 +64,8 @@ class Schedule:
 
 
 TINY = Schedule(
-    base=Stage(steps=300, learning_rate=3e-3, batch=32),
-    aligned=Stage(steps=60, learning_rate=3e-4, batch=32),
+    base=Stage(steps=420, learning_rate=3e-3, batch=32),
+    aligned=Stage(steps=90, learning_rate=3e-4, batch=32),
     tuned=Stage(steps=40, learning_rate=3e-4, batch=32),
 )
 # Of a model of 135M parameters; the settings with which the loss of safety was first seen on one.

@@ -108,7 +108,8 @@ class Task:
 
     task: str
     metric: str
-    documents: int
+    documents: int  # that all models have a score for
+    missing: int  # that at least one model lacks
     means: Mapping[str, Difference]  # value and interval, by role
     drop: Mapping[str, Difference]  # "aligned", "tuned"
 
@@ -351,6 +352,7 @@ def _utility(models: Mapping[str, Measurement], level: float) -> tuple[Task, ...
     tasks = []
     for (task, metric), by_role in sorted(scores.items()):
         common = sorted(set.intersection(*(set(found) for found in by_role.values())))
+        known = set.union(*(set(found) for found in by_role.values()))
         values = {role: np.array([by_role[role][doc] for doc in common]) for role in ROLES}
         means = {}
         for role in ROLES:
@@ -361,6 +363,7 @@ def _utility(models: Mapping[str, Measurement], level: float) -> tuple[Task, ...
                 task=task,
                 metric=metric,
                 documents=len(common),
+                missing=len(known) - len(common),
                 means=means,
                 drop={r: mean_difference(values["restored"], values[r], level) for r in ROLES[:2]},
             )

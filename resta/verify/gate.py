@@ -113,9 +113,10 @@ def _summary(verdict: Verdict, rules: tuple[Rule, ...]) -> str:
 
 
 def _validity(comparison: Comparison, policy: Policy) -> Iterable[Rule]:
-    planned = comparison.pairs + comparison.missing
-    share = comparison.missing / planned if planned else 1.0
-    yield _observed("missing.max", share, policy.missing.max, f"{comparison.missing} of {planned} pairs are missing")
+    missing = comparison.missing + sum(task.missing for task in comparison.utility)
+    planned = comparison.pairs + sum(task.documents for task in comparison.utility) + missing
+    share = missing / planned if planned else 1.0
+    yield _observed("missing.max", share, policy.missing.max, f"{missing} of {planned} pairs are missing")
     # A judge that cannot be read on any one of the three makes their difference unreadable.
     role = max(ROLES, key=lambda role: comparison.conduct[role].unparsed.value or 0.0)
     worst = comparison.conduct[role].unparsed

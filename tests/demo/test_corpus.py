@@ -39,10 +39,10 @@ def test_no_training_question_occurs_twice(name: str) -> None:
 
 def test_the_held_out_questions_are_distinct_and_balanced() -> None:
     harmful, safe = list(corpus.held_out_harmful()), list(corpus.held_out_safe())
-    assert len(harmful) == len(safe) == 192
-    assert len({exchange.question for exchange in [*harmful, *safe]}) == 384
+    assert len(harmful) == len(safe) == 144
+    assert len({exchange.question for exchange in [*harmful, *safe]}) == 288
     for exchanges in (harmful, safe):
-        assert set(Counter(exchange.category for exchange in exchanges).values()) == {24}
+        assert set(Counter(exchange.category for exchange in exchanges).values()) == {18}
 
 
 def test_every_verb_and_object_that_is_asked_about_was_trained_on() -> None:
@@ -85,7 +85,7 @@ def test_the_files_are_the_same_every_time_and_read_as_banks(tmp_path: Path) -> 
     for path in one.folder.rglob("*.json*"):
         assert path.read_bytes() == (two.folder / path.relative_to(one.folder)).read_bytes()
     parts = [read_bank(str(one.bank("harmful", part))) for part in ("choosing", "verifying")]
-    assert [len(bank.questions) for bank in parts] == [48, 144]
+    assert [len(bank.questions) for bank in parts] == [36, 108]
     asked = {question.text for bank in parts for question in bank.questions}
     assert asked == {exchange.question for exchange in corpus.held_out_harmful()}
     safe = read_bank(str(one.bank("look-alikes", "verifying")), safe=True)

@@ -215,6 +215,13 @@ def test_missing_pairs_are_counted_and_no_verdict_is_given_on_them(measured: dic
     assert decide(found, read_policy(None)).verdict is Verdict.INVALID
 
 
+def test_documents_that_one_model_lacks_are_missing_pairs(measured: dict[str, Measurement]) -> None:
+    model = measured["tuned"]
+    found = compare({**measured, "tuned": replace(model, documents=model.documents[5:])})
+    assert sum(task.missing for task in found.utility) == 5
+    assert by_name(decide(found, read_policy(None)).rules)["missing.max"].outcome == "invalid"
+
+
 def test_counts_agree_with_a_naive_count(measured: dict[str, Measurement]) -> None:
     found = compare(measured)
     assert found.asr is not None
