@@ -94,9 +94,11 @@ SHOW = options(
 @click.option("--out", type=click.Path(path_type=Path), default=Path("verify"), show_default=True)
 def run(restored: str, tuned: str, aligned: str, out: Path, **given: Any) -> None:
     """Measure what is missing, compare, decide, report. The same command goes on with what is missing."""
+    from resta.redeval.targets import Target
     from resta.verify.gate import check_tasks
     from resta.verify.policy import ANY_TASK, read_policy
     from resta.verify.run import check_budget, measure_all
+    from resta.verify.run import target_of as of_measurement
 
     with _no_verdict():
         policy = read_policy(given["policy_path"])
@@ -112,7 +114,9 @@ def run(restored: str, tuned: str, aligned: str, out: Path, **given: Any) -> Non
         out.mkdir(parents=True, exist_ok=True)
         with conditions_of(given) as conditions:
             models = measure_all(targets, budget, out, conditions)
-            verdict = _decide(models, targets["aligned"], out, policy, conditions, given)
+            target = targets["aligned"]
+            reader = target if isinstance(target, Target) else of_measurement(models["aligned"], given["device"])
+            verdict = _decide(models, reader, out, policy, conditions, given)
     sys.exit(verdict)
 
 
@@ -130,7 +134,7 @@ def report(out: Path, **given: Any) -> None:
         policy = read_policy(given["policy_path"])
         models = {role: read_measurement(out / role) for role in ROLES}
         private()
-        verdict = _decide(models, out / "aligned", out, policy, Conditions(), given)
+        verdict = _decide(models, None, out, policy, Conditions(), given)
     sys.exit(verdict)
 
 
@@ -183,7 +187,7 @@ def budget_of(given: dict[str, Any], model: str) -> Budget:
 
 def _decide(
     models: dict[str, Measurement],
-    aligned: Target | Path,
+    aligned: Target | None,
     out: Path,
     policy: Policy,
     conditions: Conditions,

@@ -51,6 +51,7 @@ def guidance(comparison: Comparison, rules: Iterable[Rule]) -> Iterable[str]:
     manifest = comparison.models["restored"].manifest
     if any(found == "invalid" for found in outcome.values()):
         yield from _invalid(outcome)
+        return  # what the other rules found says nothing
     if unsafe:
         yield from _rounding(manifest)
     if unsafe and not (utility or refusing):

@@ -19,7 +19,7 @@ from resta.redeval.judging import check_judges, judge_phase, note_judges
 from resta.redeval.models import LocalModel, load_local
 from resta.redeval.records import RunLock, differences, environment, load_run, start_run
 from resta.redeval.run import Conditions, Plan, Request, answer_phase, make_plan, missing_asks, plan_of
-from resta.redeval.targets import Target
+from resta.redeval.targets import Target, parse_target
 from resta.verify.coherence import Losses, answer_losses, read_losses, write_losses
 from resta.verify.comparison import Comparison, compare
 from resta.verify.documents import finished_tasks
@@ -165,15 +165,31 @@ def measure_all(
 
 
 def compare_all(
-    models: Mapping[str, Measurement], aligned: Target | Path, out: Path, policy: Policy, conditions: Conditions
+    models: Mapping[str, Measurement], aligned: Target | None, out: Path, policy: Policy, conditions: Conditions
 ) -> Comparison:
-    """Return the comparison, with the answers' losses under the aligned model where they are to be had."""
+    """Return the comparison, with the answers' losses under the aligned model where they are to be had.
+
+    Without `aligned` only losses that were measured earlier are used.
+    """
     folder = out / "coherence"
-    if isinstance(aligned, Target) and aligned.local is not None:
+    if aligned is not None and aligned.local is not None:
         measure_losses(models, aligned, folder, conditions)
     losses = {role: read_losses(folder / f"{role}.json", _raw(model)) for role, model in models.items()}
     known = {role: found for role, found in losses.items() if found is not None}
     return compare(models, judge=policy.judge, level=policy.level, losses=known if len(known) == len(models) else None)
+
+
+def target_of(measured: Measurement, device: str) -> Target | None:
+    """Return the model that was measured, if it is a local one that is still what it was; else None."""
+    facts = measured.config["target"]
+    if facts["kind"] != "local":
+        return None
+    options = {key: facts[key] for key in ("base", "files", "dtype")}
+    try:
+        target = parse_target(facts["name"], None, device=device, **options)
+        return target if target.facts == facts else None
+    except (ModelError, OSError):  # it has moved
+        return None
 
 
 def measure_losses(models: Mapping[str, Measurement], aligned: Target, folder: Path, conditions: Conditions) -> None:

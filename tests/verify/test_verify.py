@@ -116,7 +116,8 @@ def test_a_measurement_stands_for_a_model_and_is_not_made_again(
     loads.clear()
     kept = {**trio, "aligned": tmp_path / "first" / "aligned", "tuned": tmp_path / "first" / "tuned"}
     done = verify(kept, tmp_path / "second", "--no-utility")
-    assert loads == ["restored"]
+    # The aligned model is still there, and unchanged: it reads the new answers.
+    assert loads == ["restored", "aligned"]
     assert done.exit_code == 0
     found = json.loads((tmp_path / "second" / "verdict.json").read_text())["comparison"]
     assert {role: model["name"] for role, model in found["models"].items()} == {r: str(p) for r, p in trio.items()}
