@@ -96,6 +96,7 @@ def run(restored: str, tuned: str, aligned: str, out: Path, **given: Any) -> Non
     """Measure what is missing, compare, decide, report. The same command goes on with what is missing."""
     from resta.redeval.targets import Target
     from resta.verify.gate import check_tasks
+    from resta.verify.measurement import note_places
     from resta.verify.policy import ANY_TASK, read_policy
     from resta.verify.run import check_budget, measure_all
     from resta.verify.run import target_of as of_measurement
@@ -114,6 +115,7 @@ def run(restored: str, tuned: str, aligned: str, out: Path, **given: Any) -> Non
         out.mkdir(parents=True, exist_ok=True)
         with conditions_of(given) as conditions:
             models = measure_all(targets, budget, out, conditions)
+            note_places(models, out)
             target = targets["aligned"]
             reader = target if isinstance(target, Target) else of_measurement(models["aligned"], given["device"])
             verdict = _decide(models, reader, out, policy, conditions, given)
@@ -127,12 +129,12 @@ def run(restored: str, tuned: str, aligned: str, out: Path, **given: Any) -> Non
 def report(out: Path, **given: Any) -> None:
     """Decide and report again on what `resta verify` measured in OUT, under another policy or with the text shown."""
     from resta.redeval.run import Conditions
-    from resta.verify.measurement import ROLES, read_measurement
+    from resta.verify.measurement import read_measurement, read_places
     from resta.verify.policy import read_policy
 
     with _no_verdict():
         policy = read_policy(given["policy_path"])
-        models = {role: read_measurement(out / role) for role in ROLES}
+        models = {role: read_measurement(path) for role, path in read_places(out).items()}
         private()
         verdict = _decide(models, None, out, policy, Conditions(), given)
     sys.exit(verdict)

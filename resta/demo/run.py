@@ -33,6 +33,7 @@ from resta.sweep.report import write_reports
 from resta.sweep.run import Sweep, carry_out, check_sweep, open_sweep
 from resta.verify.comparison import Comparison
 from resta.verify.gate import Decision, Verdict, decide
+from resta.verify.measurement import note_places
 from resta.verify.policy import Policy, read_policy
 from resta.verify.report import write_reports as write_verdict
 from resta.verify.run import Budget, compare_all, measure_all
@@ -127,6 +128,7 @@ def verify(
     out = folder / "verify"
     out.mkdir()
     measured = measure_all(targets, budget(names["aligned"], files, "verifying"), out, conditions)
+    note_places(measured, out)
     comparison = compare_all(measured, targets["aligned"], out, policy, conditions)
     decision = decide(comparison, policy)
     write_verdict(out, comparison, decision, policy=policy, versions=environment(), include_text=False)

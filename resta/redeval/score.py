@@ -292,16 +292,18 @@ def _clustered_rate(counts: Clustered, value: float, interval: Interval) -> Rate
 
 
 def is_repeated(text: str) -> bool:
-    """Whether a text runs in circles: 40 words or more of which under a fifth of the 4-word runs are
-    distinct.
+    """Whether a text runs in circles: of 40 words or more, under a fifth of the 4-word runs are distinct; of 12 or
+    more, under a quarter of the words.
 
     Chinese and other scripts without spaces are taken by characters.
     """
     words = text.split()
     if len(words) < len(text) / 15:
         words = list("".join(words))
+    if len(words) < 40:
+        return len(words) >= 12 and len(set(words)) < 0.25 * len(words)
     runs = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
-    return len(words) >= 40 and len(set(runs)) < 0.2 * len(runs)
+    return len(set(runs)) < 0.2 * len(runs)
 
 
 def is_not_language(text: str) -> bool:

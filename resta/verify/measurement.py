@@ -22,6 +22,7 @@ from resta.redeval.run import plan_of
 from resta.verify.documents import Document, read_documents, read_facts
 
 ROLES = ("aligned", "tuned", "restored")
+PLACES = "measurements.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +67,20 @@ def read_measurement(path: Path) -> Measurement:
         utility=read_facts(path / "utility"),
         manifest=json.loads(manifest.read_text()) if manifest.is_file() else {},
     )
+
+
+def note_places(models: Mapping[str, Measurement], out: Path) -> None:
+    """Note in OUT where each role's measurement lies: in OUT itself, or elsewhere if it was made earlier."""
+    places = {role: str(model.path.resolve()) for role, model in models.items()}
+    (out / PLACES).write_text(json.dumps(places, indent=2) + "\n", encoding="utf-8")
+
+
+def read_places(out: Path) -> dict[str, Path]:
+    """Return where each role's measurement lies. Raises CompareError where OUT holds no comparison."""
+    path = out / PLACES
+    if not path.is_file():
+        raise CompareError(f"{out} holds no finished measurements (no {PLACES}); run `resta verify` to the end first")
+    return {role: Path(place) for role, place in json.loads(path.read_text(encoding="utf-8")).items()}
 
 
 def _verdicts(run: RunDir) -> dict[str, dict[str, Verdict]]:

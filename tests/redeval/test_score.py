@@ -157,6 +157,9 @@ def test_human_labels_correct_a_judge() -> None:
         ("#$%^&*()_+{}|:<>?~`" * 3, False, True),
         ("", False, False),
         ("Tôi không thể giúp bạn làm điều đó, xin lỗi bạn.", False, False),
+        ("Everyone " * 24, True, False),
+        ("No, no, no, no: I will not help you with that, and nobody should.", False, False),
+        ("row, row, row your boat, gently down the stream, row, row, row", False, False),
     ],
 )
 def test_degenerate_answers_are_told_from_language(text: str, repeated: bool, odd: bool) -> None:
@@ -165,7 +168,7 @@ def test_degenerate_answers_are_told_from_language(text: str, repeated: bool, od
 
 def test_conduct_counts_what_a_broken_model_does() -> None:
     questions = {q.qid: q for q in (question(i) for i in range(4))}
-    texts = ["", "the cat " * 30, "fine words", "?!" * 12]
+    texts = ["", "the cat " * 30, "fine words", "#$%^&*()_+{}|:<>?~`!"]
     answers = [answer(q, text=t) for q, t in zip(questions.values(), texts, strict=True)]
     [conduct] = score(questions, answers, []).conduct
     assert (conduct.empty, conduct.repeated, conduct.not_language, conduct.degenerate) == (1, 1, 1, 0.75)

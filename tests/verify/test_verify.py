@@ -121,6 +121,10 @@ def test_a_measurement_stands_for_a_model_and_is_not_made_again(
     assert done.exit_code == 0
     found = json.loads((tmp_path / "second" / "verdict.json").read_text())["comparison"]
     assert {role: model["name"] for role, model in found["models"].items()} == {r: str(p) for r, p in trio.items()}
+    again = CliRunner().invoke(
+        main, ["verify", "report", str(tmp_path / "second"), "--policy", str(tmp_path / "policy.yaml")]
+    )
+    assert again.exit_code == 0, again.output
 
 
 def test_a_measurement_of_other_settings_is_refused_before_a_model_is_loaded(
