@@ -37,7 +37,7 @@ def test_the_models_load_and_each_names_the_one_it_came_from(tmp_path: Path) -> 
     files = write_corpus(tmp_path / "corpus")
     made = make_models(Making(folder=tmp_path, files=files, schedule=BRIEF))
     assert tuple(made) == STAGES
-    sources = dict(zip(STAGES, (str(tmp_path / "untrained"), made["base"], made["aligned"]), strict=True))
+    sources = {"base": str(tmp_path / "untrained"), "aligned": made["base"], "tuned": made["base"]}
     for name, model in made.items():
         facts = _facts(model)
         [weights] = facts["base"]["files"].values()  # type: ignore[index]
