@@ -40,7 +40,7 @@ from resta.redeval.questions import read_bank
 from resta.redeval.templates import read_template
 
 NEW_TOKENS = 64
-SWEEP = (32, 64, 100)  # batch sizes of plain generate
+SWEEP = (32, 64, 100, 200)  # batch sizes of plain generate
 
 
 def texts(count: int) -> list[str]:
