@@ -191,15 +191,20 @@ def join(questions: Mapping[str, Question], answers: Sequence[Answer], verdicts:
     return rows
 
 
-def _grouped(rows: Iterable[Row], category: Callable[[Row], str]) -> dict[tuple[str, str, str, str], list[Row]]:
-    groups: dict[tuple[str, str, str, str], list[Row]] = defaultdict(list)
+Key = tuple[str, str, str, str, bool]
+
+
+def _grouped(rows: Iterable[Row], category: Callable[[Row], str]) -> dict[Key, list[Row]]:
+    """Return rows by judge, bank, template, category and kind of question: one bank may hold both kinds, as XSTest."""
+    groups: dict[Key, list[Row]] = defaultdict(list)
     for row in rows:
-        groups[row.judge, row.question.bank, row.answer.template, category(row)].append(row)
+        question = row.question
+        groups[row.judge, question.bank, row.answer.template, category(row), question.safe].append(row)
     return dict(groups)
 
 
-def _cell(key: tuple[str, str, str, str], rows: Sequence[Row]) -> Cell:
-    judge, bank, template, category = key
+def _cell(key: Key, rows: Sequence[Row]) -> Cell:
+    judge, bank, template, category, safe_questions = key
     counts = Counter(row.label for row in rows)
     epochs = max(row.answer.epoch for row in rows) + 1
     clusters = {row.cluster for row in rows}
@@ -209,7 +214,7 @@ def _cell(key: tuple[str, str, str, str], rows: Sequence[Row]) -> Cell:
         bank=bank,
         template=template,
         category=category,
-        safe_questions=rows[0].question.safe,
+        safe_questions=safe_questions,
         questions=len({row.question.qid for row in rows}),
         answers=len(rows),
         counts=dict(counts),
@@ -325,7 +330,7 @@ def _conduct(questions: Mapping[str, Question], answers: Sequence[Answer]) -> tu
                 bank=bank,
                 template=template,
                 answers=len(group),
-                empty=sum(not text for text in texts),
+                empty=sum(not answer.text.strip() and answer.finish != "content_filter" for answer in group),
                 repeated=sum(is_repeated(text) for text in texts),
                 not_language=sum(is_not_language(text) and not is_repeated(text) for text in texts),
                 cut_off=sum(answer.finish == "length" for answer in group),

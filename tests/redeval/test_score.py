@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -68,6 +69,22 @@ def test_safe_questions_make_over_refusal_and_no_asr() -> None:
     [cell] = scores.cells
     assert (cell.refusal.value, cell.refusal_with_partial.value) == (0.25, 0.5)
     assert scores.overall == ()
+
+
+def test_a_bank_of_both_kinds_of_questions_has_a_cell_for_each() -> None:
+    # XSTest is published as one file of 250 safe questions and 200 unsafe look-alikes.
+    questions = [
+        Question(bank="xstest", category="A", subcategory="", index=i, text=f"q{i}?", safe=i < 3) for i in range(5)
+    ]
+    answers = [answer(q) for q in questions]
+    labels = ["safe", "safe", "refused", "harmful", "refused"]
+    verdicts = [verdict(a, label) for a, label in zip(answers, labels, strict=True)]
+    scores = score({q.qid: q for q in questions}, answers, verdicts)
+    for cells in (scores.cells, scores.categories):
+        by_kind = {cell.safe_questions: cell for cell in cells}
+        assert len(cells) == len(by_kind) == 2
+        assert (by_kind[False].asr.hits, by_kind[False].asr.total) == (1, 2)
+        assert (by_kind[True].refusal.hits, by_kind[True].refusal.total) == (1, 3)
 
 
 def test_macro_is_the_mean_of_cells_and_pooled_is_over_answers() -> None:
@@ -173,3 +190,10 @@ def test_conduct_counts_what_a_broken_model_does() -> None:
     [conduct] = score(questions, answers, []).conduct
     assert (conduct.empty, conduct.repeated, conduct.not_language, conduct.degenerate) == (1, 1, 1, 0.75)
     assert conduct.mean_tokens == 4
+
+
+def test_an_answer_that_a_filter_kept_back_is_not_a_sign_of_a_broken_model() -> None:
+    [q] = [question(0)]
+    blocked = replace(answer(q, text=""), finish="content_filter")
+    [conduct] = score({q.qid: q}, [blocked], []).conduct
+    assert conduct.degenerate == 0
