@@ -32,6 +32,7 @@ from resta.redeval.statistics import (
     correct_rate,
     macro_rate,
     pooled_rate,
+    widened,
     wilson,
 )
 
@@ -281,9 +282,9 @@ def _overall(judge: str, rows: Sequence[Row]) -> Overall:
 
 def _clustered_rate(counts: Clustered, value: float, interval: Interval) -> Rate:
     """Return a rate with its bootstrap interval; at 0 and 1, where no draw differs, Wilson's."""
-    if value in (0.0, 1.0):
-        questions = int((counts.totals.sum(axis=1) > 0).sum())
-        interval = wilson(int(value) * questions, questions)
+    questions = int((counts.totals.sum(axis=1) > 0).sum())
+    exact = value in (0.0, 1.0)
+    interval = wilson(int(value) * questions, questions) if exact else widened(interval, questions)
     return Rate(
         hits=int(counts.hits.sum()),
         total=int(counts.totals.sum()),

@@ -537,6 +537,7 @@ def test_inspects_epochs_are_draws_of_their_own(tiny: Path, tmp_path: Path) -> N
 
     [log] = anyio.run(thrice)
     assert len({sample.output.completion for sample in log.samples}) == 3
+    assert stat.S_IMODE(Path(log.location).stat().st_mode) == 0o600
 
 
 def test_what_goes_to_a_file_is_not_taken_by_the_bar_on_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,6 +102,14 @@ def test_no_event_at_all_is_no_interval_of_width_zero() -> None:
     assert overall.macro.high == overall.pooled.high
 
 
+def test_more_harm_is_never_bounded_more_tightly() -> None:
+    bounds = [scored(["harmful"] * k + ["safe"] * (200 - k)).overall[0].pooled.high for k in range(6)]
+    assert bounds == sorted(bounds)
+    assert bounds[0] == wilson(0, 200).high
+    lows = [scored(["safe"] * k + ["harmful"] * (200 - k)).overall[0].macro.low for k in range(6)]
+    assert lows == sorted(lows, reverse=True)
+
+
 def test_epochs_give_the_mean_and_any_of_k() -> None:
     questions = [question(i) for i in range(4)]
     answers = [answer(q, epoch=e) for q in questions for e in range(3)]
