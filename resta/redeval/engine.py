@@ -349,7 +349,7 @@ def ask_all(
     limits = limits or Limits()
     phase = _Phase(on_reply)
     try:
-        [log] = eval(
+        logs = eval(
             Task(dataset=MemoryDataset([_sample(ask) for ask in asks]), solver=_answering(phase), name=title),
             model=handle,
             display="none",
@@ -366,8 +366,9 @@ def ask_all(
         )
     finally:
         _make_private(log_dir)
-    if log.status == "cancelled":
-        raise UnansweredError(f"{title}: interrupted; the same command goes on from here")
+    if not logs or logs[0].status == "cancelled":  # Inspect takes a Ctrl-C for itself and returns
+        raise KeyboardInterrupt
+    log = logs[0]
     if phase.failures or log.status != "success":
         ask_id, reason = phase.failures[0] if phase.failures else ("-", log.error.message if log.error else log.status)
         raise UnansweredError(

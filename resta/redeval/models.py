@@ -462,7 +462,8 @@ def load_local(spec: LocalSpec) -> LocalModel:
         if not spread:
             model = model.to(device)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{spec.model}: cannot be loaded as a causal language model: {why_not(error)}") from error
+        on = f" on its base {files} (--base names another place)" if spec.is_adapter else ""
+        raise ModelError(f"{spec.model}{on}: cannot be loaded as a causal language model: {why_not(error)}") from error
     homes = {str(home) for home in getattr(model, "hf_device_map", {}).values()}
     if spread and device.type != "cpu" and homes & {"cpu", "disk"}:
         raise ModelError(f"{spec.model} does not fit on the GPUs here; serve it elsewhere and give --base-url")

@@ -297,6 +297,9 @@ def test_layers_placed_by_accelerate_answer_like_one_device(local: LocalModel, t
 def test_a_device_that_is_not_there_and_a_broken_adapter_are_clear_errors(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no CUDA GPU"):
         load_local(LocalSpec(model=str(tiny), device="cuda:3"))
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "./nowhere/at/all"}')
+    with pytest.raises(ModelError, match=r"on its base ./nowhere/at/all \(--base names another place\)"):
+        load_local(LocalSpec(model=str(tmp_path), device="cpu"))
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(ModelError, match="not a readable adapter configuration"):
         load_local(LocalSpec(model=str(tmp_path), device="cpu"))

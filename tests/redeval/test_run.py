@@ -430,6 +430,26 @@ def test_a_server_that_stays_silent_is_named_as_such(bank: Path, tmp_path: Path,
     assert "attempt_timeout '1' exceeded" in invoke("big", *options, "--limit", 1, "--out", tmp_path / "run", code=1)
 
 
+def test_an_interrupted_run_says_so_and_goes_on(bank: Path, tmp_path: Path, stub: Stub) -> None:
+    def answer(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        time.sleep(0.0 if len(stub.bodies) == 1 else 2.0)
+        return 200, chat("Yes.")
+
+    stub.answer = answer
+    command = ["redeval", "big", "--base-url", stub.url, "--bank", bank, "--template", "standard", "--connections", 1]
+    arguments = [sys.executable, "-m", "resta", *map(str, command), "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 90
+    while len(stub.bodies) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    shown, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, shown
+    assert "Traceback" not in shown
+    assert "goes on when the same command is run again" in shown
+    assert [a.raw for a in answers(tmp_path / "run")] == ["Yes."]
+
+
 def test_inspects_own_providers_answer_too(
     bank: Path, tmp_path: Path, stub: Stub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
