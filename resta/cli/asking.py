@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -137,12 +138,17 @@ JUDGES = options(
         help="Judge (built-in name or YAML file), its model and that model's server; may be given again. "
         "[default: refusal-strings]",
     ),
-    click.option("--judge-device", default="auto", show_default=True, help="Device of local judges."),
+    click.option("--judge-device", default="auto", show_default=True, help="Device of local judges, as --device."),
     click.option("--allow-self-judge", is_flag=True, help="Let the model under test judge itself."),
 )
 
 HOW = options(
-    click.option("--device", default="auto", show_default=True, help="cuda, mps, cpu or auto."),
+    click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        help="cuda, mps, cpu, auto (one of them), or all: layers over every GPU.",
+    ),
     click.option(
         "--dtype",
         type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
@@ -242,7 +248,10 @@ def conditions_of(given: dict[str, Any]) -> Iterator[Conditions]:
         MofNCompleteColumn(),
         TextColumn("{task.fields[asr]}"),
     )
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bars:
+    # The bar takes hold of stdout and shows on stderr what is printed there: right on one terminal, but what goes to
+    # a file or a pipe must arrive there.
+    shared = sys.stdout.isatty()
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), redirect_stdout=shared) as bars:
         tasks: dict[str, Any] = {}
 
         def watch(tally: Tally) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +24,10 @@ from resta.cli.asking import (
     private,
     request_of,
 )
-from resta.errors import BankError, ResumeError
+from resta.errors import BankError, ModelError, RestaError, ResumeError
 
 if TYPE_CHECKING:
-    from resta.redeval.records import RunDir
+    from resta.redeval.records import Label, RunDir
     from resta.redeval.run import Plan, Request
     from resta.redeval.targets import Target
 
@@ -64,7 +65,7 @@ SHOW = options(
         type=click.IntRange(min=0),
         default=20,
         show_default=True,
-        help="Agreed answers to add to disagreements.csv.",
+        help="Agreed answers to add to disagreements.csv; without them labels cannot correct a rate.",
     ),
 )
 
@@ -84,12 +85,13 @@ def run(**given: Any) -> None:
     request, plan = plan_of_run(given)
     judges = check_judges(judges_of(given), request.target, allow_self=given["allow_self_judge"])
     folder = _open(given, request, plan)
-    with RunLock(folder.path), conditions_of(given) as conditions:
+    with RunLock(folder.path):
         _say_plan(folder, plan)
         note_judges(folder, judges)
-        answer_phase(folder, plan, request.target, conditions, judges=judges)
-        for judge in judges:
-            judge_phase(folder, judge, conditions)
+        with conditions_of(given) as conditions:
+            answer_phase(folder, plan, request.target, conditions, judges=judges)
+            for judge in judges:
+                judge_phase(folder, judge, conditions)
         _report(folder, **_show(given))
 
 
@@ -106,10 +108,11 @@ def judge_run(path: Path, **given: Any) -> None:
     folder = load_run(path)
     judges = check_judges(judges_of(given), _target_of(folder), allow_self=given["allow_self_judge"])
     private()
-    with RunLock(path), conditions_of(given) as conditions:
+    with RunLock(path):
         note_judges(folder, judges)
-        for judge in judges:
-            judge_phase(folder, judge, conditions)
+        with conditions_of(given) as conditions:
+            for judge in judges:
+                judge_phase(folder, judge, conditions)
         _report(folder, **_show(given))
 
 
@@ -120,9 +123,10 @@ def report(path: Path, **given: Any) -> None:
     """Score and report the run in PATH again, complete or not."""
     from resta.redeval.records import RunLock, load_run
 
+    folder = load_run(path)
     private()
     with RunLock(path):
-        _report(load_run(path), **_show(given))
+        _report(folder, **_show(given))
 
 
 @command.command("export")
@@ -134,8 +138,9 @@ def export(batch: Path, **given: Any) -> None:
     from resta.redeval.batchfile import write_batch
     from resta.redeval.records import RunLock
     from resta.redeval.run import missing_asks
+    from resta.redeval.targets import BATCH
 
-    given["base_url"] = given["base_url"] or "batch:"
+    given["base_url"] = given["base_url"] or BATCH
     request, plan = plan_of_run(given)
     folder = _open(given, request, plan)
     with RunLock(folder.path):
@@ -176,7 +181,7 @@ def labels(path: Path, file: Path, **given: Any) -> None:
     from resta.redeval.records import Journal, RunLock, load_run
 
     folder = load_run(path)
-    rows = read_labels(file, {answer.id for answer in folder.answers()})
+    rows = read_labels(file, {answer.id for answer in folder.answers()}, required=True)
     private()
     with RunLock(path):
         with Journal(folder.path / "labels.jsonl") as journal:
@@ -210,13 +215,20 @@ def plan_of_run(given: dict[str, Any]) -> tuple[Request, Plan]:
     from resta.redeval.run import make_plan
 
     request = request_of(given, given["model"])
+    local = request.target.local
+    if local and local.base is not None and not local.is_adapter:
+        raise ModelError(f"--base is for an adapter's directory; {local.model} holds no adapter_config.json")
+    if local and local.files is not None and not local.is_recipe:
+        raise ModelError(f"--files is for a recipe; {local.model} is none (.yaml)")
     return request, make_plan(request)
 
 
 def _target_of(folder: RunDir) -> Target:
+    from resta.redeval.models import LocalSpec
     from resta.redeval.targets import Target
 
-    return Target(name=folder.config["target"]["name"])
+    facts = folder.config["target"]
+    return Target(name=facts["name"], local=LocalSpec(model=facts["name"]) if facts["kind"] == "local" else None)
 
 
 def _open(given: dict[str, Any], request: Request, plan: Plan) -> RunDir:
@@ -224,7 +236,8 @@ def _open(given: dict[str, Any], request: Request, plan: Plan) -> RunDir:
     from resta.redeval.records import environment, start_run
 
     private()
-    short = request.target.name.rstrip("/").split("/")[-1].removesuffix(".yaml")
+    place = request.target.identity  # of a folder its whole path, so that "." has a name, too
+    short = place.rstrip("/").split("/")[-1].removesuffix(".yaml")
     path = given["out"] or Path("redeval-runs") / f"{short}-{digest(plan.config)[:12]}"
     return start_run(path, plan.config, plan.questions, environment())
 
@@ -273,13 +286,35 @@ def _report(folder: RunDir, *, include_text: bool, spot_check: int) -> None:
         "report.html": to_html(made),
         "report.json": json.dumps({"config": folder.config, "scores": asdict(scores)}, indent=2, ensure_ascii=False),
         "scores.jsonl": "".join(json.dumps(asdict(c)) + "\n" for c in (*scores.cells, *scores.categories)),
-        "disagreements.csv": disagreement_csv(rows, include_text=include_text, spot_check=spot_check),
+        "disagreements.csv": disagreement_csv(
+            rows,
+            {label.answer_id: "harmful" if label.harmful else "safe" for label in folder.labels()},
+            include_text=include_text,
+            spot_check=spot_check,
+        ),
     }
     for name, text in views.items():
-        (folder.path / name).write_text(text, encoding="utf-8")
+        if name == "disagreements.csv" and (waiting := _labels_waiting(folder)):
+            click.echo(f"note: {folder.path / name} holds {waiting}; it stays as it is", err=True)
+        else:
+            (folder.path / name).write_text(text, encoding="utf-8")
     _score_logs(folder)
     print_report(made, Console())
     click.echo(f"report: {folder.path / 'report.html'}   log: inspect view --log-dir {folder.path / 'logs'}")
+
+
+def _labels_waiting(folder: RunDir) -> str:
+    """Return what a person has written into the run's CSV and not imported yet; hours of work may lie there."""
+    file = folder.path / "disagreements.csv"
+    if not file.exists():
+        return ""
+    imported = {label.answer_id: label.harmful for label in folder.labels()}
+    try:
+        found = read_labels(file, {answer.id for answer in folder.answers()}, required=False)
+    except RestaError as error:
+        return f"labels that cannot be read ({error})"
+    new = sum(imported.get(label.answer_id) is not label.harmful for label in found)
+    return f"{new} labels that are not imported (resta redeval labels {folder.path} {file})" if new else ""
 
 
 def _score_logs(folder: RunDir) -> None:
@@ -293,6 +328,8 @@ def _score_logs(folder: RunDir) -> None:
     questions = folder.questions()
     asked = {answer.id: questions[answer.qid] for answer in folder.answers()}
     for verdict in folder.current_verdicts():
+        if verdict.answer_id not in asked:  # its line was damaged and taken out
+            continue
         logged = LoggedScore(judge=verdict.judge, label=verdict.label, explanation=verdict.raw)
         scores.setdefault(verdict.answer_id, []).append(logged)
         if not asked[verdict.answer_id].safe:
@@ -303,26 +340,40 @@ def _score_logs(folder: RunDir) -> None:
     score_logs(folder.path / "logs" / "answers", scores, rates)
 
 
-def read_labels(file: Path, known: set[str]) -> list[Any]:
-    """Return the labels filled in in a CSV; empty ones are left out. Raises BankError, ResumeError."""
+def read_labels(file: Path, known: set[str], *, required: bool) -> list[Label]:
+    """Return the labels filled in in a CSV; `required` at least one. Raises BankError, ResumeError."""
     from resta.redeval.records import Label
 
     words = {"harmful": True, "unharmful": False, "safe": False, "refused": False}
     found = []
-    with file.open(newline="", encoding="utf-8-sig") as stream:
-        reader = csv.DictReader(stream)
-        if not {"answer_id", "human_label"} <= set(reader.fieldnames or ()):
-            raise BankError(f"{file}: expected the columns answer_id and human_label, found {reader.fieldnames}")
-        for number, row in enumerate(reader, 2):
-            word = (row["human_label"] or "").strip().lower()
-            if not word:
-                continue
-            if word not in words:
-                raise BankError(f"{file}: line {number}: human_label must be harmful or safe, found {word!r}")
-            if row["answer_id"] not in known:
-                raise ResumeError(f"{file}: line {number}: {row['answer_id']!r} is no answer of this run")
+    for number, row in enumerate(_label_rows(file), 2):
+        word = (row["human_label"] or "").strip().lower()
+        if not word:
+            continue
+        if word not in words:
+            raise BankError(f"{file}: line {number}: human_label must be harmful or safe, found {word!r}")
+        if row["answer_id"] not in known:
+            raise ResumeError(f"{file}: line {number}: {row['answer_id']!r} is no answer of this run")
+        try:
             weight = float(row.get("weight") or 1)
-            found.append(Label(answer_id=row["answer_id"], harmful=words[word], weight=weight))
-    if not found:
+        except ValueError:
+            weight = math.nan
+        if not 0 < weight < math.inf:
+            raise BankError(f"{file}: line {number}: weight must be a number above 0, found {row['weight']!r}")
+        found.append(Label(answer_id=row["answer_id"], harmful=words[word], weight=weight))
+    if required and not found:
         raise BankError(f"{file}: no human_label is filled in")
     return found
+
+
+def _label_rows(file: Path) -> list[dict[str, str]]:
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as stream:
+            reader = csv.DictReader(stream)
+            rows, names = list(reader), list(reader.fieldnames or ())
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise BankError(f"{file}: not CSV in UTF-8: {error}") from error
+    if not {"answer_id", "human_label"} <= set(names):
+        shown = ", ".join(names)[:80]
+        raise BankError(f"{file}: expected the columns answer_id and human_label, comma-separated, found {shown!r}")
+    return rows

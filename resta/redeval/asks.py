@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -78,6 +79,25 @@ class Rendering:
 def sha256_text(text: str) -> str:
     """Return the hexadecimal SHA-256 of UTF-8 text; half a surrogate pair, which a server may send, counts as it is."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def without_prompt(text: str, prompts: Iterable[str]) -> str:
+    """Return what others said about a prompt, such as a server's error, in 300 characters and without the prompt.
+
+    Where a part of it remains, for the server had cut or changed it, nothing of what was said is shown.
+    """
+    as_they_are = [prompt.strip() for prompt in prompts if prompt.strip()]
+    in_json = [json.dumps(prompt, ensure_ascii=ascii)[1:-1] for prompt in as_they_are for ascii in (True, False)]
+    spellings = [*as_they_are, *in_json, *(repr(prompt)[1:-1] for prompt in as_they_are)]
+    for spelling in spellings:
+        text = text.replace(spelling, "[prompt]")
+    if any(s[i : i + REPEATED] in text for s in spellings for i in range(len(s) - REPEATED + 1)):
+        return "[withheld: it repeats a part of the prompt]"
+    text = " ".join(text.split())
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+REPEATED = 24  # characters in a row that no error shares with a prompt by chance
 
 
 def digest(facts: object) -> str:

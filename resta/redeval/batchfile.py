@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from resta.errors import ResumeError
-from resta.redeval.asks import Ask, Decoding, Finish, Reply
+from resta.redeval.asks import Ask, Decoding, Finish, Reply, without_prompt
 
 TOP_LOGPROBS = 20
+BLOCKED = ("content_filter", "_policy", "usage policy")  # in an error: a filter refused the question
 
 
 def request_line(ask: Ask, model: str, decoding: Decoding, template_args: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,10 +46,12 @@ def write_batch(
     """Write a batch file that does not exist yet; return its number of lines. Raises ResumeError."""
     lines = [request_line(ask, model, decoding, template_args or {}) for ask in asks]
     try:
-        with path.open("x", encoding="utf-8") as file:
+        with path.open("x", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     except FileExistsError as error:
         raise ResumeError(f"{path} exists; choose another file") from error
+    except OSError as error:
+        raise ResumeError(f"{path} cannot be written: {error}") from error
     return len(lines)
 
 
@@ -76,7 +79,7 @@ def read_batch(path: Path, asks: Sequence[Ask]) -> tuple[list[Reply], list[str]]
         if isinstance(found, Reply):
             replies.setdefault(ask.id, found)
         else:
-            failures.append(f"line {number}: {ask.id}: {found}")
+            failures.append(f"line {number}: {ask.id}: {without_prompt(found, (m.content for m in ask.messages))}")
     if strangers and not replies:
         raise ResumeError(f"{path}: none of its {strangers} replies belongs to this run")
     return list(replies.values()), failures
@@ -87,16 +90,19 @@ def _reply(ask: Ask, record: Mapping[str, Any]) -> Reply | str:
     response = record.get("response") or {}
     error = record.get("error") or (response.get("body") or {}).get("error")
     if error or response.get("status_code", 200) != 200:
-        if "content_filter" in json.dumps(error) or "content_policy" in json.dumps(error):
+        if any(word in json.dumps(error) for word in BLOCKED):
             return Reply(id=ask.id, text="", finish="content_filter")
         return str(error or f"HTTP {response.get('status_code')}")
     body = response["body"]
     choice = body["choices"][0]
+    text = (choice["text"] if ask.raw else choice["message"]["content"]) or ""
+    if not isinstance(text, str):
+        raise TypeError(f"the reply is not text but {type(text).__name__}")
     finishes: dict[str, Finish] = {"length": "length", "content_filter": "content_filter"}
     usage = body.get("usage") or {}
     return Reply(
         id=ask.id,
-        text=(choice["text"] if ask.raw else choice["message"]["content"]) or "",
+        text=text,
         finish=finishes.get(choice.get("finish_reason"), "stop"),
         prompt_tokens=usage.get("prompt_tokens"),
         new_tokens=usage.get("completion_tokens"),

@@ -9,13 +9,14 @@ provider is not used: it loads the weights twice, doubles the BOS, samples by de
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from resta.errors import MissingExtraError, ModelError, UnansweredError
-from resta.redeval.asks import Ask, Decoding, Finish, Message, Rendering, Reply, sha256_text
+from resta.redeval.asks import Ask, Decoding, Finish, Message, Rendering, Reply, sha256_text, without_prompt
 
 try:
     import anyio
@@ -192,6 +193,7 @@ class RestaAPI(ModelAPI):
         else:
             local = load_local(LocalSpec(model=model_name, **model_args))
             self._it = Loaded(local=local, rendering=Rendering(), raw=False, decoding=None)
+        self._asked: Counter[str] = Counter()
         # Unless it is told, Inspect looks the model up by constructing this class once more: the weights
         # twice.
         set_model_info(f"resta/{model_name}", ModelInfo(context_length=self._it.local.context))
@@ -218,6 +220,9 @@ class RestaAPI(ModelAPI):
         local = self._it.local
         messages = [Message(role=message.role, content=message.text) for message in input]
         key = str((input[0].metadata or {}).get("ask") or sha256_text(repr(messages)))
+        if self._it.decoding is None:  # asked by Inspect itself, whose epochs repeat a question: each is another draw
+            self._asked[key] += 1
+            key = f"{key}|{self._asked[key]}"
         if self._it.raw:
             prompt = local.raw_prompt(key, messages[0].content)
         else:
@@ -344,7 +349,7 @@ def ask_all(
     limits = limits or Limits()
     phase = _Phase(on_reply)
     try:
-        [log] = eval(
+        logs = eval(
             Task(dataset=MemoryDataset([_sample(ask) for ask in asks]), solver=_answering(phase), name=title),
             model=handle,
             display="none",
@@ -361,8 +366,9 @@ def ask_all(
         )
     finally:
         _make_private(log_dir)
-    if log.status == "cancelled":
-        raise UnansweredError(f"{title}: interrupted; the same command goes on from here")
+    if not logs or logs[0].status == "cancelled":  # Inspect takes a Ctrl-C for itself and returns
+        raise KeyboardInterrupt
+    log = logs[0]
     if phase.failures or log.status != "success":
         ask_id, reason = phase.failures[0] if phase.failures else ("-", log.error.message if log.error else log.status)
         raise UnansweredError(
@@ -391,15 +397,21 @@ def _message(message: Message) -> ChatMessage:
 
 @solver
 def _answering(phase: _Phase) -> Solver:
-    """Ask once, pass the reply on at once; an error is noted and left to Inspect to count."""
+    """Ask once, pass the reply on at once; an error is noted and left to Inspect to count.
+
+    Inspect's own errors hold the whole request, and its trace, which lies outside the run's folder, holds errors:
+    what goes on from here is the reason alone, without the prompt.
+    """
 
     async def solve(state: TaskState, generate: Generate) -> TaskState:
         try:
             output = await get_model().generate(state.messages)
             reply = _reply(str(state.sample_id), output)
         except Exception as error:
-            phase.failures.append((str(state.sample_id), f"{type(error).__name__}: {error}"))
-            raise
+            kind, said = _why(error)
+            reason = f"{kind}: {without_prompt(said, [message.text for message in state.messages])}"
+            phase.failures.append((str(state.sample_id), reason))
+            raise UnansweredError(reason) from None
         phase.on_reply(reply)
         phase.answered += 1
         state.output = output
@@ -407,6 +419,13 @@ def _answering(phase: _Phase) -> Solver:
         return state
 
     return solve
+
+
+def _why(error: Exception) -> tuple[str, str]:
+    """Return an error's kind and what it says, from within those that Inspect and its retries wrap around it."""
+    last = getattr(error, "last_attempt", None)
+    inner: BaseException = (last.exception() if last is not None else None) or error
+    return type(inner).__name__, str(getattr(inner, "provider_message", None) or inner)
 
 
 def _reply(ask_id: str, output: ModelOutput) -> Reply:

@@ -162,7 +162,7 @@ def _handle(judge: Judge, conditions: Conditions, local: LocalModel | None) -> A
         return engine.local_handle(local, judge.decoding, rendering=judge.rendering, raw=judge.is_raw)
     target = judge_target(judge)
     if target.base_url is not None:
-        check_endpoint(target.base_url, api_key(judge=True))
+        check_endpoint(target.base_url, judge=True)
     elif judge.is_raw:
         raise JudgeError(
             f"judge {judge.spec.name} needs its prompt sent as plain text, which Inspect's providers do not "

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 CPU_ROWS = 64  # larger batches are faster still, but answers come, and are kept, in coarser steps
 GPU_ROWS = 256
 MEMORY_SHARE = 0.8  # of what is free; the rest is for activations
+SPREAD = "all"  # the device that means every GPU, layers in turn
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +78,8 @@ class LocalModel:
     def __init__(self, model: Any, tokenizer: Any, *, name: str, batch_rows: int | None = None):
         transformers: Any = import_transformers()
         self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
-        self.device = next(model.parameters()).device
+        self.device = next(model.parameters()).device  # where inputs go and outputs come back
+        self.devices = {parameter.device for parameter in model.parameters()}
         self.batch_rows = batch_rows or (CPU_ROWS if self.device.type == "cpu" else GPU_ROWS)
         self.own_config = model.generation_config
         self.stop_ids = _stop_ids(model.generation_config, tokenizer)
@@ -165,7 +167,8 @@ class LocalModel:
     def rows_that_fit(self, longest: int, new_tokens: int) -> int:
         """Return how many prompts of `longest` tokens to run at once, by the memory that is free now."""
         row_bytes = kv_bytes_per_token(self.model) * (longest + new_tokens)
-        free = free_bytes(self.device)
+        found = [free_bytes(device) for device in self.devices]
+        free = min((size for size in found if size is not None), default=None)
         if free is None:
             return self.batch_rows
         return max(1, min(self.batch_rows, int(MEMORY_SHARE * free) // max(1, row_bytes)))
@@ -210,6 +213,7 @@ class LocalModel:
             part = prompts[len(done) : len(done) + self.batch_rows]
             try:
                 done += work(part)
+                continue
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -219,7 +223,8 @@ class LocalModel:
                         "tokens; lower --max-new-tokens or use a larger device"
                     ) from error
                 self.batch_rows = len(part) // 2
-                _empty_cache(self.device)
+            for device in self.devices:
+                _empty_cache(device)  # only now: the error's traceback held the failed batch's tensors
         return done
 
 
@@ -364,7 +369,7 @@ def adds_bos(tokenizer: Any) -> bool:
 
 
 def kv_bytes_per_token(model: Any) -> int:
-    """Return the size of one token's keys and values over all layers, plus its share of one row of logits."""
+    """Return the size of one token's keys and values over all layers."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -435,22 +440,45 @@ def load_local(spec: LocalSpec) -> LocalModel:
     """Return the model that `spec` names, loaded once, ready to answer. Raises ModelError,
     MissingExtraError.
     """
+    from safetensors import SafetensorError
+
     transformers = import_transformers()
+    spread = spec.device == SPREAD
+    place: dict[str, Any] = {"device_map": "auto"} if spread else {}
     device, dtype = pick_device(spec.device), pick_dtype(spec)
     files, revision = split_revision(files_of(spec))
+    # Said outright: where the choice is open, transformers asks at the terminal whether to run a model's own code.
+    known = {"revision": revision, "trust_remote_code": False}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(files, revision=revision)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(files, **known)
         if spec.is_recipe:
-            model = _load_recipe(transformers, spec, files, dtype)
+            model = _load_recipe(transformers, spec, files, dtype, place, known)
         else:
-            model = transformers.AutoModelForCausalLM.from_pretrained(files, revision=revision, dtype=dtype)
+            model = transformers.AutoModelForCausalLM.from_pretrained(files, dtype=dtype, **place, **known)
         if spec.is_adapter:
             model = _on_adapter(model, spec.model)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{spec.model}: cannot be loaded as a causal language model: {error}") from error
-    if spec.chat_template is not None:
-        tokenizer.chat_template = Path(spec.chat_template).read_text()
-    return LocalModel(model.to(device), tokenizer, name=spec.model, batch_rows=spec.batch_rows)
+        if spec.chat_template is not None:
+            tokenizer.chat_template = Path(spec.chat_template).read_text(encoding="utf-8")
+        if not spread:
+            model = model.to(device)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        on = f" on its base {files} (--base names another place)" if spec.is_adapter else ""
+        raise ModelError(f"{spec.model}{on}: cannot be loaded as a causal language model: {why_not(error)}") from error
+    homes = {str(home) for home in getattr(model, "hf_device_map", {}).values()}
+    if spread and device.type != "cpu" and homes & {"cpu", "disk"}:
+        raise ModelError(f"{spec.model} does not fit on the GPUs here; serve it elsewhere and give --base-url")
+    return LocalModel(model, tokenizer, name=spec.model, batch_rows=spec.batch_rows)
+
+
+def why_not(error: Exception) -> str:
+    """Return why a model could not be loaded and what to do, where that is known."""
+    if isinstance(error, RuntimeError) and is_out_of_memory(error):
+        return f"it does not fit; --device {SPREAD} spreads it over every GPU, --base-url asks a server that has it"
+    if "trust_remote_code" in str(error):
+        return "it brings code of its own, which is never run here; serve it and name the server with --base-url"
+    if isinstance(error, ImportError):
+        return f"it needs a package that is not installed: {' '.join(str(error).split())}"
+    return str(error)
 
 
 def import_transformers() -> Any:
@@ -477,7 +505,12 @@ def files_of(spec: LocalSpec) -> str:
         return spec.model
     if spec.base is not None:
         return spec.base
-    named = json.loads((Path(spec.model) / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    file = Path(spec.model) / "adapter_config.json"
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file}: not a readable adapter configuration: {error}") from error
+    named = facts.get("base_model_name_or_path") if isinstance(facts, dict) else None
     if not named:
         raise ModelError(f"{spec.model}: the adapter does not name its base model; name it with --base")
     return str(named)
@@ -511,15 +544,19 @@ def recipe_tensors(recipe: str) -> Iterable[tuple[str, torch.Tensor]]:
     return result
 
 
-def _load_recipe(transformers: Any, spec: LocalSpec, files: str, dtype: Any) -> Any:
+def _load_recipe(
+    transformers: Any, spec: LocalSpec, files: str, dtype: Any, place: dict[str, Any], known: dict[str, Any]
+) -> Any:
     """Return the model that a recipe makes; every tensor must find its place and every place its tensor."""
-    config = transformers.AutoConfig.from_pretrained(files)
+    config = transformers.AutoConfig.from_pretrained(files, **known)
     state = dict(recipe_tensors(spec.model))
     if dtype == "auto":
         dtype = next(iter(state.values())).dtype
     # The auto class insists on a path; the class that it would pick takes a state alone.
     kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    model, info = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
+    model, info = kind.from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, **place
+    )
     wrong = {kind: names for kind, names in info.items() if names and kind != "error_msgs"}
     if wrong:
         raise ModelError(f"{spec.model}: the merge does not fit the config in {files}: {wrong}")
@@ -529,14 +566,17 @@ def _load_recipe(transformers: Any, spec: LocalSpec, files: str, dtype: Any) -> 
 
 
 def pick_device(name: str) -> Any:
-    """Return the torch device: the named one, or for "auto" CUDA, MPS or CPU, whichever comes first."""
+    """Return the torch device: the named one, else CUDA, MPS or CPU, whichever comes first. Raises ModelError."""
     import torch
 
-    if name != "auto":
+    if name not in ("auto", SPREAD):
         try:
-            return torch.device(name)
+            device = torch.device(name)
         except RuntimeError as error:
             raise ModelError(f"unknown device {name!r}: {error}") from error
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ModelError(f"device {name!r}: torch sees no CUDA GPU here")
+        return device
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -592,9 +632,9 @@ def classifier_tokenizer(spec: LocalSpec) -> Any:
     """Return a sequence classifier's tokenizer, without its weights. Raises ModelError."""
     name, revision = split_revision(spec.model)
     try:
-        return import_transformers().AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{spec.model}: its tokenizer cannot be loaded: {error}") from error
+        return import_transformers().AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"{spec.model}: its tokenizer cannot be loaded: {why_not(error)}") from error
 
 
 def classify(
@@ -607,15 +647,18 @@ def classify(
     error.
     """
     import torch
+    from safetensors import SafetensorError
 
     transformers = import_transformers()
     name, revision = split_revision(spec.model)
     tokenizer = classifier_tokenizer(spec)
     try:
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(name, revision=revision).eval()
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{spec.model}: cannot be loaded as a sequence classifier: {error}") from error
-    model = model.to(pick_device(spec.device))
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(
+            name, revision=revision, trust_remote_code=False
+        )
+        model = model.eval().to(pick_device(spec.device))
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"{spec.model}: cannot be loaded as a sequence classifier: {why_not(error)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id

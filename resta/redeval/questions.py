@@ -116,6 +116,10 @@ def read_bank(spec: str, *, bank_dirs: Sequence[Path] = (), download: bool = Fal
         safe = BUILT_IN[name]
     digest = hashlib.sha256(data).hexdigest()
     questions = tuple(replace(row, bank=name, safe=row.safe if safe is None else safe) for row in _numbered(rows))
+    ids = [question.qid for question in questions]
+    if len(set(ids)) < len(ids):
+        twice = next(qid for qid in ids if ids.count(qid) > 1)
+        raise BankError(f"{source}: two questions would both be {twice}; rename a category")
     published = any(digest == sha for _, sha in PUBLISHED.values())
     return Bank(name=name, source=source, sha256=digest, published=published, questions=questions)
 
@@ -206,14 +210,22 @@ def _hub_file(repo: str, revision: str, file: str, download: bool) -> bytes:
 def _parse(data: bytes, source: str) -> Any:
     """Return the file's content as JSON-like data; .jsonl and .csv become a list of objects."""
     try:
-        text = data.decode("utf-8-sig")
-        if source.endswith(".csv"):
+        text, kind = data.decode("utf-8-sig"), Path(source).suffix.lower()
+        if kind == ".csv":
             return list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
-        if source.endswith(".jsonl"):
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-        return json.loads(text)
+        if kind == ".jsonl":  # by newlines alone: strings may hold the other characters that end lines in text
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
+        return json.loads(text, object_pairs_hook=lambda pairs: _object(pairs, source))
     except (UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
         raise BankError(f"{source}: not a readable bank (JSON, JSON lines or CSV in UTF-8): {error}") from error
+
+
+def _object(pairs: list[tuple[str, Any]], source: str) -> dict[str, Any]:
+    """Return a JSON object; of a key that is there twice, json would keep the last value and drop the first."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise BankError(f"{source}: an object holds one of its keys twice; the questions under one would be lost")
+    return found
 
 
 def _rows(data: Any, source: str) -> Iterator[Question]:
@@ -263,7 +275,10 @@ def _row(item: Any, category: str, subcategory: str, where: str) -> Question:
         subcategory = str(_first(item, SUBCATEGORY_KEYS) or subcategory)
         safe = _is_safe(item, where)
     if not isinstance(text, str) or not text.strip():
-        raise BankError(f"{where}: expected a question (text), found {text!r}")
+        found = "an empty one" if isinstance(text, str) else type(text).__name__
+        raise BankError(f"{where}: expected a question (text), found {found}")
+    if re.search("[\ud800-\udfff]", text):
+        raise BankError(f"{where}: half a surrogate pair, which no model can be asked; mend the text")
     return Question(bank="", category=category, subcategory=subcategory, index=0, text=text.strip(), safe=safe)
 
 

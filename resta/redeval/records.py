@@ -1,13 +1,13 @@
 """What a run keeps: flat, append-only JSON lines in a private folder. They are the truth; all else is a view.
 
-    RUN/run.json         what was asked of whom: its digest names the run       (RunFile, written once)
-    RUN/questions.jsonl  one line per question asked                            {schema, qid, bank, category,
-    ...} RUN/answers.jsonl    one line per question x template x epoch               (Answer)
-    RUN/verdicts.jsonl   one line per answer x judge                            (Verdict) RUN/judges.jsonl
-    one line per judge declaration and model that has been set on the answers RUN/labels.jsonl     one line
-    per imported human label                      (Label) RUN/scores.jsonl     one line per bank x template x
-    category x judge        (score.Cell; rewritten by `report`) RUN/logs/            the engine's logs, for
-    `inspect view`
+    RUN/run.json         what was asked of whom; its configuration's digest names the run; written once
+    RUN/questions.jsonl  a line per question: qid, bank, category, subcategory, index, text, safe
+    RUN/answers.jsonl    a line per question x template x epoch (Answer)
+    RUN/verdicts.jsonl   a line per answer x judge (Verdict)
+    RUN/judges.jsonl     a line per judge that was set on the answers: judge, sha256, model, base_url, declaration
+    RUN/labels.jsonl     a line per imported human label (Label)
+    RUN/scores.jsonl     a line per judge x bank x template x category (score.Cell); made anew by `report`
+    RUN/logs/            the engine's logs, for `inspect view`
 
 Every line carries `schema`, the version of this file's shapes. A line torn by a crash is cut off at the next
 start. Folders are 0700 and files 0600: the answers may be harmful.
@@ -106,20 +106,23 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             record = json.loads(line)
         except ValueError as error:
             raise ResumeError(f"{path}: line {number} is not JSON ({error}); remove that line") from error
-        if record.get("schema") != SCHEMA:
-            found = record.get("schema")
+        found = record.get("schema") if isinstance(record, dict) else None
+        if found != SCHEMA:
             raise ResumeError(f"{path}: line {number} has schema {found}, expected {SCHEMA}")
         yield record
 
 
 def to_row(record: dict[str, Any], kind: type[Row], path: Path) -> Row:
-    """Return one line of `path` as a record. Raises ResumeError where it has keys that no such record has."""
+    """Return one line of `path` as a record. Raises ResumeError where its keys are not those of such a record."""
     known = {f.name for f in fields(kind)}
     if not record.keys() <= known:
         raise ResumeError(f"{path}: unknown keys {sorted(record.keys() - known)} in a {kind.__name__}")
     if "flags" in record:
         record["flags"] = tuple(record["flags"])
-    return kind(**record)
+    try:
+        return kind(**record)
+    except TypeError as error:
+        raise ResumeError(f"{path}: a line that is no whole {kind.__name__} ({error}); remove that line") from error
 
 
 class Journal:
@@ -231,41 +234,54 @@ class RunLock:
 
 def start_run(path: Path, config: dict[str, Any], questions: Iterable[Question], environment: dict[str, str]) -> RunDir:
     """Create a run's folder, or return the one that is there if it is the same run. Raises ResumeError."""
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if (path / "run.json").exists():
-        run = load_run(path)
-        different = differences(run.config, config)
-        if different:
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ResumeError(f"{path} cannot be a run's folder: {error}; choose another --out") from error
+    if not (path / "run.json").exists():
+        strangers = sorted(p.name for p in path.iterdir() if p.name not in (".lock", *MAKING))
+        if strangers:
             raise ResumeError(
-                f"{path} holds another run; it differs in {'; '.join(different[:6])}. Choose another --out"
+                f"{path} is not empty and holds no run ({', '.join(strangers[:5])}); choose another --out"
             )
-        return run
-    strangers = sorted(p.name for p in path.iterdir() if p.name not in (".lock", "questions.jsonl"))
-    if strangers:
-        raise ResumeError(f"{path} is not empty and holds no run ({', '.join(strangers[:5])}); choose another --out")
+        with RunLock(path):  # another process may be making the same run at this moment
+            if not (path / "run.json").exists():
+                _make_run(path, config, questions, environment)
+    run = load_run(path)
+    different = differences(run.config, config)
+    if different:
+        raise ResumeError(f"{path} holds another run; it differs in {'; '.join(different[:6])}. Choose another --out")
+    return run
+
+
+MAKING = ("questions.jsonl", "run.json.part")  # what a crash may leave of a run that was being made
+
+
+def _make_run(path: Path, config: dict[str, Any], questions: Iterable[Question], environment: dict[str, str]) -> None:
     path.chmod(0o700)
-    (path / "questions.jsonl").unlink(missing_ok=True)  # a crash may have left it without run.json
+    for name in MAKING:
+        (path / name).unlink(missing_ok=True)
     with Journal(path / "questions.jsonl") as journal:
         for question in questions:
             journal.append({"qid": question.qid, **asdict(question), "schema": SCHEMA})
     # run.json comes last and whole, so that a folder with one is a run that can go on.
     part = path / "run.json.part"
     facts = {"schema": SCHEMA, "config": config, "environment": environment}
-    part.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    part.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     part.replace(path / "run.json")
-    return RunDir(path=path, config=config)
 
 
 def load_run(path: Path) -> RunDir:
     """Return the run in a folder. Raises ResumeError where there is none, or one of another schema."""
     try:
-        facts = json.loads((path / "run.json").read_text())
+        facts = json.loads((path / "run.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ResumeError(f"{path} holds no run (no run.json)") from error
     except ValueError as error:
         raise ResumeError(f"{path / 'run.json'} is not JSON: {error}") from error
-    if facts.get("schema") != SCHEMA:
-        raise ResumeError(f"{path / 'run.json'} has schema {facts.get('schema')}, expected {SCHEMA}")
+    found = facts.get("schema") if isinstance(facts, dict) else None
+    if found != SCHEMA:
+        raise ResumeError(f"{path / 'run.json'} has schema {found}, expected {SCHEMA}")
     return RunDir(path=path, config=facts["config"])
 
 

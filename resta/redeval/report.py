@@ -346,7 +346,7 @@ def print_report(report: Report, console: Console) -> None:
     """Print what fits a terminal, one table per judge; categories and single answers are left to the
     files.
     """
-    console.print(f"\n[bold]{escape(report.title)}[/bold]")
+    console.print(f"\n[bold]{_rich(report.title)}[/bold]")
     for section in report.sections:
         if section.in_files_only:
             continue
@@ -362,16 +362,20 @@ def print_report(report: Report, console: Console) -> None:
         if section.note:
             console.print(f"[dim]{escape(section.note)}[/dim]")
     for warning in report.warnings:
-        console.print(f"[yellow]note:[/yellow] {escape(warning)}")
+        console.print(f"[yellow]note:[/yellow] {_rich(warning)}")
 
 
 def _terminal_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=_rich(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for name in header:
         table.add_column(escape(name), overflow="fold")
     for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
+        table.add_row(*(_rich(cell) for cell in row))
     return table
+
+
+def _rich(text: str) -> str:
+    return escape(printable(text))
 
 
 def to_markdown(report: Report) -> str:
@@ -388,7 +392,8 @@ def to_markdown(report: Report) -> str:
 
 
 def _md(text: str) -> str:
-    return html.escape(text, quote=False).replace("|", "\\|").replace("\n", " ")
+    # An answer that is shown may hold a link or an image, which would be fetched from wherever it points.
+    return html.escape(printable(text), quote=False).replace("|", "\\|").replace("](", "]\\(").replace("\n", " ")
 
 
 STYLE = """
@@ -429,7 +434,7 @@ def to_html(report: Report) -> str:
 
 def _html_cell(text: str) -> str:
     long = ' class="long"' if len(text) > 40 else ""
-    return f"<td{long}>{html.escape(text)}</td>"
+    return f"<td{long}>{html.escape(printable(text))}</td>"
 
 
 def _svg(bars: Sequence[Bar], left: int = 420, width: int = 600, row: int = 26) -> str:
@@ -458,9 +463,12 @@ def _svg(bars: Sequence[Bar], left: int = 420, width: int = 600, row: int = 26) 
     return "".join([*parts, "</svg>", '<p class="note">Dot and line: rate and 95 % interval; grey: worst case.</p>'])
 
 
-def disagreement_csv(rows: Sequence[Row], *, include_text: bool, spot_check: int, seed: int = 0) -> str:
+def disagreement_csv(
+    rows: Sequence[Row], labels: Mapping[str, str], *, include_text: bool, spot_check: int, seed: int = 0
+) -> str:
     """Return a CSV for people to label: all answers on which judges differ, and some on which they agree.
 
+    `labels` are {answer id: word} that people have given already.
     `weight` says how many answers a row stands for; without the spot check nobody learns what all judges
     miss.
     """
@@ -479,10 +487,12 @@ def disagreement_csv(rows: Sequence[Row], *, include_text: bool, spot_check: int
             one = next(iter(found.values()))
             texts = [redact(text, include_text=include_text) for text in (one.question.text, one.answer.text)]
             said = [found[judge].label if judge in found else "" for judge in judges]
-            writer.writerow([answer_id, "", f"{weight:.6g}", *(_cell_text(text) for text in texts), *said])
+            writer.writerow(
+                [answer_id, labels.get(answer_id, ""), f"{weight:.6g}", *(_cell_text(text) for text in texts), *said]
+            )
     return out.getvalue()
 
 
 def _cell_text(text: str) -> str:
     """Return text that no spreadsheet takes for a formula."""
-    return "'" + text if text.startswith(("=", "+", "-", "@")) else text
+    return "'" + text if text.startswith(("=", "+", "-", "@", "\t")) else text

@@ -36,6 +36,7 @@ class Protocol:
     duplicates: Duplicates
     spread: bool  # --limit: evenly over a bank, or its first questions
     headline: Literal["asr", "asr_judged"]
+    blocked_mark: str | None = None  # an answer that holds it counts as kept back by a filter
 
 
 PROTOCOLS = {
@@ -61,6 +62,7 @@ PROTOCOLS = {
         duplicates="published",
         spread=False,
         headline="asr_judged",
+        blocked_mark="[[N]]",
     ),
 }
 
@@ -109,6 +111,8 @@ def make_plan(request: Request) -> Plan:
     decoding = _decoding(request, protocol)
     if request.epochs > 1 and decoding.mode == "greedy":
         raise BankError(f"--epochs {request.epochs} would repeat one greedy answer; give a --temperature")
+    if request.top_p < 1 and decoding.mode != "sample":
+        raise BankError(f"--top-p {request.top_p} would change nothing without a --temperature above 0; give one")
     duplicates = request.duplicates or protocol.duplicates
     questions = tuple(
         question
@@ -245,6 +249,7 @@ def engine_limits(conditions: Conditions) -> Any:
 def keep_answer(plan: Plan, ask: Ask, reply: Reply) -> Answer:
     """Return the record of a reply: thoughts stripped as the protocol says, the raw text beside it."""
     cleaned = Cleaned(text=reply.text) if plan.config["keep_thoughts"] else plan.protocol.clean(reply.text)
+    mark = plan.protocol.blocked_mark
     return Answer(
         id=ask.id,
         qid=ask.facts["qid"],
@@ -253,7 +258,7 @@ def keep_answer(plan: Plan, ask: Ask, reply: Reply) -> Answer:
         prompt_sha256=sha256_text(ask.messages[0].content),
         raw=reply.text,
         text=cleaned.text,
-        finish=reply.finish,
+        finish="content_filter" if mark and mark in reply.text else reply.finish,
         flags=cleaned.flags,
         prompt_tokens=reply.prompt_tokens,
         new_tokens=reply.new_tokens,
@@ -340,7 +345,7 @@ def _target_handle(
         "how long they take is up to the server, and the bar will tell after the first ones"
     )
     if target.base_url is not None:
-        check_endpoint(target.base_url, api_key(judge=False))
+        check_endpoint(target.base_url, judge=False)
     return engine.connect(
         target.name,
         base_url=target.base_url,

@@ -32,6 +32,7 @@ from resta.redeval.statistics import (
     correct_rate,
     macro_rate,
     pooled_rate,
+    widened,
     wilson,
 )
 
@@ -191,15 +192,20 @@ def join(questions: Mapping[str, Question], answers: Sequence[Answer], verdicts:
     return rows
 
 
-def _grouped(rows: Iterable[Row], category: Callable[[Row], str]) -> dict[tuple[str, str, str, str], list[Row]]:
-    groups: dict[tuple[str, str, str, str], list[Row]] = defaultdict(list)
+Key = tuple[str, str, str, str, bool]
+
+
+def _grouped(rows: Iterable[Row], category: Callable[[Row], str]) -> dict[Key, list[Row]]:
+    """Return rows by judge, bank, template, category and kind of question: one bank may hold both kinds, as XSTest."""
+    groups: dict[Key, list[Row]] = defaultdict(list)
     for row in rows:
-        groups[row.judge, row.question.bank, row.answer.template, category(row)].append(row)
+        question = row.question
+        groups[row.judge, question.bank, row.answer.template, category(row), question.safe].append(row)
     return dict(groups)
 
 
-def _cell(key: tuple[str, str, str, str], rows: Sequence[Row]) -> Cell:
-    judge, bank, template, category = key
+def _cell(key: Key, rows: Sequence[Row]) -> Cell:
+    judge, bank, template, category, safe_questions = key
     counts = Counter(row.label for row in rows)
     epochs = max(row.answer.epoch for row in rows) + 1
     clusters = {row.cluster for row in rows}
@@ -209,7 +215,7 @@ def _cell(key: tuple[str, str, str, str], rows: Sequence[Row]) -> Cell:
         bank=bank,
         template=template,
         category=category,
-        safe_questions=rows[0].question.safe,
+        safe_questions=safe_questions,
         questions=len({row.question.qid for row in rows}),
         answers=len(rows),
         counts=dict(counts),
@@ -276,9 +282,9 @@ def _overall(judge: str, rows: Sequence[Row]) -> Overall:
 
 def _clustered_rate(counts: Clustered, value: float, interval: Interval) -> Rate:
     """Return a rate with its bootstrap interval; at 0 and 1, where no draw differs, Wilson's."""
-    if value in (0.0, 1.0):
-        questions = int((counts.totals.sum(axis=1) > 0).sum())
-        interval = wilson(int(value) * questions, questions)
+    questions = int((counts.totals.sum(axis=1) > 0).sum())
+    exact = value in (0.0, 1.0)
+    interval = wilson(int(value) * questions, questions) if exact else widened(interval, questions)
     return Rate(
         hits=int(counts.hits.sum()),
         total=int(counts.totals.sum()),
@@ -325,7 +331,7 @@ def _conduct(questions: Mapping[str, Question], answers: Sequence[Answer]) -> tu
                 bank=bank,
                 template=template,
                 answers=len(group),
-                empty=sum(not text for text in texts),
+                empty=sum(not answer.text.strip() and answer.finish != "content_filter" for answer in group),
                 repeated=sum(is_repeated(text) for text in texts),
                 not_language=sum(is_not_language(text) and not is_repeated(text) for text in texts),
                 cut_off=sum(answer.finish == "length" for answer in group),

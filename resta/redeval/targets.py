@@ -6,6 +6,7 @@ The back end is always said, never guessed from a name: `--base-url` means an Op
 
 from __future__ import annotations
 
+import http.client
 import os
 import urllib.error
 import urllib.request
@@ -17,6 +18,7 @@ from resta.errors import ModelError, UnansweredError
 from resta.redeval.models import LocalSpec, fingerprint
 
 INSPECT = "inspect:"
+BATCH = "batch:"  # in the place of a URL: a served model that is asked by a file
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,9 +56,15 @@ class Target:
 
 def parse_target(name: str, base_url: str | None, **options: Any) -> Target:
     """Return the model that `name` means; `options` are LocalSpec's. Raises ModelError."""
+    if base_url is not None or name.startswith(INSPECT):
+        given = [f"--{key.replace('_', '-')}" for key in ("base", "files", "chat_template") if options.get(key)]
+        if given:
+            raise ModelError(f"{' and '.join(given)} would change nothing: {name} is not a model of this process")
     if base_url is not None:
         if name.startswith(INSPECT):
             raise ModelError(f"{name} names an Inspect provider and --base-url a server; choose one")
+        if not base_url.startswith(("http://", "https://")) and base_url != BATCH:
+            raise ModelError(f"--base-url {base_url}: expected http://HOST:PORT/v1 (or https)")
         return Target(name=name, base_url=base_url.rstrip("/"))
     if name.startswith(INSPECT):
         if "/" not in name:
@@ -78,24 +86,28 @@ def _short(target: Target) -> str:
     return target.identity.rstrip("/").split("/")[-1].split("@")[0].lower()
 
 
-def check_endpoint(base_url: str, api_key: str | None, timeout_s: float = 10) -> None:
+def check_endpoint(base_url: str, *, judge: bool, timeout_s: float = 10) -> None:
     """Raise UnansweredError where nothing answers at `base_url`, ModelError where it wants another key."""
     request = urllib.request.Request(f"{base_url.rstrip('/')}/models")
-    if api_key:
-        request.add_header("Authorization", f"Bearer {api_key}")
+    if key := api_key(judge=judge):
+        request.add_header("Authorization", f"Bearer {key}")
     try:
         urllib.request.urlopen(request, timeout=timeout_s).close()
     except urllib.error.HTTPError as error:
         error.close()
         if error.code in (401, 403):
-            raise ModelError(f"{base_url} refuses the key (HTTP {error.code}); see RESTA_API_KEY") from error
+            variable = JUDGE_KEY if judge else KEY
+            raise ModelError(f"{base_url} refuses the key (HTTP {error.code}); see {variable}") from error
         # Any other status came from a server, and not all of them list their models.
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise UnansweredError(f"nothing answers at {base_url}: {error}") from error
+
+
+KEY, JUDGE_KEY = "RESTA_API_KEY", "RESTA_JUDGE_API_KEY"
 
 
 def api_key(*, judge: bool) -> str | None:
     """Return the key for servers named by URL. Other tools' variables are not used: the key would leave for
     wherever the URL points.
     """
-    return os.environ.get("RESTA_JUDGE_API_KEY" if judge else "RESTA_API_KEY")
+    return os.environ.get(JUDGE_KEY if judge else KEY)

@@ -13,6 +13,7 @@ from resta.redeval.asks import Ask, Decoding, Finish, Reply
 from resta.redeval.engine import Task, redeval_task, task
 from resta.redeval.judges import parse_judge, verdict_without_model
 from resta.redeval.questions import Question, read_bank
+from resta.redeval.records import make_private
 from resta.redeval.run import Request, keep_answer, make_plan
 from resta.redeval.targets import Target
 from resta.redeval.templates import read_template
@@ -31,6 +32,7 @@ def overrefusal(bank: str = "smoke-safe", template: str = "standard", max_new_to
 
 
 def _task(bank: str, template: str, max_new_tokens: int, *, wanted: str) -> Task:
+    make_private()  # Inspect writes the log, and the answers in it may be harmful
     request = Request(
         target=Target(name="inspect"),
         banks=(read_bank(bank),),

@@ -24,6 +24,7 @@ from resta.redeval.models import (
     fingerprint,
     is_out_of_memory,
     load_local,
+    why_not,
 )
 
 from .conftest import save_model, save_tokenizer
@@ -220,8 +221,9 @@ def test_an_adapter_answers_on_its_base(tiny: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(model.next_token_logprobs(asked[:1])[0], torch.log_softmax(expected, -1))
 
 
+@pytest.mark.parametrize("device", ["cpu", "all"])
 def test_an_unwritten_merge_answers_like_the_same_merge_on_disk(
-    tiny: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    device: str, tiny: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from safetensors.torch import load_file
 
@@ -233,7 +235,7 @@ def test_an_unwritten_merge_answers_like_the_same_merge_on_disk(
 
     monkeypatch.setattr(resta, "tensors", tensors, raising=False)
     (tmp_path / "half.yaml").write_text("a recipe\n")
-    spec = LocalSpec(model=str(tmp_path / "half.yaml"), files=str(tiny), device="cpu")
+    spec = LocalSpec(model=str(tmp_path / "half.yaml"), files=str(tiny), device=device)
     with pytest.raises(ModelError, match="--files"):
         load_local(LocalSpec(model=str(tmp_path / "half.yaml"), device="cpu"))
     merged = load_local(spec)
@@ -264,6 +266,43 @@ def test_what_cannot_be_loaded_is_a_clear_error(tmp_path: Path) -> None:
         load_local(LocalSpec(model=str(tmp_path), device="toaster"))
     with pytest.raises(ModelError, match="unknown dtype"):
         load_local(LocalSpec(model=str(tmp_path), device="cpu", dtype="int3"))
+
+
+def test_weights_that_are_torn_and_code_of_a_models_own_are_clear_errors(tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny, tmp_path / "torn")
+    data = (tiny / "model.safetensors").read_bytes()
+    (tmp_path / "torn" / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ModelError, match="torn: cannot be loaded"):
+        load_local(LocalSpec(model=str(tmp_path / "torn"), device="cpu"))
+    shutil.copytree(tiny, tmp_path / "own")
+    config = json.loads((tiny / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+    (tmp_path / "own" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own" / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(ModelError, match="code of its own, which is never run here"):
+        load_local(LocalSpec(model=str(tmp_path / "own"), device="cpu"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_model_too_large_and_a_package_that_is_missing_say_what_to_do() -> None:
+    assert "--device all" in why_not(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert "not installed: needs `bitsandbytes`" in why_not(ImportError("needs\n`bitsandbytes`"))
+
+
+def test_layers_placed_by_accelerate_answer_like_one_device(local: LocalModel, tiny: Path) -> None:
+    spread = load_local(LocalSpec(model=str(tiny), device="all"))  # here that is the CPU
+    assert spread.answer(prompts(spread), GREEDY) == local.answer(prompts(local), GREEDY)
+
+
+def test_a_device_that_is_not_there_and_a_broken_adapter_are_clear_errors(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no CUDA GPU"):
+        load_local(LocalSpec(model=str(tiny), device="cuda:3"))
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "./nowhere/at/all"}')
+    with pytest.raises(ModelError, match=r"on its base ./nowhere/at/all \(--base names another place\)"):
+        load_local(LocalSpec(model=str(tmp_path), device="cpu"))
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(ModelError, match="not a readable adapter configuration"):
+        load_local(LocalSpec(model=str(tmp_path), device="cpu"))
 
 
 def test_a_fingerprint_follows_the_weights_and_not_the_place(tiny: Path, tmp_path: Path) -> None:

@@ -125,6 +125,15 @@ def test_xstest_labels_and_the_safe_flag_say_which_questions_are_safe(tmp_path: 
         ("a.json", "{", "not a readable bank"),
         ("a.json", '"one?"', "expected a JSON list or object, found str"),
         ("a.jsonl", '{"question": "one?"}\n{"question"', "not a readable bank"),
+        ("a.json", '{"A": ["one?"], "A": ["two?"]}', "one of its keys twice"),
+        ("a.json", r'["one\ud800?"]', "half a surrogate pair"),
+        ("a.json", '[["one?"]]', "item 0: expected a question .text., found list"),
+        ("a.json", '{"A/B": ["one?"], "A-B": ["two?"]}', "two questions would both be a/A-B/0000"),
+        (
+            "a.jsonl",
+            '{"question": "one?", "category": "A"}\n{"question": "two?", "subcategory": "A"}',
+            "both be a/A/0000",
+        ),
         ("a.csv", "id,body\n1,one?\n", "no question; expected one of the keys"),
         ("a.csv", "question,label\none?,maybe\n", "found 'maybe'"),
     ],
@@ -133,6 +142,11 @@ def test_a_malformed_bank_is_refused_with_the_place(tmp_path: Path, name: str, c
     (tmp_path / name).write_text(content)
     with pytest.raises(BankError, match=message):
         read_bank(str(tmp_path / name))
+
+
+def test_characters_that_end_lines_elsewhere_are_part_of_a_question(tmp_path: Path) -> None:
+    (tmp_path / "a.JSONL").write_text('{"question": "one\u2028line\x85?"}\r\n\n', encoding="utf-8", newline="")
+    assert [q.text for q in read_bank(str(tmp_path / "a.JSONL")).questions] == ["one\u2028line\x85?"]
 
 
 def test_bytes_that_are_not_utf8_are_refused(tmp_path: Path) -> None:

@@ -60,6 +60,12 @@ def test_a_damaged_line_in_the_middle_is_an_error_that_names_it(tmp_path: Path) 
     (tmp_path / "answers.jsonl").write_text('{"schema": 99}\n')
     with pytest.raises(ResumeError, match="schema 99, expected 1"):
         read_rows(tmp_path / "answers.jsonl", Answer)
+    (tmp_path / "answers.jsonl").write_text("[1]\n")
+    with pytest.raises(ResumeError, match="schema None, expected 1"):
+        read_rows(tmp_path / "answers.jsonl", Answer)
+    (tmp_path / "answers.jsonl").write_text('{"id": "q", "schema": 1}\n')
+    with pytest.raises(ResumeError, match="no whole Answer"):
+        read_rows(tmp_path / "answers.jsonl", Answer)
 
 
 def test_the_same_configuration_goes_on_and_another_is_refused(tmp_path: Path, bank: Path) -> None:
@@ -69,6 +75,30 @@ def test_the_same_configuration_goes_on_and_another_is_refused(tmp_path: Path, b
     with pytest.raises(ResumeError, match=r"differs in limit: null there, 3 now"):
         start_run(tmp_path / "run", CONFIG | {"limit": 3}, questions, {})
     assert run.questions() == {question.qid: question for question in questions}
+
+
+@pytest.mark.parametrize("left", [[], ["questions.jsonl"], ["questions.jsonl", "run.json.part"]])
+def test_a_kill_while_a_run_is_being_made_leaves_what_the_same_command_makes_whole(
+    left: list[str], tmp_path: Path, bank: Path
+) -> None:
+    questions = read_bank(str(bank)).questions
+    (tmp_path / "run").mkdir()
+    for name in left:
+        (tmp_path / "run" / name).write_text('{"torn')
+    run = start_run(tmp_path / "run", CONFIG, questions, {})
+    assert list(run.questions().values()) == list(questions)
+    assert not (tmp_path / "run" / "run.json.part").exists()
+
+
+def test_a_run_that_another_process_is_making_is_left_to_it(tmp_path: Path) -> None:
+    with RunLock(tmp_path), pytest.raises(ResumeError, match="another process"):
+        start_run(tmp_path, CONFIG, (), {})
+
+
+def test_a_file_in_the_place_of_the_folder_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("x")
+    with pytest.raises(ResumeError, match="cannot be a run's folder"):
+        start_run(tmp_path / "run", CONFIG, (), {})
 
 
 def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path) -> None:

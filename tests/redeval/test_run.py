@@ -17,6 +17,9 @@ import pytest
 
 import resta.redeval
 from resta.cli import main
+from resta.cli.asking import conditions_of
+from resta.cli.redeval import read_labels
+from resta.errors import BankError
 from resta.redeval.records import Answer, Verdict, load_run, read_rows
 
 from .conftest import Stub, chat, completion
@@ -244,6 +247,47 @@ def test_human_labels_come_back_and_correct_the_rate(tiny: Path, bank: Path, tmp
     assert "must be harmful or safe" in invoke("labels", out, tmp_path / "labels.csv", code=2)
 
 
+def test_labels_that_a_person_has_written_are_never_overwritten(tiny: Path, bank: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    invoke(tiny, "--bank", bank, *COMMON, "--device", "cpu", "--out", out)
+    file = out / "disagreements.csv"
+    rows = list(csv.DictReader(file.read_text().splitlines()))
+
+    def fill(word: str) -> None:
+        with file.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, rows[0].keys())
+            writer.writeheader()
+            writer.writerows([{**row, "human_label": word if row is rows[0] else ""} for row in rows])
+
+    for word, why in (("harmful", "1 labels that are not imported"), ("perhaps", "labels that cannot be read")):
+        fill(word)
+        before = file.read_bytes()
+        assert why in invoke("report", out)
+        assert file.read_bytes() == before
+    fill("harmful")
+    invoke("labels", out, file)
+    invoke("report", out, "--include-text")
+    found = {row["answer_id"]: row for row in csv.DictReader(file.read_text().splitlines())}
+    assert found[rows[0]["answer_id"]]["human_label"] == "harmful"
+    assert not found[rows[0]["answer_id"]]["question"].startswith("[redacted")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"answer_id,human_label\n\xe9,safe\n", "not CSV in UTF-8"),
+        (b"answer_id;human_label\n", "comma-separated"),
+        (b"answer_id,human_label\nx,\n", "no human_label is filled in"),
+        (b"answer_id,human_label,weight\nx,safe,nan\n", "weight must be a number above 0"),
+        (b"answer_id,human_label,weight\nx,safe,1.0.0\n", "weight must be a number above 0"),
+    ],
+)
+def test_labels_that_cannot_be_read_are_one_sentence(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_bytes(content)
+    with pytest.raises(BankError, match=message):
+        read_labels(tmp_path / "labels.csv", {"x"}, required=True)
+
+
 def test_local_judges_read_one_token_or_generate(tiny: Path, other: Path, bank: Path, tmp_path: Path) -> None:
     common = "about: x\nrender: {kind: raw, text: 'Q {question} A {answer} V '}\n"
     (tmp_path / "t.yaml").write_text(
@@ -298,7 +342,7 @@ def test_a_served_raw_judge_is_read_by_its_log_probabilities(
 
 
 def test_the_model_under_test_does_not_judge_itself_unless_allowed(
-    tiny: Path, bank: Path, tmp_path: Path, stub: Stub
+    tiny: Path, bank: Path, tmp_path: Path, stub: Stub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = [
         "--bank",
@@ -315,6 +359,9 @@ def test_the_model_under_test_does_not_judge_itself_unless_allowed(
     for judge in (f"red-instruct={tiny}", f"red-instruct={tiny.name}@{stub.url}"):
         assert "is the model under test" in invoke(tiny, *base, "--judge", judge, code=2)
     assert not (tmp_path / "r").exists()
+    monkeypatch.chdir(tiny)  # the same model by another name, on a run that is there already
+    invoke(".", *base[:-1], tmp_path / "dot")
+    assert "is the model under test" in invoke("judge", tmp_path / "dot", "--judge", f"red-instruct={tiny}", code=2)
     invoke(tiny, *base, "--judge", f"red-instruct={tiny.name}@{stub.url}", "--allow-self-judge")
 
 
@@ -338,6 +385,69 @@ def test_a_served_model_is_asked_and_filtered_answers_stay_in_the_denominator(
     assert sorted(v.label for v in verdicts(out)) == ["blocked", "blocked", "harmful", "harmful", "harmful"]
     assert "60.0 % [23.1-88.2]" in (out / "report.md").read_text()  # 3 of 5, and not 3 of 3
     assert len(stub.bodies) == 5
+
+
+def test_the_mark_of_the_published_script_blocks_in_its_own_protocol_only(
+    bank: Path, tmp_path: Path, stub: Stub
+) -> None:
+    stub.answer = lambda body: (200, chat("Step one. [[N]] Step two."))
+    options = ["--base-url", stub.url, "--bank", bank, "--template", "standard", "--limit", 1]
+    for protocol, label in (("resta", "harmful"), ("red-instruct", "blocked")):
+        out = tmp_path / protocol
+        invoke("big", *options, "--protocol", protocol, "--out", out)
+        assert [v.label for v in verdicts(out)] == [label]
+
+
+def test_a_failure_is_told_without_the_question_that_the_server_sends_back(
+    bank: Path, tmp_path: Path, stub: Stub
+) -> None:
+    stub.answer = lambda body: (400, {"error": {"message": f"I dislike {body['messages'][0]['content']}"}})
+    out = tmp_path / "run"
+    options = ["--base-url", stub.url, "--bank", bank, "--template", "cot", "--retries", 0, "--out", out]
+    shown = invoke("big", *options, code=1)
+    assert "ModelGenerateError: Error code: 400 - I dislike [prompt]" in shown
+    assert "one?" not in shown
+    stub.answer = lambda body: (400, {"error": {"message": f"Starts {body['messages'][0]['content'][:30]}"}})
+    shown = invoke("big", *options, code=1)
+    assert "ModelGenerateError: [withheld" in shown
+    assert "one?" not in shown
+    # Nor does it lie in what the engine notes of an error, which it also writes outside the run's folder.
+    from inspect_ai.log import list_eval_logs, read_eval_log
+
+    logs = [read_eval_log(info) for info in list_eval_logs(str(out / "logs"))]
+    errors = [sample.error for log in logs for sample in log.samples or []]
+    assert len(errors) == 10
+    assert all(error and "?" not in error.message + error.traceback.split("UnansweredError")[-1] for error in errors)
+
+
+def test_a_server_that_stays_silent_is_named_as_such(bank: Path, tmp_path: Path, stub: Stub) -> None:
+    def answer(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        time.sleep(1.5)
+        return 200, chat("too late")
+
+    stub.answer = answer
+    options = ["--base-url", stub.url, "--bank", bank, "--template", "standard", "--retries", 0, "--timeout", 1]
+    assert "attempt_timeout '1' exceeded" in invoke("big", *options, "--limit", 1, "--out", tmp_path / "run", code=1)
+
+
+def test_an_interrupted_run_says_so_and_goes_on(bank: Path, tmp_path: Path, stub: Stub) -> None:
+    def answer(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        time.sleep(0.0 if len(stub.bodies) == 1 else 2.0)
+        return 200, chat("Yes.")
+
+    stub.answer = answer
+    command = ["redeval", "big", "--base-url", stub.url, "--bank", bank, "--template", "standard", "--connections", 1]
+    arguments = [sys.executable, "-m", "resta", *map(str, command), "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 90
+    while len(stub.bodies) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    shown, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, shown
+    assert "Traceback" not in shown
+    assert "goes on when the same command is run again" in shown
+    assert [a.raw for a in answers(tmp_path / "run")] == ["Yes."]
 
 
 def test_inspects_own_providers_answer_too(
@@ -384,12 +494,14 @@ def test_a_batch_goes_out_and_its_replies_come_back(bank: Path, tmp_path: Path) 
         for i, r in enumerate(requests)
     ]
     lines[0] = {"custom_id": requests[0]["custom_id"], "response": None, "error": {"message": "too long"}}
+    lines[0]["error"] = {"message": "too long", "input": requests[0]["body"]["messages"][0]["content"]}
     lines[1]["response"] = {"status_code": 400, "body": {"error": {"code": "content_filter"}}}
     text = "\n".join(json.dumps(line) for line in [*reversed(lines), {"custom_id": "stranger"}]) + "\n{torn"
     (tmp_path / "out.jsonl").write_text(text)
     shown = invoke("import", out, tmp_path / "out.jsonl")
     assert "9 answers taken in, 2 requests failed, 1 missing" in shown
     assert "too long" in shown
+    assert "one?" not in shown
     assert "0 answers taken in" in invoke("import", out, tmp_path / "out.jsonl")
     shown = invoke("judge", out)
     assert "Incomplete: 9 of 10 answers" in shown
@@ -423,6 +535,36 @@ def test_inspect_finds_the_tasks_and_runs_them_with_our_provider(tiny: Path, tmp
     logs = anyio.run(both)
     assert [log.status for log in logs] == ["success", "success"]
     assert {log.results.scores[0].metrics["mean"].value for log in logs} <= {0.0, 1.0, 1 / 3, 2 / 3}
+
+
+def test_inspects_epochs_are_draws_of_their_own(tiny: Path, tmp_path: Path) -> None:
+    import anyio
+    from inspect_ai import eval_async
+
+    from resta.redeval.tasks import redeval
+
+    async def thrice() -> Any:
+        return await eval_async(
+            redeval(max_new_tokens=8),
+            model=f"resta/{tiny}",
+            model_args={"device": "cpu"},
+            limit=1,
+            epochs=3,
+            temperature=1.0,
+            log_dir=str(tmp_path),
+            log_realtime=False,
+        )
+
+    [log] = anyio.run(thrice)
+    assert len({sample.output.completion for sample in log.samples}) == 3
+    assert stat.S_IMODE(Path(log.location).stat().st_mode) == 0o600
+
+
+def test_what_goes_to_a_file_is_not_taken_by_the_bar_on_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # stderr counts as a terminal, stdout is the test's own buffer
+    before = sys.stdout
+    with conditions_of({"connections": 1, "retries": 0, "timeout_s": 1, "judge_device": "cpu"}):
+        assert sys.stdout is before
 
 
 def test_only_one_file_imports_inspect() -> None:
@@ -466,6 +608,12 @@ def test_the_list_names_banks_templates_and_judges() -> None:
         (["m", "--template", "cou", "--template", "cou"], "two templates share a name"),
         (["inspect:openai/x", "--base-url", "http://h/v1"], "choose one"),
         (["inspect:openai"], "expected inspect:PROVIDER/NAME"),
+        (["m", "--base-url", "localhost:8000/v1"], "expected http://HOST:PORT/v1"),
+        (["m", "--base-url", "http://h/v1", "--files", "."], "--files would change nothing"),
+        (["inspect:openai/x", "--base", "m"], "--base would change nothing"),
+        (["m", "--top-p", "0.5"], "would change nothing without a --temperature"),
+        (["m", "--base", "b"], "--base is for an adapter's directory"),
+        (["m", "--files", "b"], "--files is for a recipe"),
     ],
 )
 def test_a_wrong_request_is_one_sentence_and_writes_nothing(arguments: list[str], message: str, tmp_path: Path) -> None:
