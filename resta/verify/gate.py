@@ -100,16 +100,17 @@ def _verdict(rules: Iterable[Rule]) -> Verdict:
 
 def _summary(verdict: Verdict, rules: tuple[Rule, ...]) -> str:
     blocking = {
-        Verdict.PASS: ("holds", "All {n} rules hold."),
-        Verdict.FAIL: ("fails", "{n} rule(s) fail: {names}."),
-        Verdict.INCONCLUSIVE: ("inconclusive", "What was measured cannot decide {n} rule(s): {names}."),
+        Verdict.PASS: ("holds", "All that was asked for holds: {n}."),
+        Verdict.FAIL: ("fails", "{n} broken: {names}."),
+        Verdict.INCONCLUSIVE: ("inconclusive", "What was measured cannot decide {n}: {names}."),
         Verdict.INVALID: ("invalid", "The measurement cannot be trusted: {names}."),
     }
     outcome, words = blocking[verdict]
     names = [rule.name for rule in rules if rule.outcome == outcome]
     if not names:
         return "No rule of the policy that could show anything was checked."
-    return words.format(n=len(names), names=", ".join(names))
+    count = "1 rule" if len(names) == 1 else f"{len(names)} rules"
+    return words.format(n=count, names=", ".join(names))
 
 
 # -- the rules -----------------------------------------------------------------------------------------------
@@ -173,7 +174,7 @@ def _no_cell_worse(comparison: Comparison) -> Rule:
         value=largest.value,
         low=largest.low,
         high=largest.high,
-        why=why or f"none of {len(cells)} bank x template pairs is significantly worse",
+        why=why or f"no bank x template is significantly worse ({len(cells)} compared)",
     )
 
 

@@ -293,7 +293,12 @@ def _decimal(value: float) -> str:
 
 def _guidance(decision: Decision) -> Iterable[Markup]:
     if decision.guidance:
-        yield element("ul", *(element("li", line) for line in decision.guidance))
+        yield element("ul", *(element("li", _with_code(line)) for line in decision.guidance))
+
+
+def _with_code(text: str) -> Markup:
+    """Return a sentence in which commands stand between backticks, as elements."""
+    return join(element("code", part) if i % 2 else part for i, part in enumerate(text.split("`")))
 
 
 # -- the models side by side ---------------------------------------------------------------------------------

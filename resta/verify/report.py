@@ -266,11 +266,11 @@ def print_decision(comparison: Comparison, decision: Decision) -> None:
     from rich import box
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
 
     console = Console(highlight=False)
     header, _, *rows = ([cell.strip() for cell in line.strip("|").split(" | ")] for line in _models_table(comparison))
-    table = Table(*header, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(*(Column(name, overflow="fold") for name in header), box=box.SIMPLE_HEAD, pad_edge=False)
     for row in rows:
         table.add_row(*(escape(html.unescape(cell)) for cell in row))
     console.print(table)
