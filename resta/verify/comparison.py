@@ -89,7 +89,7 @@ class Overall:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conduct:
-    """How one model's answers look. `unlike_language`: the aligned model predicts them worse than a uniform guess."""
+    """How one model's answers look. `unlike_language`: no language to the aligned model (coherence.py)."""
 
     answers: int
     empty: int
@@ -337,7 +337,8 @@ def _conduct(rows: Sequence[_Row], role: str, losses: Losses | None, level: floa
     empty = {key for key, text in texts.items() if not text}
     repeated = {key for key, text in texts.items() if is_repeated(text)}
     no_language = {key for key, text in texts.items() if is_not_language(text)}
-    strange = {key for key in texts if losses is not None and losses.unlike_language(key)}
+    tokens = {row.answers[role].id: row.answers[role].new_tokens for row in rows}
+    strange = {key for key in texts if losses is not None and losses.unlike_language(key, tokens[key])}
     bad = len(empty | repeated | no_language | strange)
     unparsed = sum(_hit(row, role, frozenset({"unparsed"})) for row in rows)
     return Conduct(
