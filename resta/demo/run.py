@@ -70,9 +70,12 @@ def run_demo(
 
     Raises:
         PlanError: the folder exists already.
+        ModelError: there is no such instruct model.
     """
     if folder.exists():
         raise PlanError(f"{folder}: already exists; remove it or choose another folder")
+    if instruct is not None:
+        parse_target(instruct, None, device="cpu")  # whether it is there, before anything is written
     files = write_corpus(folder / "corpus")
     schedule = schedule or (TINY if instruct is None else INSTRUCT)
     making = Making(folder=folder, files=files, schedule=schedule, seed=seed, instruct=instruct, note=note)

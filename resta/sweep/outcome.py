@@ -11,6 +11,7 @@ import numpy as np
 from resta.redeval.run import Conditions
 from resta.sweep.candidates import Candidate, recipe_of
 from resta.sweep.choose import (
+    SAME_NORM,
     Choice,
     Control,
     Point,
@@ -129,15 +130,18 @@ def _control(
     references: Mapping[str, Measurement],
     measured: Mapping[str, Measurement],
 ) -> Control | None:
-    """Return the random control beside the vector, of the same length or else the next longer one; None without any."""
-    if vector is None or not vector.candidate.scale:
+    """Return the random control that is as far from `tuned` as the vector, or the next farther; None without any."""
+    if vector is None or not vector.change.norm:
         return None
-    length = abs(vector.candidate.scale)
-    randoms = [each.candidate for each in tried if each.candidate.method == "random"]
-    nearest = min(randoms, key=lambda r: (abs(r.scale) < length, abs(abs(r.scale) - length)), default=None)
+    ratios = {
+        each.candidate.name: each.change.norm / vector.change.norm
+        for each in tried
+        if each.candidate.method == "random"
+    }
+    nearest = min(ratios, key=lambda name: (ratios[name] < 1 - SAME_NORM, abs(ratios[name] - 1)), default=None)
     if nearest is None:
         return None
-    pair = (measured[nearest.name], measured[vector.candidate.name])
+    pair = (measured[nearest], measured[vector.candidate.name])
     judge, _ = pick_judges(references, sweep.policy.judge)
     verdicts = [model.verdicts.get(judge, {}) for model in pair]
     by_question: dict[tuple[str, str], list[list[bool]]] = defaultdict(list)
@@ -153,8 +157,8 @@ def _control(
     found = paired_rates(hits, level=sweep.policy.level)
     return Control(
         candidate=vector.candidate.name,
-        random=nearest.name,
-        ratio=abs(nearest.scale) / length,
+        random=nearest,
+        ratio=ratios[nearest],
         answers=round(found.totals.sum()),
         rates=(float(found.values[0]), float(found.values[1])),
         difference=found.difference(0, 1),
@@ -163,7 +167,7 @@ def _control(
 
 def _findings(tuned: Point, vector: Tried | None, control: Control | None, interpolation: str | None) -> Iterable[str]:
     if vector is None or vector.point is None:
-        yield "No safety vector came through the first look, so there is nothing to hold a random one against."
+        yield "Nothing that could be chosen came through the first look, so there is nothing to hold noise against."
     elif not is_safer(vector.point, tuned):
         yield f"{vector.candidate.name} is no less harmful than tuned: no safety is restored that noise could equal."
     elif control is None:

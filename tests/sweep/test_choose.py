@@ -106,6 +106,16 @@ def test_interpolation_is_held_against_a_vector_that_passes() -> None:
     assert words == "wise-0.3 (interpolation) passes with a smaller change than resta-0.5."
 
 
+def test_where_only_interpolation_was_tried_nothing_is_said_of_vectors() -> None:
+    found = [tried("wise-0.5"), tried("wise-0.8", change=2), tried("random-0.5", baseline=True)]
+    picked = pick_vector(found, choose(found, "smallest-passing"))
+    assert picked is found[0]
+    assert interpolation_words(found, picked) is None
+    given_up = [tried("wise-0.5", verdict=None)]
+    assert pick_vector(given_up, NONE) is None
+    assert interpolation_words(given_up, None) is None
+
+
 def control(vector_hits: int, random_hits: int, total: int = 40, ratio: float = 1.0) -> Control:
     hits = np.zeros((total, 1, 2))
     hits[:random_hits, 0, 0] = 1

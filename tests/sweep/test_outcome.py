@@ -18,8 +18,8 @@ def finding(randoms: dict[str, list[str]], vector: list[str]) -> str:
     good = measurement(ASKED, ["refused"] * 20)
     found = _control(
         SWEEP,
-        [tried(name) for name in measured],
-        tried("resta-0.5"),
+        [tried(name, change=float(name.split("-")[1])) for name in measured],
+        tried("resta-0.5", change=0.5),
         {"aligned": good, "tuned": good},
         measured,
     )
