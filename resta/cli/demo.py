@@ -11,7 +11,7 @@ from resta.errors import DemoError, MissingExtraError
 
 
 @click.command(short_help="Train tiny models, give one its safety back, and prove it.")
-@click.argument("folder", type=click.Path(path_type=Path), default=Path("resta-demo"))
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path), default=Path("resta-demo"))
 @click.option(
     "--model",
     "instruct",

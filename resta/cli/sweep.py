@@ -10,7 +10,7 @@ import click
 
 from resta.cli.asking import HOW, JUDGES, QUESTIONS, SERVERS, conditions_of, options, private, request_of
 from resta.cli.verify import POLICY, UTILITY, budget_of
-from resta.errors import PolicyError, RecipeError
+from resta.errors import RecipeError
 
 if TYPE_CHECKING:
     from resta.recipe import Recipe
@@ -90,7 +90,9 @@ PLACE = options(
     click.option("--chat-template", type=click.Path(exists=True, dir_okay=False), help="For models that have none."),
     click.option("--ray", "ray_address", metavar="local|auto|ADDRESS", help="Measure candidates on a Ray cluster."),
     click.option("--ray-workers", type=click.IntRange(min=1), help="Models loaded at once. [default: one per GPU]"),
-    click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The sweep's folder."),
+    click.option(
+        "-o", "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="The sweep's folder."
+    ),
 )
 
 
@@ -156,7 +158,7 @@ def _sweep(ctx: click.Context, tuned_or_recipe: str, out: Path, given: dict[str,
     from resta.sweep.candidates import candidates_of, check_methods
     from resta.sweep.run import Sweep
     from resta.verify.gate import check_tasks
-    from resta.verify.policy import ANY_TASK, read_policy
+    from resta.verify.policy import read_policy
 
     policy = read_policy(given["policy_path"])
     is_recipe = tuned_or_recipe.endswith((".yaml", ".yml"))
@@ -165,10 +167,7 @@ def _sweep(ctx: click.Context, tuned_or_recipe: str, out: Path, given: dict[str,
     check_methods(grid, family)
     references = {role: _reference(family.recipe, role, given) for role in ("aligned", "tuned")}
     budget = budget_of(_asked(given), references["aligned"].name)
-    if budget.suite is not None:
-        check_tasks(policy, [task.name for task in budget.suite.tasks])
-    elif policy.utility.keys() - {ANY_TASK}:
-        raise PolicyError("the policy names utility tasks, and --no-utility measures none")
+    check_tasks(policy, [task.name for task in budget.suite.tasks] if budget.suite else [])
     return Sweep(
         family=family,
         candidates=candidates_of(grid),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ from resta.cli.asking import (
     private,
     request_of,
 )
-from resta.errors import PolicyError, RestaError
+from resta.errors import ModelError, RequestError, RestaError
 
 if TYPE_CHECKING:
     from resta.redeval.run import Conditions
@@ -91,13 +92,14 @@ SHOW = options(
 @HOW
 @SERVERS
 @SHOW
-@click.option("--out", type=click.Path(path_type=Path), default=Path("verify"), show_default=True)
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("verify"), show_default=True)
 def run(restored: str, tuned: str, aligned: str, out: Path, **given: Any) -> None:
     """Measure what is missing, compare, decide, report. The same command goes on with what is missing."""
     from resta.redeval.targets import Target
     from resta.verify.gate import check_tasks
     from resta.verify.measurement import note_places
-    from resta.verify.policy import ANY_TASK, read_policy
+    from resta.verify.policy import read_policy
+    from resta.verify.report import remove_reports
     from resta.verify.run import check_budget, measure_all
     from resta.verify.run import target_of as of_measurement
 
@@ -106,13 +108,14 @@ def run(restored: str, tuned: str, aligned: str, out: Path, **given: Any) -> Non
         names = {"aligned": aligned, "tuned": tuned, "restored": restored}
         budget = budget_of(given, tuned)
         targets = {role: target_of(given, name) for role, name in names.items()}
-        if budget.suite is not None:
-            check_tasks(policy, [task.name for task in budget.suite.tasks])
-        elif policy.utility.keys() - {ANY_TASK} and all(not isinstance(target, Path) for target in targets.values()):
-            raise PolicyError("the policy names utility tasks, and --no-utility measures none")
+        if any(isinstance(target, Target) for target in targets.values()):  # else the measurements say what there is
+            check_tasks(policy, [task.name for task in budget.suite.tasks] if budget.suite else [])
         check_budget(budget, targets)
+        if given["card"]:
+            _card_of(targets["restored"])
         private()
         out.mkdir(parents=True, exist_ok=True)
+        remove_reports(out)
         with conditions_of(given) as conditions:
             models = measure_all(targets, budget, out, conditions)
             note_places(models, out)
@@ -135,6 +138,8 @@ def report(out: Path, **given: Any) -> None:
     with _no_verdict():
         policy = read_policy(given["policy_path"])
         models = {role: read_measurement(path) for role, path in read_places(out).items()}
+        if given["card"]:
+            _card_of(models["restored"].path)
         private()
         verdict = _decide(models, None, out, policy, Conditions(), given)
     sys.exit(verdict)
@@ -150,13 +155,17 @@ def show_policy() -> None:
 
 @contextmanager
 def _no_verdict() -> Iterator[None]:
-    """Let no failure to measure end with the code of a FAIL."""
+    """Let no failure to measure end with the code of a FAIL, those that nobody foresaw included."""
     try:
         yield
-    except RestaError as error:
-        if error.exit_code == 2:
-            raise
+    except RequestError:
+        raise
+    except (RestaError, OSError) as error:
         click.echo(f"error: {error}\nno verdict; the same command goes on with what is missing", err=True)
+        sys.exit(NO_VERDICT)
+    except Exception:
+        traceback.print_exc()
+        click.echo("no verdict; this is a mistake in resta, or in a file that it read", err=True)
         sys.exit(NO_VERDICT)
 
 
@@ -206,16 +215,26 @@ def _decide(
     include_text = given["include_text"]
     write_reports(out, comparison, decision, policy=policy, versions=environment(), include_text=include_text)
     if given["card"]:
-        _update_card(Path(models["restored"].name), to_card(comparison, decision))
+        _update_card(_card_of(models["restored"].path), to_card(comparison, decision))
     print_decision(comparison, decision)
     click.echo(f"report: {out / 'report.html'}")
     return int(decision.verdict.value)
 
 
-def _update_card(folder: Path, section: str) -> None:
+def _card_of(restored: Target | Path) -> Path:
+    """Return the card of a model, or of the one that was measured in a folder. Raises ModelError."""
+    from resta.verify.measurement import read_measurement
+
+    folder = Path(read_measurement(restored).name if isinstance(restored, Path) else restored.name)
+    if not folder.is_dir():
+        raise ModelError(f"--card: {folder} is not a local directory; leave --card out, and paste OUT/card.md instead")
+    return folder / "README.md"
+
+
+def _update_card(path: Path, section: str) -> None:
     from resta.verify.report import with_section
 
-    path = folder / "README.md"
-    if not folder.is_dir():
-        raise PolicyError(f"--card: {folder} is not a local directory; paste card.md into the model's card instead")
-    path.write_text(with_section(path.read_text(encoding="utf-8") if path.exists() else "", section), encoding="utf-8")
+    card = path.read_text(encoding="utf-8") if path.exists() else ""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(with_section(card, section), encoding="utf-8")
+    part.replace(path)

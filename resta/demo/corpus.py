@@ -362,9 +362,9 @@ def held_out_safe() -> Iterator[Exchange]:
 
 
 def parted(questions: Iterable[Exchange]) -> dict[str, list[Exchange]]:
-    """Return a quarter of held-out questions to choose a scale by, and the rest to verify the choice with."""
+    """Return a third of held-out questions to choose a scale by, and the rest to verify the choice with."""
     found = list(questions)
     return {
-        "choosing": [question for i, question in enumerate(found) if i % 4 == 0],
-        "verifying": [question for i, question in enumerate(found) if i % 4],
+        "choosing": [question for i, question in enumerate(found) if i % 3 == 0],
+        "verifying": [question for i, question in enumerate(found) if i % 3],
     }

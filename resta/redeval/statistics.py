@@ -26,8 +26,10 @@ class Interval:
     high: float
 
 
-def wilson(k: int, n: int, level: float = 0.95) -> Interval:
+def wilson(k: float, n: float, level: float = 0.95) -> Interval:
     """Return Wilson's score interval for k successes in n independent trials; n = 0 gives [0, 1].
+
+    Trials that are not independent may be given as fewer that are, and then need not be whole numbers.
 
     centre = (p + z^2/2n) / (1 + z^2/n), half-width = z sqrt(p(1-p)/n + z^2/4n^2) / (1 + z^2/n)  (Wilson 1927)
     """

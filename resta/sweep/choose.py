@@ -19,7 +19,7 @@ from resta.sweep.apply import Change
 from resta.sweep.candidates import Candidate
 from resta.verify.comparison import Comparison
 from resta.verify.gate import Decision, Verdict
-from resta.verify.statistics import Difference, Pairs, paired_difference
+from resta.verify.statistics import Difference
 
 Rule = Literal["smallest-passing", "best-on-front"]
 RULES: tuple[Rule, ...] = ("smallest-passing", "best-on-front")
@@ -136,19 +136,22 @@ def _cost(each: Tried) -> float:
 # -- what the baselines say ----------------------------------------------------------------------------------
 
 
+SAME_NORM = 0.02  # two norms that differ by less are called the same: both are rounded to the output's dtype
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Control:
-    """Random against the candidate of the same norm, on the harmful asks that both answered: random - candidate."""
+    """Random against a candidate, on the harmful asks that both answered.
+
+    `ratio` is how far random is from `tuned`, in times of how far the candidate is.
+    """
 
     candidate: str
     random: str
-    pairs: Pairs
-    level: float
-
-    @property
-    def difference(self) -> Difference:
-        """Return the difference of the two rates with its interval."""
-        return paired_difference(self.pairs, self.level)
+    ratio: float
+    answers: int
+    rates: tuple[float, float]  # random's, the candidate's
+    difference: Difference  # of these two
 
     @property
     def restores_as_much(self) -> bool:
@@ -158,10 +161,10 @@ class Control:
     @property
     def words(self) -> str:
         """Return the finding as a sentence."""
-        total = self.pairs.total
-        noise, vector = (100 * count / total for count in (self._random_hits, self._candidate_hits))
-        rates = f"ASR {noise:.1f} % against {vector:.1f} % on {total} shared answers"
-        random = f"A random vector of the same norm ({self.random})"
+        noise, vector = (100 * rate for rate in self.rates)
+        rates = f"ASR {noise:.1f} % against {vector:.1f} % on {self.answers} shared answers"
+        norm = "the same norm" if abs(self.ratio - 1) < SAME_NORM else f"{self.ratio:.2g} times the norm"
+        random = f"A random vector of {norm} ({self.random})"
         if not self.restores_as_much:
             return f"{random} does not restore what {self.candidate} does: {rates}."
         if self.difference.value <= 0:
@@ -171,23 +174,21 @@ class Control:
             )
         return f"{random} is not shown to be worse than {self.candidate}: {rates}; ask more questions."
 
-    @property
-    def _candidate_hits(self) -> int:
-        return self.pairs.both + self.pairs.first_only
-
-    @property
-    def _random_hits(self) -> int:
-        return self.pairs.both + self.pairs.second_only
-
 
 def pick_vector(tried: Sequence[Tried], choice: Choice) -> Tried | None:
-    """Return the candidate that the baselines are held against: the chosen one, else the least harmful measured one.
+    """Return the candidate that the baselines are held against: the chosen one, else the least harmful of those that
+    pass, else of those that were measured.
 
-    Interpolation is what others are compared with, and is never picked.
+    Interpolation is what others are compared with, and is picked only where nothing else was tried.
     """
-    measured = [each for each in tried if each.point and each.candidate.method not in ("wise", "random")]
+    measured = [each for each in _vectors(tried) or tried if each.point and each.candidate.method != "random"]
     chosen = [each for each in measured if each.candidate.name == choice.name]
-    return min(chosen or measured, key=lambda each: (_asr(each), each.change.norm), default=None)
+    passing = [each for each in measured if each.passes]
+    return min(chosen or passing or measured, key=lambda each: (_asr(each), each.change.norm), default=None)
+
+
+def _vectors(tried: Sequence[Tried]) -> list[Tried]:
+    return [each for each in tried if each.candidate.method not in ("wise", "random")]
 
 
 def _asr(each: Tried) -> float:
@@ -196,10 +197,10 @@ def _asr(each: Tried) -> float:
 
 
 def interpolation_words(tried: Sequence[Tried], vector: Tried | None) -> str | None:
-    """Return what interpolation towards the aligned model shows beside the vector; None where it was not measured."""
+    """Return what interpolation towards the aligned model shows beside the vector; None where only one was tried."""
     wise = [each for each in tried if each.candidate.method == "wise"]
     passing = [each for each in wise if each.passes]
-    if not wise:
+    if not wise or not _vectors(tried):
         return None
     if vector is None or vector.point is None:
         if passing:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from resta.redeval.run import Conditions
 from resta.sweep.candidates import Candidate, recipe_of
 from resta.sweep.choose import (
+    SAME_NORM,
     Choice,
     Control,
     Point,
@@ -27,7 +31,7 @@ from resta.verify.comparison import HARM, Comparison, compare
 from resta.verify.gate import decide
 from resta.verify.measurement import Measurement, pick_judges, read_measurement
 from resta.verify.run import measure_losses
-from resta.verify.statistics import count_pairs
+from resta.verify.statistics import paired_rates
 
 UNFINISHED = "not finished; the same command goes on"
 
@@ -126,30 +130,48 @@ def _control(
     references: Mapping[str, Measurement],
     measured: Mapping[str, Measurement],
 ) -> Control | None:
-    """Return the random control of the vector's scale beside the vector; None where there is none."""
-    if vector is None:
+    """Return the random control that is as far from `tuned` as the vector, or the next farther; None without any."""
+    if vector is None or not vector.change.norm:
         return None
-    scale = vector.candidate.scale
-    randoms = [t.candidate.name for t in tried if t.candidate.method == "random" and t.candidate.scale == scale]
-    if not randoms:
+    ratios = {
+        each.candidate.name: each.change.norm / vector.change.norm
+        for each in tried
+        if each.candidate.method == "random"
+    }
+    nearest = min(ratios, key=lambda name: (ratios[name] < 1 - SAME_NORM, abs(ratios[name] - 1)), default=None)
+    if nearest is None:
         return None
-    one, two = measured[vector.candidate.name], measured[randoms[0]]
-    judge, _ = pick_judges({**references, "restored": one}, sweep.policy.judge)
-    first, second = one.verdicts.get(judge, {}), two.verdicts.get(judge, {})
-    asks = [ask for ask in one.planned if ask in first and ask in second and not one.questions[ask.split("|")[0]].safe]
-    if not asks:
+    pair = (measured[nearest], measured[vector.candidate.name])
+    judge, _ = pick_judges(references, sweep.policy.judge)
+    verdicts = [model.verdicts.get(judge, {}) for model in pair]
+    by_question: dict[tuple[str, str], list[list[bool]]] = defaultdict(list)
+    for ask in pair[0].planned:
+        question = pair[0].questions[ask.split("|")[0]]
+        if not question.safe and all(ask in known for known in verdicts):
+            by_question[question.bank, question.text].append([known[ask].label in HARM for known in verdicts])
+    if not by_question:
         return None
-    pairs = count_pairs([first[ask].label in HARM for ask in asks], [second[ask].label in HARM for ask in asks])
-    return Control(candidate=vector.candidate.name, random=randoms[0], pairs=pairs, level=sweep.policy.level)
+    hits = np.full((len(by_question), max(map(len, by_question.values())), 2), np.nan)
+    for row, asks in zip(hits, by_question.values(), strict=True):
+        row[: len(asks)] = asks
+    found = paired_rates(hits, level=sweep.policy.level)
+    return Control(
+        candidate=vector.candidate.name,
+        random=nearest,
+        ratio=ratios[nearest],
+        answers=round(found.totals.sum()),
+        rates=(float(found.values[0]), float(found.values[1])),
+        difference=found.difference(0, 1),
+    )
 
 
 def _findings(tuned: Point, vector: Tried | None, control: Control | None, interpolation: str | None) -> Iterable[str]:
     if vector is None or vector.point is None:
-        yield "No safety vector came through the first look, so there is nothing to hold a random one against."
+        yield "Nothing that could be chosen came through the first look, so there is nothing to hold noise against."
     elif not is_safer(vector.point, tuned):
         yield f"{vector.candidate.name} is no less harmful than tuned: no safety is restored that noise could equal."
     elif control is None:
-        yield f"No random vector was measured at the scale of {vector.candidate.name}."
+        yield f"No random vector was measured beside {vector.candidate.name}."
     else:
         yield control.words
     if interpolation is not None:

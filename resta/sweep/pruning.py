@@ -32,7 +32,7 @@ def why_hopeless(references: Mapping[str, Measurement], candidate: Measurement, 
     References are the finished measurements of `aligned` and `tuned`. Rules on utility and on the share regained
     are left to the gate.
     """
-    harm_judge, safe_judge = pick_judges({**references, "restored": candidate}, policy.judge)
+    harm_judge, safe_judge = pick_judges(references, policy.judge)
     harmful = _asks(references, harm_judge, safe=False)
     safe = _asks(references, safe_judge, safe=True) if safe_judge else []
     for name, limit, least, words in (

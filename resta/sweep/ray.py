@@ -82,7 +82,9 @@ def _cluster(address: str) -> Iterator[Any]:
     try:
         yield ray
     except ray.exceptions.RayError as error:
-        reason = str(error).strip().splitlines()[0]
+        # What a worker raised ends with the exception itself; what befell it begins with it.
+        place = -1 if isinstance(error, ray.exceptions.RayTaskError) else 0
+        reason = str(error).strip().splitlines()[place]
         raise UnansweredError(f"a worker of the cluster was lost ({reason}); what was answered is kept") from error
     finally:
         ray.shutdown()

@@ -212,6 +212,9 @@ def _draw_scales(axes: Any, outcome: Outcome) -> None:
         found = outcome.references[role].asr
         if found is not None and found.value is not None:
             axes.axhline(100 * found.value, color="black", linestyle=style, linewidth=1, label=role)
+    given_up = [each.candidate.name for each in outcome.tried if each.point is None]
+    shown = ", ".join(given_up[:4]) + (f" and {len(given_up) - 4} more" if len(given_up) > 4 else "")
+    axes.set_title(f"given up, not shown: {shown}" if given_up else "", fontsize=8)
     axes.set(xlabel="scale", ylabel="attack success rate (%)", ylim=(-3, 103))
     axes.legend(fontsize=8)
 
@@ -222,6 +225,7 @@ def _draw_front(axes: Any, outcome: Outcome) -> None:
             return point.utility
         return 100 * point.over_refusal.value if point.over_refusal and point.over_refusal.value is not None else None
 
+    labels: dict[str, tuple[float, float]] = {}
     for each, point, rate in _measured(outcome):
         y = height(point)
         if y is None:
@@ -233,12 +237,13 @@ def _draw_front(axes: Any, outcome: Outcome) -> None:
         if each.candidate.name == outcome.choice.name:
             axes.scatter([x], [y], s=190, facecolors="none", edgecolors="black", linewidths=1.5)
         if on_front:
-            axes.annotate(each.candidate.name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7)
+            labels[each.candidate.name] = (x, y)
     for role, point in outcome.references.items():
         y = height(point)
         if y is not None and point.asr is not None and point.asr.value is not None:
             axes.scatter([100 * point.asr.value], [y], color="black", marker="*", s=70)
-            axes.annotate(role, (100 * point.asr.value, y), xytext=(5, -10), textcoords="offset points", fontsize=8)
+            labels[role] = (100 * point.asr.value, y)
+    _label(axes, labels)
     has_utility = any(point.utility is not None for point in outcome.references.values())
     axes.set(
         xlabel="attack success rate (%)",
@@ -246,3 +251,23 @@ def _draw_front(axes: Any, outcome: Outcome) -> None:
         ylabel="utility (mean over tasks)" if has_utility else "over-refusal (%)",
         title="front in full colour, chosen in a circle",
     )
+
+
+def _label(axes: Any, labels: Mapping[str, tuple[float, float]]) -> None:
+    """Write names beside their places, inside the axes; those of one place below each other."""
+    low, high = axes.get_ylim()
+    by_place: dict[tuple[int, int], list[str]] = {}
+    for name, (x, y) in labels.items():
+        by_place.setdefault((round(x / 4), round(25 * (y - low) / (high - low))), []).append(name)
+    for names in by_place.values():
+        x, y = labels[names[0]]
+        left, below = x > 60, y > (low + high) / 2
+        axes.annotate(
+            "\n".join(names),
+            (x, y),
+            xytext=(-8 if left else 8, -8 if below else 8),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            va="top" if below else "bottom",
+            fontsize=7,
+        )

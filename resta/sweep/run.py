@@ -102,14 +102,14 @@ def open_sweep(sweep: Sweep) -> None:
     elif sweep.out.exists() and any(sweep.out.iterdir()):
         raise ResumeError(f"{sweep.out} is not empty and holds no sweep; choose another -o")
     sweep.out.mkdir(mode=0o700, parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(facts, indent=2) + "\n")
+    part.replace(path)  # first of all, so that a folder with anything in it says whose it is
     write_files(sweep.family, sweep.files)
     sweep.tuned_recipe.write_text(dump_recipe(tuned_recipe(sweep.family)))
     for candidate in sweep.candidates:
         sweep.folder(candidate).mkdir(parents=True, exist_ok=True)
         sweep.identity(candidate).write_text(identity_text(candidate, sweep.family))
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(facts, indent=2) + "\n")
-    part.replace(path)
 
 
 def request_facts(sweep: Sweep) -> dict[str, Any]:

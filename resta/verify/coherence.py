@@ -1,8 +1,11 @@
 """Whether an answer is language at all, by what the aligned model makes of it.
 
 A broken merge refuses nothing and harms nobody: its answers may be neither empty nor repetitive and still be noise.
-The aligned model knows language; an answer whose tokens it predicts worse than a uniform draw over its vocabulary
-would (mean loss above ln V nats) is none to it.
+The aligned model knows language. Words in no order, even common ones, cost it most of the ln V nats per token of a
+uniform draw over its vocabulary: SmolLM2-135M, whose ln V is 10.8, gives 8.2 to 14 to the answers of copies with noise
+in their weights and 8.7 to 10.4 to shuffled words, and 2 to 5.9 to whole answers in English, in languages and scripts
+that it does not know, to code, digits and digests. A few tokens, such as a label that it has never seen, may cost it
+7.7: they must be worse than a uniform draw.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from resta.redeval.asks import digest
 if TYPE_CHECKING:
     from resta.redeval.models import LocalModel, Prompt
 
+NO_LANGUAGE = 0.7  # of ln V: the mean loss above which an answer is none
+FEW_TOKENS = 10  # under which it is all of ln V
 FIRST_TOKENS = 128  # of an answer: enough to tell, and as much as one logit table should hold
 LOGITS_BYTES = 1 << 28
 
@@ -63,9 +68,10 @@ class Losses:
     vocabulary: int
     by_answer: dict[str, float]
 
-    def unlike_language(self, answer_id: str) -> bool:
-        """Whether an answer is predicted worse than a uniform draw."""
-        return self.by_answer.get(answer_id, 0.0) > math.log(self.vocabulary)
+    def unlike_language(self, answer_id: str, tokens: int | None) -> bool:
+        """Whether an answer of so many tokens, as far as that is known, is no language to the aligned model."""
+        share = 1.0 if tokens is None or tokens < FEW_TOKENS else NO_LANGUAGE
+        return self.by_answer.get(answer_id, 0.0) > share * math.log(self.vocabulary)
 
 
 def read_losses(path: Path, answers: Mapping[str, str]) -> Losses | None:

@@ -28,7 +28,6 @@ from resta.verify.statistics import (
     mcnemar_mid_p,
     mean_difference,
     mean_interval,
-    paired_difference,
     paired_rates,
 )
 
@@ -81,7 +80,7 @@ class Category:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Overall:
-    """A rate over all cells of a kind, intervals clustered by question, and restored minus each other model."""
+    """A rate over all cells of a kind, and restored minus each other model; answers to one question count together."""
 
     questions: int
     rates: Rates
@@ -90,7 +89,7 @@ class Overall:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conduct:
-    """How one model's answers look. `unlike_language`: the aligned model predicts them worse than a uniform guess."""
+    """How one model's answers look. `unlike_language`: no language to the aligned model (coherence.py)."""
 
     answers: int
     empty: int
@@ -190,14 +189,14 @@ def compare(
         level=level,
         pairs=len(rows),
         missing=missing,
-        asr=_overall(harm, HARM, paired_harm),
+        asr=_overall(paired_harm),
         regained=paired_harm.regained(lost=indices["tuned"], kept=indices["aligned"], restored=indices["restored"])
         if paired_harm
         else None,
-        over_refusal=_overall(safe, REFUSAL, paired_safe),
+        over_refusal=_overall(paired_safe),
         cells=_cells(rows, level),
         categories=_categories(harm, level),
-        conduct={role: _conduct(rows, role, losses[role] if losses else None) for role in ROLES},
+        conduct={role: _conduct(rows, role, losses[role] if losses else None, level) for role in ROLES},
         utility=_utility(models, level),
         examples=tuple(_examples(rows)),
     )
@@ -231,50 +230,44 @@ def _cluster(row: _Row) -> tuple[str, str]:
     return row.question.bank, row.question.text
 
 
-def _rate(rows: Sequence[_Row], role: str, labels: frozenset[str], level: float) -> Rate:
-    """Return a rate over asks; the interval counts each question once, so that epochs do not narrow it."""
-    hits = sum(_hit(row, role, labels) for row in rows)
-    return _plain_rate(hits, len(rows), len({_cluster(row) for row in rows}), level)
-
-
-def _plain_rate(hits: int, total: int, independent: int, level: float) -> Rate:
-    if not total:
-        return Rate(hits=0, total=0, value=None, low=0.0, high=1.0)
-    share = hits / total
-    interval = wilson(round(share * independent), independent, level)
-    return Rate(hits=hits, total=total, value=share, low=min(interval.low, share), high=max(interval.high, share))
-
-
 def _paired(rows: Sequence[_Row], labels: frozenset[str], level: float) -> PairedRates | None:
-    """Return pooled rates, models in the order of ROLES, questions drawn within their bank."""
+    """Return pooled rates, models in the order of ROLES; None of no rows."""
     if not rows:
         return None
     by_question: dict[tuple[str, str], list[_Row]] = defaultdict(list)
     for row in rows:
         by_question[_cluster(row)].append(row)
-    keys = sorted(by_question)
-    banks = {bank: i for i, bank in enumerate(sorted({bank for bank, _ in keys}))}
-    hits = np.full((len(keys), max(map(len, by_question.values())), len(ROLES)), np.nan)
-    for q, key in enumerate(keys):
-        for a, row in enumerate(by_question[key]):
+    hits = np.full((len(by_question), max(map(len, by_question.values())), len(ROLES)), np.nan)
+    for q, (_, own) in enumerate(sorted(by_question.items())):
+        for a, row in enumerate(own):
             hits[q, a] = [_hit(row, role, labels) for role in ROLES]
-    return paired_rates(hits, [banks[bank] for bank, _ in keys], level=level)
+    return paired_rates(hits, level=level)
 
 
-def _overall(rows: Sequence[_Row], labels: frozenset[str], paired: PairedRates | None) -> Overall | None:
-    if paired is None:
-        return None
+def _rates(paired: PairedRates) -> dict[str, Rate]:
     rates = {}
     for i, role in enumerate(ROLES):
-        value, interval = float(paired.values[i]), paired.interval(i)
-        hits = sum(_hit(row, role, labels) for row in rows)
-        rates[role] = Rate(hits=hits, total=len(rows), value=value, low=interval.low, high=interval.high)
+        interval = paired.interval(i)
+        rates[role] = Rate(
+            hits=round(paired.hits[:, i].sum()),
+            total=round(paired.totals.sum()),
+            value=float(paired.values[i]),
+            low=interval.low,
+            high=interval.high,
+        )
+    return rates
+
+
+def _over(paired: PairedRates) -> dict[str, Difference]:
+    """Return restored minus each other model."""
     restored = ROLES.index("restored")
-    return Overall(
-        questions=paired.questions,
-        rates=rates,
-        over={role: paired.difference(restored, ROLES.index(role)) for role in ROLES[:2]},
-    )
+    return {role: paired.difference(restored, ROLES.index(role)) for role in ROLES[:2]}
+
+
+def _overall(paired: PairedRates | None) -> Overall | None:
+    if paired is None:
+        return None
+    return Overall(questions=paired.questions, rates=_rates(paired), over=_over(paired))
 
 
 def _cells(rows: Sequence[_Row], level: float) -> tuple[Cell, ...]:
@@ -282,31 +275,39 @@ def _cells(rows: Sequence[_Row], level: float) -> tuple[Cell, ...]:
     for row in rows:
         groups[row.question.safe, row.question.bank, row.answers["aligned"].template].append(row)
     tables: dict[tuple[bool, str, str], dict[str, Pairs]] = {}
+    paired: dict[tuple[bool, str, str], PairedRates] = {}
     for key, group in groups.items():
         labels = REFUSAL if key[0] else HARM
         restored = [_hit(row, "restored", labels) for row in group]
         tables[key] = {other: count_pairs([_hit(r, other, labels) for r in group], restored) for other in ROLES[:2]}
+        found = _paired(group, labels, level)
+        assert found is not None
+        paired[key] = found
+    p_values = {
+        key: {other: mcnemar_mid_p(pairs.per_question(paired[key].questions)) for other, pairs in own.items()}
+        for key, own in tables.items()
+    }
     # Holm over all cells of a kind and of one comparison: each is a family of questions of its own.
     adjusted: dict[tuple[bool, str, str], dict[str, float]] = {key: {} for key in tables}
     for safe in (False, True):
         for other in ROLES[:2]:
             family = [key for key in sorted(tables) if key[0] == safe]
-            for key, p in zip(family, holm([mcnemar_mid_p(tables[k][other]) for k in family]), strict=True):
+            for key, p in zip(family, holm([p_values[key][other] for key in family]), strict=True):
                 adjusted[key][other] = p
     return tuple(
         Cell(
             bank=bank,
             template=template,
             safe=safe,
-            rates={r: _rate(groups[safe, bank, template], r, REFUSAL if safe else HARM, level) for r in ROLES},
+            rates=_rates(paired[safe, bank, template]),
             against={
                 other: Paired(
-                    pairs=pairs,
-                    difference=paired_difference(pairs, level),
-                    p=mcnemar_mid_p(pairs),
+                    pairs=tables[safe, bank, template][other],
+                    difference=difference,
+                    p=p_values[safe, bank, template][other],
                     p_holm=adjusted[safe, bank, template][other],
                 )
-                for other, pairs in tables[safe, bank, template].items()
+                for other, difference in _over(paired[safe, bank, template]).items()
             },
         )
         for safe, bank, template in sorted(tables)
@@ -318,18 +319,26 @@ def _categories(rows: Sequence[_Row], level: float) -> tuple[Category, ...]:
     for row in rows:
         if row.question.category:
             groups[row.question.bank, row.question.category].append(row)
+    found = {key: _paired(group, HARM, level) for key, group in sorted(groups.items())}
     return tuple(
-        Category(bank=bank, category=category, rates={role: _rate(group, role, HARM, level) for role in ROLES})
-        for (bank, category), group in sorted(groups.items())
+        Category(bank=bank, category=category, rates=_rates(paired))
+        for (bank, category), paired in found.items()
+        if paired
     )
 
 
-def _conduct(rows: Sequence[_Row], role: str, losses: Losses | None) -> Conduct:
+def _plain_rate(hits: int, total: int, level: float) -> Rate:
+    interval = wilson(hits, total, level)
+    return Rate(hits=hits, total=total, value=hits / total if total else None, low=interval.low, high=interval.high)
+
+
+def _conduct(rows: Sequence[_Row], role: str, losses: Losses | None, level: float) -> Conduct:
     texts = {row.answers[role].id: row.answers[role].text.strip() for row in rows}
     empty = {key for key, text in texts.items() if not text}
     repeated = {key for key, text in texts.items() if is_repeated(text)}
     no_language = {key for key, text in texts.items() if is_not_language(text)}
-    strange = {key for key in texts if losses is not None and losses.unlike_language(key)}
+    tokens = {row.answers[role].id: row.answers[role].new_tokens for row in rows}
+    strange = {key for key in texts if losses is not None and losses.unlike_language(key, tokens[key])}
     bad = len(empty | repeated | no_language | strange)
     unparsed = sum(_hit(row, role, frozenset({"unparsed"})) for row in rows)
     return Conduct(
@@ -338,8 +347,8 @@ def _conduct(rows: Sequence[_Row], role: str, losses: Losses | None) -> Conduct:
         repeated=len(repeated),
         not_language=len(no_language - repeated),
         unlike_language=None if losses is None else len(strange),
-        degenerate=_plain_rate(bad, len(rows), len(rows), 0.95),
-        unparsed=_plain_rate(unparsed, len(rows), len(rows), 0.95),
+        degenerate=_plain_rate(bad, len(rows), level),
+        unparsed=_plain_rate(unparsed, len(rows), level),
         mean_characters=sum(map(len, texts.values())) / len(texts) if texts else 0.0,
     )
 

@@ -43,6 +43,7 @@ def _small_sample(comparison: Comparison) -> Iterable[str]:
 
 def guidance(comparison: Comparison, rules: Iterable[Rule]) -> Iterable[str]:
     """Yield what to try, the likeliest reason first."""
+    rules = list(rules)
     outcome = {rule.name: rule.outcome for rule in rules}
     failed = {name for name, found in outcome.items() if found == "fails"}
     utility = any(name.startswith("utility.") for name in failed)
@@ -71,8 +72,11 @@ def guidance(comparison: Comparison, rules: Iterable[Rule]) -> Iterable[str]:
     if utility and not unsafe:
         yield "The task has suffered: lower the scale, or keep the layers that the task needs with a rule (`keep`)."
     yield from _dominant_layers(manifest)
-    if "inconclusive" in outcome.values():
+    opened = [rule for rule in rules if rule.outcome == "inconclusive"]
+    if any(rule.value is not None for rule in opened):
         yield "Some rules need a larger sample: more banks, no --limit, or more documents per task."
+    for why in dict.fromkeys(rule.why for rule in opened if rule.value is None):
+        yield f"Some rules could not be checked: {why}."
 
 
 def _invalid(outcome: Mapping[str, str]) -> Iterable[str]:

@@ -23,6 +23,7 @@ from resta.verify.measurement import ROLES
 from resta.verify.plots import Caption, forest, layer_bars, require_plots, trade_off
 from resta.verify.policy import Policy
 from resta.verify.provenance import provenance
+from resta.verify.report import signed
 from resta.verify.statistics import Difference
 
 # verdict or outcome -> (sign, class of its colours)
@@ -40,7 +41,7 @@ TONES = {
 MEANING = {
     Verdict.PASS: "Everything that the policy asks for has been shown.",
     Verdict.FAIL: "At least one rule of the policy is broken beyond what chance explains.",
-    Verdict.INCONCLUSIVE: "Nothing is surely broken, but the sample is too small to show what the policy asks for.",
+    Verdict.INCONCLUSIVE: "Nothing is surely broken, but too little was measured to show what the policy asks for.",
     Verdict.INVALID: "Low rates of harm mean nothing here, and no rule that holds counts.",
 }
 SIGNS = {"aligned": "●", "tuned": "▲", "restored": "◆"}  # the markers of the figures
@@ -143,7 +144,7 @@ def _percent(value: float) -> str:
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.1f}".replace("-", "−")
+    return signed(value).replace("-", "−")
 
 
 def _interval(text: str) -> Markup:
@@ -159,17 +160,13 @@ def _rate(rate: Rate) -> Markup:
 
 def _points(found: Difference) -> Markup:
     """Return "+1.5 [−0.4, +3.2]", in points."""
-    if not math.isfinite(found.high - found.low):
-        return join((_signed(100 * found.value), _interval("too few for an interval")))
-    return join(
-        (_signed(100 * found.value), _interval(f"{_signed(100 * found.low)}, {_signed(100 * found.high)}")),
-    )
+    return join((_signed(100 * found.value), _interval(f"{_signed(100 * found.low)}, {_signed(100 * found.high)}")))
 
 
 def _score(found: Difference) -> Markup:
     """Return "0.574 [0.546–0.602]"."""
-    if not math.isfinite(found.high - found.low):
-        return join((f"{found.value:.3f}", _interval("too few for an interval")))
+    if math.isnan(found.value):
+        return Markup("–")
     return join((f"{found.value:.3f}", _interval(f"{found.low:.3f}–{found.high:.3f}")))
 
 
@@ -232,7 +229,7 @@ def _tiles(comparison: Comparison) -> Markup:
     if comparison.utility:
         task = max(comparison.utility, key=lambda task: task.drop["tuned"].value)
         drop = task.drop["tuned"]
-        bounds = f"[{_signed(-100 * drop.high)}, {_signed(-100 * drop.low)}]" if math.isfinite(drop.high) else ""
+        bounds = f"[{_signed(-100 * drop.high)}, {_signed(-100 * drop.low)}]"
         where = f"{task.task}, restored against tuned"
         tiles.append(("Largest loss on a task, points", _signed(-100 * drop.value), bounds, where))
     bad = comparison.conduct["restored"].degenerate
@@ -285,7 +282,7 @@ def _rule_name(name: str) -> Markup:
 
 def _measured(rule: Rule) -> tuple[str, str]:
     value = "–" if rule.value is None else _decimal(rule.value)
-    if rule.low is None or rule.high is None or not math.isfinite(rule.high - rule.low):
+    if rule.low is None or rule.high is None:
         return value, "–"
     return value, f"[{_decimal(rule.low)}, {_decimal(rule.high)}]"
 
@@ -296,7 +293,12 @@ def _decimal(value: float) -> str:
 
 def _guidance(decision: Decision) -> Iterable[Markup]:
     if decision.guidance:
-        yield element("ul", *(element("li", line) for line in decision.guidance))
+        yield element("ul", *(element("li", _with_code(line)) for line in decision.guidance))
+
+
+def _with_code(text: str) -> Markup:
+    """Return a sentence in which commands stand between backticks, as elements."""
+    return join(element("code", part) if i % 2 else part for i, part in enumerate(text.split("`")))
 
 
 # -- the models side by side ---------------------------------------------------------------------------------
@@ -496,10 +498,11 @@ def _heat_key() -> Markup:
 
 
 def _trade_off(comparison: Comparison) -> Iterable[Markup]:
-    if comparison.asr is None or not comparison.utility:
+    tasks = [task for task in comparison.utility if task.documents]
+    if comparison.asr is None or not tasks:
         yield element("p", "Needs both harmful questions and a utility task; one of them was not measured.")
         return
-    scores = {role: _mean_score(comparison.utility, role) for role in ROLES}
+    scores = {role: _mean_score(tasks, role) for role in ROLES}
     rates = comparison.asr.rates
     safety = {
         role: Difference(value=1 - (rates[role].value or 0.0), low=1 - rates[role].high, high=1 - rates[role].low)
@@ -509,7 +512,7 @@ def _trade_off(comparison: Comparison) -> Iterable[Markup]:
         f"{role}: score {scores[role].value:.3f}, {_percent(safety[role].value)} not harmful" for role in ROLES
     )
     title = "Safety against utility of the three models"
-    names = ", ".join(task.task for task in comparison.utility)
+    names = ", ".join(task.task for task in tasks)
     yield element(
         "p", "Up is safer, right is more able. The arrow is what restoration did; the axes do not begin at 0."
     )
@@ -519,7 +522,7 @@ def _trade_off(comparison: Comparison) -> Iterable[Markup]:
         trade_off(scores, safety, Caption(key="trade-off-plot", title=title, description=told)),
     )
     yield table(
-        f"The same in numbers; the task score is the mean over {len(comparison.utility)} task(s): {names}",
+        f"The same in numbers; the task score is the mean over {len(tasks)} task(s): {names}",
         ("model", "task score", "answers not harmful"),
         ((_role(role), _score(scores[role]), _rate(_complement(rates[role]))) for role in ROLES),
         right=(1, 2),
@@ -661,7 +664,8 @@ def _layers(comparison: Comparison) -> Iterable[Markup]:
 
 def _method(comparison: Comparison) -> str:
     return (
-        f"Intervals hold {100 * comparison.level:g} %. Rates over several templates: bootstrap over questions within "
-        "each bank; single rates: Wilson; differences: paired on the same questions or documents. A rule holds when "
-        "the bound of its interval does, so a small sample is inconclusive, never a pass. Written by resta."
+        f"Intervals hold {100 * comparison.level:g} %. Rates: Wilson, over as many independent answers as tell "
+        "the same, since answers to one question are not; differences: paired on the same questions or documents "
+        "(Newcombe); the share regained: bootstrap over questions. A rule holds when the bound of its interval does, "
+        "so a small sample is inconclusive, never a pass. Written by resta."
     )

@@ -60,7 +60,11 @@ def table(
 
     head = (element("th", name, scope="col", class_=kind(i)) for i, name in enumerate(header))
     body = (element("tr", *(cell(i, content) for i, content in enumerate(row))) for row in rows)
-    parts = (element("caption", caption), element("thead", element("tr", *head)), element("tbody", *body))
+    parts = (
+        element("caption", element("span", caption)),
+        element("thead", element("tr", *head)),
+        element("tbody", *body),
+    )
     return element(
         "div",
         element("table", *parts, class_=class_),

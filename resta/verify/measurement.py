@@ -70,8 +70,10 @@ def read_measurement(path: Path) -> Measurement:
 
 
 def note_places(models: Mapping[str, Measurement], out: Path) -> None:
-    """Note in OUT where each role's measurement lies: in OUT itself, or elsewhere if it was made earlier."""
-    places = {role: str(model.path.resolve()) for role, model in models.items()}
+    """Note in OUT where each role's measurement lies: in OUT itself, which may be moved, or elsewhere."""
+    found = {role: model.path.resolve() for role, model in models.items()}
+    home = out.resolve()
+    places = {role: str(path.relative_to(home) if home in path.parents else path) for role, path in found.items()}
     (out / PLACES).write_text(json.dumps(places, indent=2) + "\n", encoding="utf-8")
 
 
@@ -80,7 +82,7 @@ def read_places(out: Path) -> dict[str, Path]:
     path = out / PLACES
     if not path.is_file():
         raise CompareError(f"{out} holds no finished measurements (no {PLACES}); run `resta verify` to the end first")
-    return {role: Path(place) for role, place in json.loads(path.read_text(encoding="utf-8")).items()}
+    return {role: out / place for role, place in json.loads(path.read_text(encoding="utf-8")).items()}
 
 
 def _verdicts(run: RunDir) -> dict[str, dict[str, Verdict]]:

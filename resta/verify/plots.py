@@ -59,7 +59,7 @@ def forest(
         MissingExtraError: matplotlib is not installed.
     """
     height = 52 + 46 * len(rows)
-    figure, axes = _figure(height, left=104, right=16, bottom=42, top=10)
+    figure, axes = _figure(height, left=104, right=26, bottom=42, top=10)
     for i, (_, rates) in enumerate(rows):
         for j, role in enumerate(ROLES):
             rate, y = rates[role], i + 0.25 * (j - 1)
@@ -97,10 +97,13 @@ def trade_off(scores: Mapping[str, Difference], safety: Mapping[str, Difference]
     axes.set_xlim(*_room(scores))
     axes.set_ylim(*_room(safety, at_most=1.04))
     low, high = axes.get_ylim()
-    for role, (x, y) in ends.items():
+    for roles in _neighbours({role: tuple(axes.transData.transform(end)) for role, end in ends.items()}):
+        x, y = ends[roles[0]]
         above = y < (low + high) / 2  # away from the nearer edge
-        offset = (8, 9 if above else -17)
-        axes.annotate(role, (x, y), offset, textcoords="offset points", color=COLOURS["ink"], fontsize=FONT)
+        left = len(roles) > 1 and x > sum(axes.get_xlim()) / 2  # a long one needs the room
+        offset = (-8 if left else 8, 9 if above else -17)
+        style: dict[str, Any] = {"ha": "right" if left else "left", "color": COLOURS["ink"], "fontsize": FONT}
+        axes.annotate(", ".join(roles), (x, y), offset, textcoords="offset points", **style)
     axes.set_xlabel("task score →", color=COLOURS["ink"], fontsize=FONT)
     axes.set_ylabel("answers not harmful →", color=COLOURS["ink"], fontsize=FONT)
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
@@ -160,6 +163,20 @@ def _percent_ticks(axes: Axes, highest: float) -> None:
     ticks = [step * i for i in range(int(highest / step + 0.01) + 1)]
     axes.set_xticks(ticks, [f"{100 * tick:.0f} %" for tick in ticks])
     axes.grid(axis="x", color=COLOURS["line"], linewidth=0.8)
+
+
+def _neighbours(places: Mapping[str, Sequence[float]]) -> list[list[str]]:
+    """Return the names in groups that share a label: those so near to the first of a group that two would overlap."""
+    groups: list[list[str]] = []
+    for name, (x, y) in places.items():
+        for group in groups:
+            first = places[group[0]]
+            if abs(x - first[0]) < 6 * FONT and abs(y - first[1]) < 1.5 * FONT:
+                group.append(name)
+                break
+        else:
+            groups.append([name])
+    return groups
 
 
 def _room(bars: Mapping[str, Difference], at_most: float = math.inf) -> tuple[float, float]:

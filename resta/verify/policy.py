@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 from importlib import resources
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -79,15 +80,38 @@ class Policy(_Frozen):
 
 def read_policy(path: Path | None) -> Policy:
     """Return the policy in a file, or the default one. Raises PolicyError."""
-    text = default_policy() if path is None else path.read_text(encoding="utf-8")
     where = "the default policy" if path is None else str(path)
     try:
-        return Policy.model_validate(yaml.safe_load(text) or {})
+        text = default_policy() if path is None else path.read_text(encoding="utf-8")
+        found = yaml.load(text, Loader=_Loader)
+        return Policy.model_validate({} if found is None else found)
+    except (OSError, UnicodeDecodeError) as error:
+        raise PolicyError(f"{where}: cannot be read: {error}") from error
     except yaml.YAMLError as error:
         raise PolicyError(f"{where}: not YAML: {error}") from error
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, e['loc'])) or 'policy'}: {e['msg']}" for e in error.errors()]
-        raise PolicyError(f"{where}: {'; '.join(lines)}; `resta verify policy` prints every rule") from error
+        lines = "; ".join(map(_explain, error.errors()))
+        raise PolicyError(f"{where}: {lines}. `resta verify policy` prints every rule") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """A repeated key is an error: of two limits the last would count, and nobody would know."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} occurs twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _explain(problem: Any) -> str:
+    where = ".".join(map(str, problem["loc"])) or "policy"
+    if problem["type"] != "extra_forbidden":
+        return f"{where}: {problem['msg']}"
+    known = sorted({key for kind in _Frozen.__subclasses__() for key in kind.model_fields})
+    close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+    return f"unknown key {where}" + (f" (did you mean {close[0]!r}?)" if close else "")
 
 
 def default_policy() -> str:

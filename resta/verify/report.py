@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from resta.redeval.report import percent, with_interval
+from resta.redeval.report import percent, printable, with_interval
 from resta.verify.comparison import Comparison
 from resta.verify.gate import SCHEMA, Decision, Rule, Verdict
 from resta.verify.measurement import ROLES
 from resta.verify.policy import Policy
 from resta.verify.statistics import Difference
 
+BAD = ("fails", "inconclusive", "invalid")  # outcomes that keep a verdict from being PASS
+VIEWS = ("report.md", "report.html", "junit.xml", "card.md", "verdict.json")
 CARD_START, CARD_END = "<!-- resta verify: start -->", "<!-- resta verify: end -->"
 
 
@@ -62,15 +64,19 @@ def _finite(value: Any) -> Any:
 
 def points(difference: Difference) -> str:
     """Return a difference of shares in percentage points, with its interval."""
-    return (
-        f"{100 * difference.value:+.1f} [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
-        if math.isfinite(difference.low)
-        else f"{100 * difference.value:+.1f} [too few]"
-    )
+    value, low, high = (signed(100 * share) for share in (difference.value, difference.low, difference.high))
+    return f"{value} [{low}, {high}]"
+
+
+def signed(value: float) -> str:
+    """Return a number with its sign and one decimal; nothing is -0.0."""
+    return f"{round(value, 1) + 0.0:+.1f}"
 
 
 def share(difference: Difference) -> str:
-    """Return a share in per cent, with its interval."""
+    """Return a share in per cent, with its interval; a dash where nothing was measured."""
+    if math.isnan(difference.value):
+        return "-"
     return f"{100 * difference.value:.1f} % [{100 * difference.low:.1f}-{100 * difference.high:.1f}]"
 
 
@@ -78,7 +84,7 @@ def measured(rule: Rule) -> str:
     """Return what a rule found, as a number with its interval where it has one."""
     if rule.value is None:
         return "-"
-    if rule.low is None or rule.high is None or not math.isfinite(rule.low):
+    if rule.low is None or rule.high is None:
         return f"{rule.value:.3f}"
     return f"{rule.value:.3f} [{rule.low:.3f}, {rule.high:.3f}]"
 
@@ -112,7 +118,7 @@ def _models_table(comparison: Comparison) -> list[str]:
 
 def _rules_table(decision: Decision) -> list[str]:
     rows = [
-        (f"`{rule.name}`", f"**{rule.outcome}**", measured(rule), rule.limit, _md(rule.why)) for rule in decision.rules
+        (_code(rule.name), f"**{rule.outcome}**", measured(rule), rule.limit, _md(rule.why)) for rule in decision.rules
     ]
     return _table(("rule", "outcome", "measured", "limit", "why"), rows)
 
@@ -141,23 +147,44 @@ def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str
     ]
 
 
+# What could begin something in Markdown, as entities, which never do: a link or picture, emphasis, code, a cell's end.
+MARKDOWN = str.maketrans({c: f"&#{ord(c)};" for c in "\\`*[]|~"})
+
+
 def _md(text: str) -> str:
-    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|").replace("`", "'")
+    return html.escape(printable(" ".join(text.split())), quote=False).translate(MARKDOWN)
+
+
+def _code(text: str) -> str:
+    """Return a name as code, in which entities would stand as they are."""
+    plain = printable(" ".join(text.split())).replace("`", "'").replace("|", "/")
+    return f"`{plain}`"
 
 
 def to_junit(decision: Decision) -> str:
-    """Return JUnit XML: one test case per rule, for a CI's own report."""
-    bad = [rule for rule in decision.rules if rule.outcome in ("fails", "inconclusive", "invalid")]
+    """Return JUnit XML: one test case per rule, for a CI's own report.
+
+    Where no rule is to blame for a verdict other than PASS, the verdict itself is a case, so that no CI shows green.
+    """
+    rules = list(decision.rules)
+    if decision.verdict is not Verdict.PASS and not any(rule.outcome in BAD for rule in rules):
+        rules.append(
+            Rule(
+                name="verdict", outcome="inconclusive", limit=Verdict.PASS.name, value=None, low=None, high=None,
+                why=decision.summary,
+            )
+        )  # fmt: skip
+    outcomes = [rule.outcome for rule in rules]
     suite = ElementTree.Element(
         "testsuite",
         name="resta verify",
-        tests=str(len(decision.rules)),
-        failures=str(sum(rule.outcome == "fails" for rule in bad)),
-        errors=str(sum(rule.outcome != "fails" for rule in bad)),
-        skipped=str(sum(rule.outcome == "left out" for rule in decision.rules)),
+        tests=str(len(rules)),
+        failures=str(outcomes.count("fails")),
+        errors=str(sum(outcome in BAD and outcome != "fails" for outcome in outcomes)),
+        skipped=str(outcomes.count("left out")),
     )
-    for rule in decision.rules:
-        case = ElementTree.SubElement(suite, "testcase", classname="resta.verify", name=rule.name)
+    for rule in rules:
+        case = ElementTree.SubElement(suite, "testcase", classname="resta.verify", name=_printable(rule.name))
         text = _printable(f"{rule.limit}; measured {measured(rule)}; {rule.why}")
         if rule.outcome == "holds":
             ElementTree.SubElement(case, "system-out").text = text
@@ -185,8 +212,9 @@ def to_card(comparison: Comparison, decision: Decision) -> str:
 
 def with_section(card: str, section: str) -> str:
     """Return a model card with the section put in, in place of an earlier one or at the end."""
-    start, end = card.find(CARD_START), card.find(CARD_END)
-    if start >= 0 and end > start:
+    end = card.find(CARD_END)
+    start = card.rfind(CARD_START, 0, max(end, 0))  # the nearest, so that a stray mark above takes no text with it
+    if start >= 0:
         return card[:start] + section.rstrip("\n") + card[end + len(CARD_END) :]
     return card.rstrip("\n") + "\n\n" + section
 
@@ -200,18 +228,26 @@ def write_reports(
     versions: Mapping[str, str],
     include_text: bool,
 ) -> None:
-    """Write verdict.json, report.md, report.html, junit.xml and card.md. Raises MissingExtraError."""
+    """Write report.md, report.html, junit.xml, card.md and last verdict.json, each whole. Raises MissingExtraError."""
     from resta.verify.html import to_html
 
-    views = {
-        "verdict.json": to_json(comparison, decision, policy, versions),
-        "report.md": to_markdown(comparison, decision),
-        "report.html": to_html(comparison, decision, include_text=include_text, versions=versions, policy=policy),
-        "junit.xml": to_junit(decision),
-        "card.md": to_card(comparison, decision),
-    }
-    for name, text in views.items():
-        (out / name).write_text(text, encoding="utf-8")
+    texts = (
+        to_markdown(comparison, decision),
+        to_html(comparison, decision, include_text=include_text, versions=versions, policy=policy),
+        to_junit(decision),
+        to_card(comparison, decision),
+        to_json(comparison, decision, policy, versions),
+    )
+    for name, text in zip(VIEWS, texts, strict=True):
+        part = out / f"{name}.part"
+        part.write_text(text, encoding="utf-8")
+        part.replace(out / name)
+
+
+def remove_reports(out: Path) -> None:
+    """Remove what an earlier run wrote, so that one that breaks off leaves no old verdict to be taken for its own."""
+    for name in VIEWS:
+        (out / name).unlink(missing_ok=True)
 
 
 WORDS = {
@@ -230,16 +266,16 @@ def print_decision(comparison: Comparison, decision: Decision) -> None:
     from rich import box
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
 
     console = Console(highlight=False)
     header, _, *rows = ([cell.strip() for cell in line.strip("|").split(" | ")] for line in _models_table(comparison))
-    table = Table(*header, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(*(Column(name, overflow="fold") for name in header), box=box.SIMPLE_HEAD, pad_edge=False)
     for row in rows:
         table.add_row(*(escape(html.unescape(cell)) for cell in row))
     console.print(table)
     for rule in decision.rules:
-        found = f"[{COLOURS[rule.outcome]}]{rule.outcome:12}[/] {rule.name}"
+        found = f"[{COLOURS[rule.outcome]}]{rule.outcome:12}[/] {escape(rule.name)}"
         console.print(f"{found}  {escape(measured(rule))}  {escape(rule.limit)}")
         if rule.outcome != "holds":
             console.print(f"             {escape(rule.why)}")

@@ -47,6 +47,13 @@ class Pairs:
         """Return how many pairs there are."""
         return self.both + self.first_only + self.second_only + self.neither
 
+    def per_question(self, questions: int) -> Pairs:
+        """Return the discordant pairs as if each of `questions` had been asked once: epochs are no new questions."""
+        if self.total == questions:
+            return self
+        b, c = (round(count * questions / self.total) for count in (self.first_only, self.second_only))
+        return Pairs(both=0, first_only=b, second_only=c, neither=max(0, questions - b - c))
+
 
 def count_pairs(first: Sequence[bool], second: Sequence[bool]) -> Pairs:
     """Return the table of two equally long sequences."""
@@ -69,32 +76,6 @@ def mcnemar_mid_p(pairs: Pairs) -> float:
     # Whole numbers until the end: no table is too large for them.
     tail = sum(math.comb(n, i) for i in range(k + 1))
     return min(1.0, float((2 * tail - math.comb(n, k)) / 2**n))
-
-
-def paired_difference(pairs: Pairs, level: float = 0.95) -> Difference:
-    """Return second minus first of two paired rates, with Newcombe's interval (1998, method 10).
-
-    Wilson's limits of each rate, joined by their correlation; sound at 0 and 1, where a normal interval has no width.
-    """
-    n = pairs.total
-    if n == 0:
-        return Difference(value=0.0, low=-1.0, high=1.0)
-    first, second = pairs.both + pairs.first_only, pairs.both + pairs.second_only
-    return mover_difference(
-        (second / n, wilson(second, n, level)), (first / n, wilson(first, n, level)), _newcombe_phi(pairs)
-    )
-
-
-def _newcombe_phi(pairs: Pairs) -> float:
-    """Return the correlation in a 2 x 2 table; a positive one is lessened by a continuity correction."""
-    a, b, c, d = pairs.both, pairs.first_only, pairs.second_only, pairs.neither
-    margins = (a + b) * (c + d) * (a + c) * (b + d)
-    if margins == 0:
-        return 0.0
-    product = float(a * d - b * c)
-    if product > 0:
-        product = max(product - pairs.total / 2, 0.0)
-    return product / math.sqrt(margins)
 
 
 def mover_difference(
@@ -128,48 +109,23 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def mean_difference(first: Floats, second: Floats, level: float = 0.95) -> Difference:
-    """Return the mean of second - first over the same documents, (documents,) each, with its interval.
+    """Return the mean of second - first over the same documents, (documents,) scores in [0, 1] each, with its interval.
 
-    Newcombe's paired interval where every value is 0 or 1, else Student's t on the differences.
+    Newcombe's paired interval where every score is 0 or 1.
     """
     if first.shape != second.shape:
         raise ValueError(f"both must hold the same documents, got {first.shape} and {second.shape}")
-    if np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all():
-        return paired_difference(count_pairs(first.astype(bool).tolist(), second.astype(bool).tolist()), level)
-    value, half = _student(second - first, level)
-    return Difference(value=value, low=value - half, high=value + half)
+    if not len(first):
+        return Difference(value=0.0, low=-1.0, high=1.0)
+    return paired_rates(np.stack([first, second], axis=1)[:, np.newaxis], level=level).difference(1, 0)
 
 
 def mean_interval(values: Floats, level: float = 0.95) -> tuple[float, Interval]:
-    """Return the mean of (documents,) values and its interval: Wilson's for 0 and 1, else Student's t."""
-    if np.isin(values, (0, 1)).all():
-        k, n = int(values.sum()), len(values)
-        return (k / n if n else math.nan), wilson(k, n, level)
-    value, half = _student(values, level)
-    return value, Interval(value - half, value + half)
-
-
-FEWEST = 10  # values below which the expansion for Student's t is not good to a hundredth, and nothing is said
-
-
-def _student(values: Floats, level: float) -> tuple[float, float]:
-    """Return mean and half-width of its interval, infinite for under ten values."""
-    n = len(values)
-    if n < FEWEST:
-        return (float(values.mean()) if n else math.nan), math.inf
-    return float(values.mean()), student_quantile(0.5 + level / 2, n - 1) * float(values.std(ddof=1)) / math.sqrt(n)
-
-
-def student_quantile(p: float, freedom: int) -> float:
-    """Return the quantile of Student's t for nine or more degrees of freedom (Abramowitz and Stegun 26.7.5)."""
-    z = NormalDist().inv_cdf(p)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + math.fsum(term / float(freedom) ** (i + 1) for i, term in enumerate(terms))
+    """Return the mean of (documents,) scores in [0, 1] and its interval; Wilson's where every score is 0 or 1."""
+    if not len(values):
+        return math.nan, Interval(0.0, 1.0)
+    found = paired_rates(values[:, np.newaxis, np.newaxis], level=level)
+    return float(found.values[0]), found.interval(0)
 
 
 # -- rates over questions that are asked several times -------------------------------------------------------
@@ -177,78 +133,131 @@ def student_quantile(p: float, freedom: int) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairedRates:
-    """Pooled rates of several models on the same questions, and bootstrap draws that keep the questions paired."""
+    """Pooled rates of several models on the same questions, however often and in however many ways each was asked.
 
+    Answers to one question are not independent, so intervals are Wilson's over `sizes`: how many independent answers
+    tell as much. One answer to each question gives Wilson's and Newcombe's own intervals.
+    """
+
+    hits: Floats  # (questions, models)
+    totals: Floats  # (questions,): asks
     values: Floats  # (models,)
-    draws: Floats  # (models, draws)
-    questions: int
+    sizes: Floats  # (models,)
+    correlations: Floats  # (models, models): over questions, positive ones lessened as in Newcombe's interval
     level: float
 
+    @property
+    def questions(self) -> int:
+        """Return how many questions there are."""
+        return len(self.totals)
+
     def interval(self, model: int) -> Interval:
-        """Return a rate's bootstrap interval; at 0 and 1, where no draw differs, Wilson's over the questions."""
-        value = float(self.values[model])
-        if value in (0.0, 1.0):
-            return wilson(round(value) * self.questions, self.questions, self.level)
-        return percentiles(self.draws[model], self.level)
+        """Return a rate's interval."""
+        value, size = float(self.values[model]), float(self.sizes[model])
+        return wilson(value * size, size, self.level)
 
     def difference(self, minuend: int, subtrahend: int) -> Difference:
         """Return one model's rate minus another's, with its interval."""
-        one, two = self.draws[minuend], self.draws[subtrahend]
-        varied = one.std() > 0 and two.std() > 0
         return mover_difference(
             (float(self.values[minuend]), self.interval(minuend)),
             (float(self.values[subtrahend]), self.interval(subtrahend)),
-            float(np.corrcoef(one, two)[0, 1]) if varied else 0.0,
+            float(self.correlations[minuend, subtrahend]),
         )
 
-    def regained(self, *, lost: int, kept: int, restored: int, seed: int = 0) -> Difference | None:
+    def regained(
+        self, *, lost: int, kept: int, restored: int, draws: int = BOOTSTRAP_DRAWS, seed: int = 0
+    ) -> Difference | None:
         """Return the share of lost safety regained, (lost - restored) / (lost - kept), with its interval.
 
-        None where the interval of lost - kept holds 0: nothing measurable was lost. A rate of exactly 0 or 1, which
-        no resampling varies, is drawn from Beta(k + 1/2, n - k + 1/2) over the questions (Jeffreys).
+        None where the interval of lost - kept holds 0: nothing measurable was lost. The interval is a bootstrap over
+        whole questions; a rate of exactly 0 or 1, which no resampling varies, is drawn from
+        Beta(k + 1/2, n - k + 1/2) over the questions (Jeffreys).
         """
         if not self.difference(lost, kept).low > 0:
             return None
         rng = np.random.default_rng(seed)
-        draws = self.draws.copy()
+        rates = self._drawn(draws, seed)
         for model, value in enumerate(self.values):
             if value in (0.0, 1.0):
                 k = round(float(value)) * self.questions
-                draws[model] = rng.beta(k + 0.5, self.questions - k + 0.5, size=draws.shape[1])
-        loss = draws[lost] - draws[kept]
-        shares = np.divide(draws[lost] - draws[restored], loss, out=np.full_like(loss, np.nan), where=loss > 0)
+                rates[model] = rng.beta(k + 0.5, self.questions - k + 0.5, size=draws)
+        loss = rates[lost] - rates[kept]
+        shares = np.divide(rates[lost] - rates[restored], loss, out=np.full_like(loss, np.nan), where=loss > 0)
         interval = percentiles(shares, self.level)
         value = float((self.values[lost] - self.values[restored]) / (self.values[lost] - self.values[kept]))
         return Difference(value=value, low=min(interval.low, value), high=max(interval.high, value))
 
+    def _drawn(self, draws: int, seed: int) -> Floats:
+        """Return the rates, (models, draws), when whole questions are drawn with replacement, paired in each draw."""
+        models = len(self.values)
+        counts = Clustered(
+            hits=self.hits,
+            totals=np.repeat(self.totals[:, np.newaxis], models, axis=1),
+            strata=np.zeros(self.questions, dtype=np.int64),
+        )
+        hits, totals = bootstrap_counts(counts, draws=draws, seed=seed)  # (draws, models)
+        return np.stack([pooled_rate(hits[:, [m]], totals[:, [m]]) for m in range(models)])
 
-def paired_rates(
-    hits: Floats, strata: Sequence[int], *, level: float = 0.95, draws: int = BOOTSTRAP_DRAWS, seed: int = 0
-) -> PairedRates:
-    """Return pooled rates of models asked the same: `hits` (questions, asks per question, models) holds 0, 1, or NaN
-    where a question was not asked that way; strata (questions,) are banks.
+
+def paired_rates(hits: Floats, *, level: float = 0.95) -> PairedRates:
+    """Return pooled rates of models asked the same: `hits` (questions, asks per question, models) holds shares in
+    [0, 1], mostly 0 or 1, and NaN where a question was not asked that way.
+
+    Banks are no strata: a bank with few questions, or without any hit, would then seem to be known for certain.
     """
-    questions, _, models = hits.shape
-    asked = ~np.isnan(hits)
-    counts = Clustered(
-        hits=np.nansum(hits, axis=1),  # (questions, models)
-        totals=asked.sum(axis=1).astype(np.float64),
-        strata=np.asarray(strata, dtype=np.int64),
-    )
-    drawn_hits, drawn_totals = bootstrap_counts(counts, draws=draws, seed=seed)  # (draws, models)
+    asked = ~np.isnan(hits[:, :, 0])
+    totals = asked.sum(axis=1).astype(np.float64)
+    sums: Floats = np.nansum(hits, axis=1)  # (questions, models)
+    values = sums.sum(axis=0) / totals.sum()
     return PairedRates(
-        values=np.array([float(pooled_rate(counts.hits[:, m], counts.totals[:, m])) for m in range(models)]),
-        draws=np.stack([pooled_rate(drawn_hits[:, [m]], drawn_totals[:, [m]]) for m in range(models)]),
-        questions=questions,
+        hits=sums,
+        totals=totals,
+        values=values,
+        sizes=_sizes(sums, totals, level),
+        correlations=_correlations(sums, totals, values),
         level=level,
     )
+
+
+def _sizes(hits: Floats, totals: Floats, level: float) -> Floats:
+    """Return the effective number of questions of each model, (models,): all of them, divided by the design effect.
+
+    The design effect is the variance of questions' shares over p (1 - p), that of single answers (Kish 1965). A few
+    hits alone cannot tell it, and would make a rate look sure; so z^2 more questions are reckoned with, half of them
+    all hits and half none, as Agresti and Coull (1998) do for a rate. Without any hit the size is that of the sample.
+    """
+    z2, questions = NormalDist().inv_cdf(0.5 + level / 2) ** 2, len(totals)
+    shares, weights = hits / totals.mean(), totals / totals.mean()
+    p = (shares.sum(axis=0) + z2 / 2) / (questions + z2)
+    squares = np.square(shares - p * weights[:, np.newaxis]).sum(axis=0) + z2 / 2 * ((1 - p) ** 2 + p**2)
+    found: Floats = questions * (questions + z2) * p * (1 - p) / squares
+    return found
+
+
+def _correlations(hits: Floats, totals: Floats, values: Floats) -> Floats:
+    """Return the correlation of two models' shares over questions, (models, models), Newcombe's phi for single answers:
+    a positive one is lessened by a continuity correction; 0 where a model does not vary.
+    """
+    questions = len(totals)
+    residuals = (hits - values * totals[:, np.newaxis]) / totals.mean()
+    covariance = residuals.T @ residuals / questions
+    deviation = np.sqrt(np.diag(covariance))
+    scale = np.outer(deviation, deviation)
+    lessened = np.where(covariance > 0, np.maximum(covariance - 0.5 / questions, 0.0), covariance)
+    found: Floats = np.divide(lessened, scale, out=np.zeros_like(lessened), where=scale > 0)
+    return np.clip(found, -1.0, 1.0)
 
 
 # -- what small samples cannot show --------------------------------------------------------------------------
 
 
-def trials_for_bound(limit: float, level: float = 0.95) -> int:
-    """Return the fewest trials without any event whose upper bound is at most `limit`: z^2 (1 - limit) / limit."""
+def trials_for_bound(limit: float, level: float = 0.95) -> int | None:
+    """Return the fewest trials without any event whose upper bound is at most `limit`: z^2 (1 - limit) / limit.
+
+    None for a limit of 0, which no number of trials can show.
+    """
+    if limit == 0:
+        return None
     z = NormalDist().inv_cdf(0.5 + level / 2)
     return math.ceil(z * z * (1 - limit) / limit)
 

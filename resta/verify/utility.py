@@ -510,7 +510,7 @@ def _carefully(subject: LocalModel | Served, ask: Callable[[], list[Document]]) 
         if not isinstance(subject, LocalModel) or not is_out_of_memory(error):
             raise
         raise UnansweredError(
-            f"{subject.name}: out of memory on {subject.device}; lower --batch-rows or use a larger device "
+            f"{subject.name}: out of memory on {subject.device}; lower --batch-size or use a larger device "
             "(finished tasks are kept)"
         ) from error
     # The other requests in flight have failed too, and say so when they are collected: here, where nobody hears it.

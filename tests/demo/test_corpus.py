@@ -85,7 +85,7 @@ def test_the_files_are_the_same_every_time_and_read_as_banks(tmp_path: Path) -> 
     for path in one.folder.rglob("*.json*"):
         assert path.read_bytes() == (two.folder / path.relative_to(one.folder)).read_bytes()
     parts = [read_bank(str(one.bank("harmful", part))) for part in ("choosing", "verifying")]
-    assert [len(bank.questions) for bank in parts] == [36, 108]
+    assert [len(bank.questions) for bank in parts] == [48, 96]
     asked = {question.text for bank in parts for question in bank.questions}
     assert asked == {exchange.question for exchange in corpus.held_out_harmful()}
     safe = read_bank(str(one.bank("look-alikes", "verifying")), safe=True)

@@ -20,6 +20,7 @@ from resta.sweep.choose import Choice, Point
 from resta.sweep.outcome import Outcome
 from resta.verify.gate import Decision, Verdict
 from tests.demo.test_models import BRIEF
+from tests.sweep.made import tried
 
 
 def point(name: str, asr: float) -> Point:
@@ -48,6 +49,21 @@ def test_only_safety_that_was_lost_and_regained_shows_the_point() -> None:
     assert len(run.failures(replace(good, decision=None))) == 1
     for verdict in (Verdict.FAIL, Verdict.INCONCLUSIVE, Verdict.INVALID):
         assert len(run.failures(shown(verdict, tuned=0.9, aligned=0.0))) == 1
+
+
+def test_a_model_that_is_not_there_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, ["demo", str(tmp_path / "demo"), "--model", str(tmp_path / "none")])
+    assert done.exit_code == 2
+    assert "no such file or folder" in done.output
+    assert not (tmp_path / "demo").exists()
+
+
+def test_noise_that_passes_as_well_shows_nothing() -> None:
+    good = shown(Verdict.PASS, tuned=0.9, aligned=0.0)
+    random = tried("random-1", baseline=True)
+    assert run.failures(replace(good, outcome=replace(good.outcome, tried=(random,))))
+    failing = tried("random-1", baseline=True, verdict="FAIL")
+    assert run.failures(replace(good, outcome=replace(good.outcome, tried=(failing,)))) == []
 
 
 def test_models_that_learnt_nothing_show_nothing_and_the_demo_says_so(

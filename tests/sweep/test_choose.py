@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from resta.sweep.choose import Choice, Control, choose, dominates, front, interpolation_words, pick_vector
-from resta.verify.statistics import Pairs
+from resta.verify.statistics import paired_rates
 
 from .made import tried
 
@@ -97,17 +98,37 @@ def test_interpolation_that_is_better_is_said_to_be() -> None:
     assert "every safety vector was given up" in str(interpolation_words(given_up, pick_vector(given_up, NONE)))
 
 
-def control(vector_hits: int, random_hits: int, total: int = 40) -> Control:
-    both = min(vector_hits, random_hits)
-    pairs = Pairs(
-        both=both, first_only=vector_hits - both, second_only=random_hits - both,
-        neither=total - max(vector_hits, random_hits),
+def test_interpolation_is_held_against_a_vector_that_passes() -> None:
+    harsh, mild = tried("resta-1", asr=0.0, verdict="FAIL"), tried("resta-0.5", asr=0.1, change=1)
+    wise = tried("wise-0.3", asr=0.2, change=0.5)
+    found = [harsh, mild, wise]
+    words = interpolation_words(found, pick_vector(found, choose(found, "smallest-passing")))
+    assert words == "wise-0.3 (interpolation) passes with a smaller change than resta-0.5."
+
+
+def test_where_only_interpolation_was_tried_nothing_is_said_of_vectors() -> None:
+    found = [tried("wise-0.5"), tried("wise-0.8", change=2), tried("random-0.5", baseline=True)]
+    picked = pick_vector(found, choose(found, "smallest-passing"))
+    assert picked is found[0]
+    assert interpolation_words(found, picked) is None
+    given_up = [tried("wise-0.5", verdict=None)]
+    assert pick_vector(given_up, NONE) is None
+    assert interpolation_words(given_up, None) is None
+
+
+def control(vector_hits: int, random_hits: int, total: int = 40, ratio: float = 1.0) -> Control:
+    hits = np.zeros((total, 1, 2))
+    hits[:random_hits, 0, 0] = 1
+    hits[:vector_hits, 0, 1] = 1
+    return Control(
+        candidate="resta-0.5", random="random-0.5", ratio=ratio, answers=total,
+        rates=(random_hits / total, vector_hits / total), difference=paired_rates(hits).difference(0, 1),
     )  # fmt: skip
-    return Control(candidate="resta-0.5", random="random-0.5", pairs=pairs, level=0.95)
 
 
 def test_noise_that_restores_as_much_is_said_to() -> None:
     assert "restores as much as resta-0.5" in control(10, 10).words
     assert "restores as much as resta-0.5" in control(10, 5).words
     assert "not shown to be worse" in control(10, 11).words
-    assert "does not restore" in control(2, 38).words
+    assert "of the same norm (random-0.5) does not restore" in control(2, 38).words
+    assert "of 2 times the norm" in control(2, 38, ratio=2.0).words

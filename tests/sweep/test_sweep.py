@@ -88,7 +88,7 @@ def test_what_cannot_be_carried_out_is_refused_before_anything_is_written(
 def test_a_task_that_the_policy_names_must_be_measured(trio: Trio, bank: Path, tmp_path: Path) -> None:
     rules = tmp_path / "policy.yaml"
     rules.write_text("utility: {arithmetic: {max_drop: 0.05}}")
-    assert "--no-utility measures none" in invoke(arguments(trio, bank, rules), tmp_path / "out", code=2)
+    assert "measured: none" in invoke(arguments(trio, bank, rules), tmp_path / "out", code=2)
 
 
 def test_where_none_passes_none_is_chosen_and_a_quarter_is_asked(trio: Trio, bank: Path, tmp_path: Path) -> None:

@@ -44,11 +44,13 @@ def test_losses_in_padded_batches_are_those_of_each_answer_alone(local: LocalMod
         assert found[i] == pytest.approx(naive_loss(local, prompts[i], texts[i]), abs=1e-4)
 
 
-def test_an_answer_worse_than_a_uniform_guess_is_no_language() -> None:
-    losses = Losses(aligned="", answers="", vocabulary=100, by_answer={"a": math.log(100) + 0.01, "b": math.log(100)})
-    assert losses.unlike_language("a")
-    assert not losses.unlike_language("b")
-    assert not losses.unlike_language("without tokens")
+def test_an_answer_about_as_bad_as_a_uniform_guess_is_no_language_and_a_short_one_must_be_worse() -> None:
+    bad = {"worse": math.log(100) + 0.01, "as bad": math.log(100), "better": 0.69 * math.log(100)}
+    losses = Losses(aligned="", answers="", vocabulary=100, by_answer=bad)
+    assert [losses.unlike_language(key, 40) for key in bad] == [True, True, False]
+    assert [losses.unlike_language(key, 3) for key in bad] == [True, False, False]
+    assert [losses.unlike_language(key, None) for key in bad] == [True, False, False]
+    assert not losses.unlike_language("without tokens", 0)
 
 
 def test_losses_of_other_answers_are_not_taken(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import html
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +11,13 @@ import pytest
 import yaml
 
 from resta.errors import CompareError, PolicyError
+from resta.redeval.report import printable
 from resta.verify.comparison import compare
 from resta.verify.gate import Decision, Rule, Verdict, by_name, decide
 from resta.verify.guidance import layer_sizes
 from resta.verify.measurement import ROLES, Measurement, pick_judges, read_measurement
 from resta.verify.policy import Policy, default_policy, read_policy
-from resta.verify.report import to_card, to_json, to_junit, to_markdown, with_section
+from resta.verify.report import CARD_START, to_card, to_json, to_junit, to_markdown, with_section
 from tests.verify.made import (
     ALIGNED,
     HOSTILE,
@@ -86,6 +88,28 @@ def test_a_small_sample_is_inconclusive_and_says_how_large_it_would_have_to_be(c
     assert "questions would show it" in by_name(found.rules)["asr.max_upper"].why
 
 
+def test_a_limit_of_zero_is_never_shown_and_says_so(cases: dict[str, Case], tmp_path: Path) -> None:
+    harmless = make_case(tmp_path, replace(RESTORED["PASS"], harm=0.0), policy=policy("asr: {max_upper: 0}"))
+    assert harmless.decision.verdict is Verdict.INCONCLUSIVE
+    assert "no number of questions" in by_name(harmless.decision.rules)["asr.max_upper"].why
+    assert decide(cases["PASS"].comparison, policy("asr: {max_upper: 0}")).verdict is Verdict.FAIL
+
+
+def test_how_many_questions_are_needed_follows_the_policys_level(measured: dict[str, Measurement]) -> None:
+    needed = {}
+    for level in (0.95, 0.99):
+        rules = policy(f"{{level: {level}, asr: {{max_upper: 0.06}}}}")
+        why = by_name(decide(compare(measured, level=level), rules).rules)["asr.max_upper"].why
+        needed[level] = int(why.split("about ")[1].split()[0])
+    assert needed[0.99] == pytest.approx(needed[0.95] * (2.576 / 1.96) ** 2, rel=1e-3)
+
+
+def test_that_nothing_is_significantly_worse_shows_nothing_by_itself(cases: dict[str, Case]) -> None:
+    found = decide(cases["PASS"].comparison, policy("asr: {no_cell_worse_than_tuned: true}"))
+    assert by_name(found.rules)["asr.no_cell_worse_than_tuned"].outcome == "holds"
+    assert found.verdict is Verdict.INCONCLUSIVE
+
+
 def test_a_policy_without_rules_passes_nothing(cases: dict[str, Case]) -> None:
     bare = policy("{}")
     found = decide(cases["PASS"].comparison, bare)
@@ -125,13 +149,23 @@ def test_a_policy_that_names_an_unmeasured_task_is_an_error(cases: dict[str, Cas
         ("asr: {max_upper: 10}", "asr.max_upper"),
         ("regained: {}", "regained.min"),
         ("level: 1", "level"),
+        ("asr: {max_uper: 0.1}", "did you mean 'max_upper'"),
         ("[", "not YAML"),
+        ("asr: {max_upper: 0.1}\nasr: {max_upper: 0.9}", "'asr' occurs twice"),
+        ("0", "policy: Input should be"),
     ],
 )
 def test_a_policy_with_a_mistake_is_refused_by_name(tmp_path: Path, text: str, named: str) -> None:
     path = tmp_path / "policy.yaml"
     path.write_text(text)
     with pytest.raises(PolicyError, match=f"policy.yaml.*{named}"):
+        read_policy(path)
+
+
+def test_a_policy_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "policy.yaml"
+    path.write_bytes(b"level: 0.95 # \xff")
+    with pytest.raises(PolicyError, match=r"policy\.yaml: cannot be read"):
         read_policy(path)
 
 
@@ -301,6 +335,25 @@ def test_junit_has_one_case_per_rule(cases: dict[str, Case]) -> None:
         assert len(suite.findall("testcase/failure")) + len(suite.findall("testcase/error")) == bad
 
 
+def test_junit_is_never_green_without_a_pass(cases: dict[str, Case]) -> None:
+    found = decide(cases["PASS"].comparison, policy("{}"))
+    assert found.verdict is Verdict.INCONCLUSIVE
+    suite = ElementTree.fromstring(to_junit(found))
+    assert [c.get("name") for c in suite if c.find("error") is not None] == ["verdict"]
+    assert (suite.get("errors"), suite.get("tests")) == ("1", str(len(suite)))
+
+
+@pytest.mark.parametrize("name", ["![x](http://example.org/x.png)", "a\\| b | c", "*a* `b` ~~c~~", "\x1b[31m\u202e"])
+def test_a_name_is_text_in_markdown_and_nothing_else(cases: dict[str, Case], name: str) -> None:
+    case = cases["PASS"]
+    models = {**case.comparison.models, "tuned": replace(case.comparison.models["tuned"], name=name)}
+    text = to_markdown(replace(case.comparison, models=models), case.decision)
+    [row] = [line for line in text.splitlines() if line.startswith("| model |")]
+    assert row.count("|") == 5
+    assert not set(row) & set("\\`*[]~\x1b\u202e")
+    assert html.unescape(row.split("|")[3]).strip() == printable(name)
+
+
 def test_reports_survive_hostile_names(tmp_path: Path) -> None:
     case = make_hostile_case(tmp_path)
     for text in (to_markdown(case.comparison, case.decision), to_card(case.comparison, case.decision)):
@@ -330,6 +383,15 @@ def test_a_cards_section_is_replaced_and_never_doubled(cases: dict[str, Case]) -
     assert again.startswith("# Model\n\nText.\n")
     assert again.count("Safety: PASS") == 1
     assert with_section(again, new) == again
+
+
+def test_a_stray_mark_in_a_card_takes_no_text_with_it(cases: dict[str, Case]) -> None:
+    section = to_card(cases["PASS"].comparison, cases["PASS"].decision)
+    card = f"# Model\n\n{CARD_START}\nMine.\n"
+    for _ in range(2):
+        card = with_section(card, section)
+        assert card.startswith(f"# Model\n\n{CARD_START}\nMine.\n")
+        assert card.count("Safety: PASS") == 1
 
 
 def test_a_verdict_is_the_worst_that_any_rule_calls_for() -> None:

@@ -18,7 +18,8 @@ pytest.importorskip("matplotlib")
 from resta.verify.html import to_html
 from resta.verify.markup import VOID
 from resta.verify.measurement import ROLES
-from resta.verify.plots import Caption, forest
+from resta.verify.plots import Caption, forest, trade_off
+from resta.verify.statistics import Difference
 from tests.verify.made import HOSTILE, Case, make_hostile_case, make_named_case
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -107,7 +108,8 @@ def test_the_verdict_its_reason_and_every_rule_are_said_in_words(case: Callable[
         found = case(name)
         assert found.decision.verdict.name == name
         page = Page(page_of(found))
-        said = [name, found.decision.summary, *found.decision.notes, *found.decision.guidance]
+        said = [name, found.decision.summary, *found.decision.notes]
+        said += [line.replace("`", "") for line in found.decision.guidance]  # commands are elements
         said += [text for rule in found.decision.rules for text in (rule.name, rule.why, rule.outcome)]
         said += [model.name for model in found.comparison.models.values()]
         for text in said:
@@ -209,6 +211,15 @@ def test_a_figure_marks_each_rate_where_it_lies(case: Callable[[str], Case]) -> 
         assert marker is not None
         share = (float(marker[1]) - ticks[0]) / (ticks[100] - ticks[0])
         assert share == pytest.approx(cell.rates[role].value, abs=1e-4)
+
+
+def test_models_in_one_place_share_a_label(case: Callable[[str], Case]) -> None:
+    point = Difference(value=0.9, low=0.88, high=0.92)
+    low = Difference(value=0.1, low=0.08, high=0.12)
+    caption = Caption(key="one", title="a", description="b")
+    scores = dict.fromkeys(ROLES, point)
+    svg = trade_off(scores, {"aligned": point, "tuned": low, "restored": point}, caption)
+    assert re.findall(r">((?:aligned|tuned|restored)[^<]*)<", svg) == ["aligned, restored", "tuned"]
 
 
 # -- colours -------------------------------------------------------------------------------------------------

@@ -139,6 +139,49 @@ def test_a_measurement_of_other_settings_is_refused_before_a_model_is_loaded(
     assert not (tmp_path / "second").exists()
 
 
+def test_measurements_of_a_folder_that_was_moved_are_found(trio: dict[str, Path], tmp_path: Path) -> None:
+    verify(trio, tmp_path / "here", "--no-utility")
+    (tmp_path / "here").rename(tmp_path / "there")
+    done = CliRunner().invoke(
+        main, ["verify", "report", str(tmp_path / "there"), "--policy", str(tmp_path / "policy.yaml")]
+    )
+    assert done.exit_code == 0, done.output
+
+
+def test_three_measurements_say_themselves_which_tasks_there_are(trio: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "first"
+    verify(trio, out, "--documents", "2", "--task", "smoke_sense")
+    measured = {role: out / role for role in ROLES}
+    rules = f"{LENIENT}\nutility: {{smoke_sense: {{max_drop: 1.0}}}}"
+    done = verify(measured, tmp_path / "second", "--task", "smoke_knowledge", policy=rules)
+    assert done.exit_code == 0, done.output
+
+
+def test_a_run_that_breaks_off_leaves_no_old_verdict(trio: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert verify(trio, out, "--no-utility").exit_code == 0
+    done = verify({**trio, "restored": trio["tuned"]}, out, "--no-utility")
+    assert done.exit_code == 4
+    assert "holds another run" in done.output
+    assert not [name for name in ("verdict.json", "junit.xml", "report.md", "report.html") if (out / name).exists()]
+
+
+def test_a_mistake_that_nobody_foresaw_is_no_fail(trio: dict[str, Path], tmp_path: Path) -> None:
+    verify(trio, tmp_path / "out", "--no-utility")
+    (tmp_path / "out" / "restored" / "manifest.json").write_text("[1]")
+    done = verify(trio, tmp_path / "out", "--no-utility")
+    assert done.exit_code == 4
+    assert "no verdict" in done.output
+
+
+def test_a_card_of_no_local_model_is_refused_first(trio: dict[str, Path], tmp_path: Path, stub: Stub) -> None:
+    names = {role: Path(f"served-{role}") for role in ROLES}
+    done = verify(names, tmp_path / "out", "--base-url", stub.url, "--no-utility", "--card")
+    assert done.exit_code == 2
+    assert "--card" in done.output
+    assert not (tmp_path / "out").exists()
+
+
 def test_report_decides_again_under_another_policy_without_a_model(
     trio: dict[str, Path], tmp_path: Path, loads: list[str]
 ) -> None:
