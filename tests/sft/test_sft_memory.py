@@ -81,7 +81,7 @@ def test_an_adapter_trains_the_parameters_that_peft_adds(tiny_base: Path) -> Non
         ({"processes": 8, "strategy": "fsdp"}, {"optimiser": 8, "gradients": 8, "parameters": 8}),
         (
             {"processes": 8, "strategy": "deepspeed", "deepspeed": {"zero_optimization": {"stage": 2}}},
-            {"optimiser": 8, "gradients": 8, "parameters": 1},
+            {"optimiser": 8, "gradients": 16, "parameters": 8},  # gradients of 16 bits
         ),
     ],
 )
@@ -90,6 +90,23 @@ def test_each_strategy_splits_what_it_says(tiny_base: Path, parallel: dict[str, 
     shared = memory.estimate(job_of(tiny_base, method="full", parallel=parallel)).bytes
     for purpose, parts in split.items():
         assert shared[purpose] == pytest.approx(alone[purpose] / parts)
+
+
+@pytest.mark.parametrize(("stage", "whole", "split"), [(1, 4, 12), (2, 2, 14), (3, 0, 16)])
+def test_zero_needs_what_its_paper_says(tiny_base: Path, stage: int, whole: int, split: int) -> None:
+    """ZeRO, arXiv 1910.02054, section 3.1 and figure 1: bytes for each parameter, K = 12."""
+    gather = {"stage3_gather_16bit_weights_on_model_save": True} if stage == 3 else {}
+    parallel = {"processes": 8, "strategy": "deepspeed", "deepspeed": {"zero_optimization": {"stage": stage} | gather}}
+    estimate = memory.estimate(job_of(tiny_base, method="full", parallel=parallel))
+    state = estimate.total - estimate.bytes["activations"] - estimate.bytes["vocabulary head"]
+    assert state == pytest.approx((whole + split / 8) * estimate.shape.parameters)
+
+
+def test_a_recipe_that_computes_in_float32_is_counted_in_float32_on_any_number_of_gpus(tiny_base: Path) -> None:
+    settings = {"method": "full", "train": {"precision": "float32"}}
+    one, eight = (memory.estimate(job_of(tiny_base, parallel={"processes": n}, **settings)) for n in (1, 8))
+    assert eight.bytes == one.bytes
+    assert eight.host_bytes == 8 * one.host_bytes == 8 * 4 * one.shape.parameters
 
 
 def test_every_advice_given_when_memory_is_full_lowers_the_estimate(tiny_base: Path) -> None:
