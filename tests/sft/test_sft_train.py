@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,10 @@ from safetensors.torch import load_file
 from sft_tiny import exchange
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from resta.adapter import read_adapter
+from resta.checkpoint import read_weights
 from resta.errors import (
+    AdapterError,
     CheckpointError,
     PlanError,
     RecipeError,
@@ -31,6 +35,7 @@ from resta.errors import (
     TemplateError,
     TrainingError,
 )
+from resta.hub import locate
 from resta.sft import train as training
 from resta.sft.recipe import Recipe
 from resta.sft.run import run
@@ -101,6 +106,19 @@ def test_an_adapter_is_a_peft_directory_that_lowers_the_loss_and_names_its_base(
     after = PeftModel.from_pretrained(base, str(job.out))(torch.tensor([[1, 5, 9]])).logits
     assert not torch.allclose(before, after)
     assert not job.partial.exists()
+
+
+def test_merging_puts_an_adapter_on_the_base_it_was_trained_on_and_on_no_other(
+    make: Make, tiny_base: Path, tmp_path: Path
+) -> None:
+    job = make()
+    run(job)
+    adapter, base = locate(str(job.out)), read_weights(locate(str(tiny_base)))
+    tensors = read_adapter(adapter, base).tensors
+    assert sum(operand.low_rank is not None for operand in tensors.values()) == 14
+    shutil.copytree(tiny_base, tmp_path / "another")
+    with pytest.raises(AdapterError, match="was trained on"):
+        read_adapter(adapter, read_weights(locate(str(tmp_path / "another"))))
 
 
 def test_the_output_holds_tokenizer_template_card_curve_and_provenance(make: Make) -> None:
