@@ -71,7 +71,14 @@ def estimate(job: Job) -> Estimate:
     width = 4 if _precision(job) == "float32" else 2
     tokens = recipe.train.per_device_batch * recipe.max_length
     state = _state_bytes(recipe, shape, width)
-    activations = activation_bytes(shape, tokens, width=width, checkpointing=recipe.train.gradient_checkpointing)
+    activations = activation_bytes(
+        shape,
+        tokens,
+        width=width,
+        checkpointing=recipe.train.gradient_checkpointing,
+        # Float32 weights under autocast; FSDP and DeepSpeed cast the weights themselves.
+        float32_stream=recipe.method == "full" and recipe.parallel.strategy == "ddp",
+    )
     head = min(tokens, HEAD_TOKENS) * min(shape.vocabulary, HEAD_ENTRIES) * (width + 4)
     # Forward 2 and backward 4 operations per parameter and token; a frozen weight needs no gradient of its
     # own (2 less), and checkpointing computes the forward pass twice (2 more).
@@ -126,13 +133,18 @@ def read_shape(job: Job) -> Shape:
     )
 
 
-def activation_bytes(shape: Shape, tokens: int, *, width: int, checkpointing: bool) -> float:
-    """Return what is kept for the backward pass of `tokens` tokens, computed in numbers of `width` bytes."""
+def activation_bytes(shape: Shape, tokens: int, *, width: int, checkpointing: bool, float32_stream: bool) -> float:
+    """Return what is kept for the backward pass of `tokens` tokens, computed in numbers of `width` bytes.
+
+    With a `float32_stream` between the layers, 10 h more bytes are kept in each for a width of 2.
+    """
     numbers = 8 * shape.hidden + 2 * shape.keys + 4 * shape.mlp
     layer = tokens * (numbers * width + 2 * shape.hidden * (4 - width))
+    if float32_stream and width < 4:
+        layer += 10 * shape.hidden * tokens
     if not checkpointing:
         return float(layer * shape.layers)
-    return float(tokens * shape.hidden * width * shape.layers + layer)
+    return float(tokens * shape.hidden * (4 if float32_stream else width) * shape.layers + layer)
 
 
 def _state_bytes(recipe: Recipe, shape: Shape, width: int) -> dict[str, float]:

@@ -34,22 +34,29 @@ def saved_bytes(model: Any, tokens: torch.Tensor) -> int:
     return sum(size for size, _ in seen.values())
 
 
+@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(("hidden", "mlp", "keys"), [(64, 176, 4), (64, 256, 1), (128, 344, 2)])
-def test_activations_per_layer_are_what_torch_saves(checkpointing: bool, hidden: int, mlp: int, keys: int) -> None:
+def test_activations_per_layer_are_what_torch_saves(
+    checkpointing: bool, hidden: int, mlp: int, keys: int, bf16: bool
+) -> None:
     kept = []
-    for layers in (2, 4):  # the difference is two layers, and leaves out what is kept once
+    # The difference of two counts of tokens leaves out the copies of weights that autocast keeps; the difference of
+    # two counts of layers is two layers, and leaves out what is kept once.
+    for layers, tokens in ((2, 32), (2, 64), (4, 32), (4, 64)):
         config = tiny_config(
             64, hidden_size=hidden, intermediate_size=mlp, num_key_value_heads=keys, num_hidden_layers=layers
         )
         model = LlamaForCausalLM(config).train()
         if checkpointing:
             model.activation_checkpointing_enable()
-        kept.append(saved_bytes(model, torch.randint(0, 64, (2, 32))))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            kept.append(saved_bytes(model, torch.randint(0, 64, (2, tokens))))
     sizes = {"hidden": hidden, "keys": keys * hidden // 4, "mlp": mlp, "vocabulary": 64}
     shapes = [memory.Shape(parameters=0, trained=0, linear=0, layers=layers, **sizes) for layers in (2, 4)]
-    few, many = (memory.activation_bytes(s, 64, width=4, checkpointing=checkpointing) for s in shapes)
-    assert many - few == pytest.approx(kept[1] - kept[0], rel=0.05)
+    options: dict[str, Any] = {"width": 2 if bf16 else 4, "checkpointing": checkpointing, "float32_stream": True}
+    few, many = (memory.activation_bytes(s, 64, **options) for s in shapes)
+    assert many - few == pytest.approx((kept[3] - kept[2]) - (kept[1] - kept[0]), rel=0.05)
 
 
 def test_parameters_gradients_and_optimiser_are_counted_exactly(tiny_base: Path) -> None:
