@@ -27,7 +27,9 @@ def preview(chat: Chat, mixture: Mixture, prepared: Prepared, samples: int) -> N
     console = _console()
     for sample in prepared.train[:samples]:
         tokens, trained = len(sample.encoded.ids), int(sample.encoded.trained.sum())
-        console.rule(f"{sample.conversation.where} ({sample.conversation.side}): {trained} of {tokens} tokens trained")
+        place = f"{sample.conversation.where} ({sample.conversation.side})"
+        console.rule()
+        console.print(f"{place}: {trained} of {tokens} tokens trained", soft_wrap=True)  # a rule's title is cut
         console.print("(not shown)" if sample.red else marked(chat, sample, colour=console.is_terminal))
     console.rule("data")
     console.print(sources(mixture))
