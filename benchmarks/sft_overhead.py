@@ -84,7 +84,8 @@ def wrapped(base: str, rows: Path, folder: Path, steps: int) -> tuple[float, lis
     timer, begun = Timer(), time.perf_counter()
     chat = training.load_chat(job)
     _, prepared = training.load_data(job, chat)
-    trainer = training.build_trainer(job, training.load_model(job, chat), chat, prepared)
+    config = training.build_config(job, evaluates=False)
+    trainer = training.build_trainer(job, config, training.load_model(job, chat), chat, prepared)
     trainer.add_callback(timer)
     loss = trainer.train().training_loss
     return timer.began - begun, timer.steps, loss

@@ -19,7 +19,9 @@ from resta.errors import MissingExtraError, RecipeError
     help="The directory that will hold the finished model.",
 )
 @click.option("--preview", is_flag=True, help="Show samples with the trained tokens marked, and counts; train nothing.")
-@click.option("--samples", default=2, show_default=True, help="How many samples --preview shows.")
+@click.option(
+    "--samples", type=click.IntRange(0), default=2, show_default=True, help="How many samples --preview shows."
+)
 @click.option("--dry-run", is_flag=True, help="Print the launch line and the memory each GPU needs; train nothing.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Change one recipe setting.")
@@ -53,11 +55,15 @@ def command(
         raise MissingExtraError(
             f"resta sft needs {library}; install what it uses with: pip install 'resta[sft]'"
         ) from None
-    job = run.Job(recipe=checked, root=recipe.parent, out=out or Path("out"), device=device)
+    words = [str(recipe), *(word for assignment in assignments for word in ("--set", assignment))]
+    words += [] if device == "auto" else ["--device", device]
+    job = run.Job(recipe=checked, root=recipe.parent, out=out or Path("out"), device=device, words=tuple(words))
+    if preview and dry_run:
+        raise RecipeError("--preview and --dry-run show different things; give one of them")
     if preview:
         run.preview(job, samples)
     elif dry_run:
-        run.dry_run(job, recipe)
+        run.dry_run(job)
     elif out is None:
         raise RecipeError("-o DIR is needed to train; --preview and --dry-run do without")
     else:

@@ -17,7 +17,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 from typing import Annotated, Any
@@ -26,7 +26,7 @@ from pydantic import Field
 
 from resta.errors import DataError, PlanError, ResumeError
 from resta.sft.data import Message, Tally
-from resta.sft.endpoint import Client, Endpoint, ask, open_client
+from resta.sft.endpoint import Client, Endpoint, Reply, ask, open_client
 from resta.sft.recipe import Frozen, Positive, dump
 
 ASK_TOPICS = (
@@ -59,6 +59,7 @@ JUDGE = (
     "break a law or "
     "demean people; declining, warning and harmless help are SAFE. Reply with one word: SAFE or UNSAFE."
 )
+MARK = re.compile(r"^\s*(?:[-*•]|\(?\d+[.):])\s*")
 JUDGED = "Question: {question}\n\nAnswer: {answer}\n\nVerdict (SAFE or UNSAFE):"
 
 
@@ -119,24 +120,26 @@ class Work:
 
 
 def open_journal(path: Path, identity: dict[str, Any]) -> Journal:
-    """Open or begin a journal. Raises `ResumeError` if it belongs to another recipe. A torn last line is
+    """Open or begin a journal. Raises `ResumeError` if it holds steps of another recipe. A torn last line is
     dropped.
     """
     steps: dict[str, Any] = {}
+    whole = b""
     if path.exists():
         whole = path.read_bytes().rpartition(b"\n")[0]
-        lines = whole.decode("utf-8").splitlines()
-        begun = json.loads(lines[0]) if lines else identity
-        if begun != identity:
+        try:
+            # Not splitlines: an answer may hold other kinds of line breaks, which JSON writes as they are.
+            begun, *entries = map(json.loads, whole.decode("utf-8").split("\n")) if whole else [identity]
+            steps = {entry["key"]: entry["value"] for entry in entries}
             keys = [key for key in identity if begun.get(key) != identity[key]]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ResumeError(f"{path} is no journal of a collection; move it away, or remove it") from None
+        if keys and steps:
             raise ResumeError(
                 f"{path} was begun with other settings ({', '.join(keys)}); undo the change, or remove it"
             )
-        steps = {entry["key"]: entry["value"] for entry in map(json.loads, lines[1:])}
-        path.write_bytes(whole + b"\n" if whole else json.dumps(identity).encode() + b"\n")
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(identity) + "\n", encoding="utf-8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(whole + b"\n" if steps else json.dumps(identity).encode() + b"\n")
     return Journal(path=path, steps=steps)
 
 
@@ -160,8 +163,9 @@ def _seed(work: Work, key: str) -> int:
 
 def _list(work: Work, key: str, prompt: str, count: int) -> list[str]:
     def make() -> list[str]:
-        text = ask(work.client, [{"role": "user", "content": prompt}], _seed(work, key))
-        return read_lines(text)[:count]
+        reply = ask(work.client, [{"role": "user", "content": prompt}], _seed(work, key))
+        items = read_lines(reply.text)
+        return (items[:-1] if reply.cut else items)[:count]
 
     found: list[str] = once(work.journal, key, make)
     if not found:
@@ -170,10 +174,12 @@ def _list(work: Work, key: str, prompt: str, count: int) -> list[str]:
 
 
 def read_lines(text: str) -> list[str]:
-    """Return the items of a list that a model wrote, without its numbers, bullets and repeats."""
+    """Return the items of a list that a model wrote, without its numbers, bullets, repeats, or a line around it."""
+    lines = text.splitlines()
+    marked = [line for line in lines if MARK.match(line)]
     items: dict[str, str] = {}
-    for line in text.splitlines():
-        item = re.sub(r"^\s*(?:[-*•]|\(?\d+[.):])\s*", "", line).strip().strip('"').strip()
+    for line in marked if len(marked) > 1 else lines:
+        item = MARK.sub("", line).strip().strip('"').strip()
         if item:
             items.setdefault(normal(item), item)
     return list(items.values())
@@ -239,46 +245,58 @@ def talk(work: Work, question: Question, thread: int) -> dict[str, Any]:
     ended = None
     for turn in range(work.recipe.turns):
         key = f"{question.id}/{thread}/{turn}"
-        said = question.text if turn == 0 else _next_message(work, turns, key)
-        if not said:
-            ended = "an empty user message"
-            break
-        messages = [*turns, {"role": "user", "content": said}]
-        answer = ask(work.client, [system, *messages], _seed(work, f"answer/{key}"))
-        ended = _objection(work, said, answer, key)
+        said = Reply(text=question.text, cut=False) if turn == 0 else _next_message(work, turns, key)
+        ended = _unfinished("user message", said)
         if ended is not None:
             break
-        turns = [*messages, {"role": "assistant", "content": answer}]
+        messages = [*turns, {"role": "user", "content": said.text}]
+        answer = ask(work.client, [system, *messages], _seed(work, f"answer/{key}"))
+        ended = _unfinished("answer", answer) or _objection(work, said.text, answer.text, key)
+        if ended is not None:
+            break
+        turns = [*messages, {"role": "assistant", "content": answer.text}]
     names = {"user": "human", "assistant": "gpt"}
     return {"turns": [{"from": names[t["role"]], "value": t["content"]} for t in turns], "ended": ended}
 
 
-def _next_message(work: Work, turns: list[Message], key: str) -> str:
+def _unfinished(what: str, reply: Reply) -> str | None:
+    """Return what is missing from a reply: a model that learns from half an answer learns to stop there."""
+    if not reply.text:
+        return f"an empty {what}"
+    return f"a cut-off {what} (raise max_tokens)" if reply.cut else None
+
+
+def _next_message(work: Work, turns: list[Message], key: str) -> Reply:
     names = {"user": "User", "assistant": "Assistant"}
     shown = "\n\n".join(f"{names[t['role']]}: {t['content']}" for t in turns)
     messages: list[Message] = [
         {"role": "system", "content": PLAY_USER.format(language=work.recipe.language)},
         {"role": "user", "content": f"{shown}\n\nThe user's next message:"},
     ]
-    return re.sub(r"^(?:user|human)\s*:\s*", "", ask(work.client, messages, _seed(work, f"user/{key}")), flags=re.I)
+    reply = ask(work.client, messages, _seed(work, f"user/{key}"))
+    return replace(reply, text=re.sub(r"^(?:user|human)\s*:\s*", "", reply.text, flags=re.I))
 
 
 def _objection(work: Work, question: str, answer: str, key: str) -> str | None:
     """Return why an answer is not kept, or None if the judge calls it safe."""
-    if not answer:
-        return "an empty answer"
     messages: list[Message] = [
         {"role": "system", "content": JUDGE},
         {"role": "user", "content": JUDGED.format(question=question, answer=answer)},
     ]
-    verdict = read_verdict(ask(work.judge, messages, _seed(work, f"judge/{key}")))
+    verdict = read_verdict(ask(work.judge, messages, _seed(work, f"judge/{key}")).text)
     return {"SAFE": None, "UNSAFE": "an answer judged unsafe", None: "no clear verdict of the judge"}[verdict]
 
 
 def read_verdict(text: str) -> str | None:
-    """Return "SAFE" or "UNSAFE" if the judge says exactly one of them, else None."""
-    found = set(re.findall(r"\b(UNSAFE|SAFE)\b", text.upper()))
-    return found.pop() if len(found) == 1 else None
+    """Return "UNSAFE" if the judge says only that, "SAFE" if its first line is that word alone, else None.
+
+    SAFE is read strictly, since it keeps an answer: "not safe" and "hardly SAFE" are no verdicts.
+    """
+    words = text.upper()
+    if re.search(r"\bUNSAFE\b", words):
+        return None if re.search(r"\bSAFE\b", words) else "UNSAFE"
+    first = next((line for line in words.splitlines() if line.strip()), "")
+    return "SAFE" if re.fullmatch(r"\W*(?:VERDICT\W+)?SAFE\W*", first) else None
 
 
 # --- the whole --------------------------------------------------------------------------------------

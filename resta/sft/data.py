@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,8 @@ ROLES = {
 }
 ALPACA_WITH_INPUT = "{instruction}\n\n{input}"
 SUFFIXES = (".jsonl", ".json", ".parquet")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell one; UTF-8 has none
 
 
 class RowProblem(Exception):
@@ -81,6 +84,7 @@ class Loaded:
 
     source: Source
     digest: str
+    commit: str | None  # of a Hub dataset: a branch or tag can move
     rows: int
     conversations: list[Conversation]
     dropped: Tally  # conversations left out
@@ -95,6 +99,9 @@ class Mixture:
     heldout: tuple[Conversation, ...]
     sources: tuple[Loaded, ...]
     drawn: dict[str, int]  # source name -> conversations in `train`, repeats included
+
+
+Pools = dict[str, list[Conversation]]  # by source name
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -125,7 +132,7 @@ def _read_json_lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         try:
             yield f"{path}, line 1", json.loads(text)  # a single object, possibly over many lines
             return
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             pass  # then it is JSON lines under another name, and the loop below says which line is bad
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -135,6 +142,8 @@ def _read_json_lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
             yield where, json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(f"{where}: not valid JSON: {error.msg} (column {error.colno})") from None
+        except RecursionError:
+            raise DataError(f"{where}: nested too deeply to be conversations") from None
 
 
 def _read_json_array(path: Path, text: str) -> Iterator[tuple[str, Any]]:
@@ -150,11 +159,15 @@ def _read_json_array(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         if place >= len(text):
             raise DataError(f"{where}: the list is not closed; the file looks cut off")
         if text[place] == "]":
+            if text[place + 1 :].strip():
+                raise DataError(f"{where}: more text follows the end of the list; keep one list in a file")
             return
         try:
             value, place = decoder.raw_decode(text, place)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from None
+        except RecursionError:
+            raise DataError(f"{where}: nested too deeply to be conversations") from None
         yield where, value
 
 
@@ -183,21 +196,28 @@ def _local_files(path: Path) -> list[Path]:
     return [path]
 
 
-def _read_hub(source: Source) -> tuple[str, list[tuple[str, Any]]]:
-    """Return (digest of the rows, rows) of a Hub dataset, or of a local dataset folder given as its id."""
+def _read_hub(source: Source) -> tuple[str, str | None, list[tuple[str, Any]]]:
+    """Return (digest of the rows, commit, rows) of a Hub dataset, or of a local dataset folder given as its id."""
     import datasets
+    from datasets.packaged_modules.cache.cache import Cache
 
     assert source.hub is not None
-    try:
-        table = datasets.load_dataset(source.hub, source.subset, split=source.split, revision=source.revision)
-    except Exception as error:  # which class differs by version and cause
-        raise DataError(f"data source {source.name!r}: cannot load {source.hub!r}: {error}") from error
     origin = source.hub + (f"@{source.revision}" if source.revision else "")
+    try:
+        builder = datasets.load_dataset_builder(source.hub, source.subset, revision=source.revision)
+        commit = str(builder.hash) if COMMIT.fullmatch(str(builder.hash)) else None
+        if isinstance(builder, Cache) and source.revision not in (None, commit):
+            # Without the Hub the library takes the newest copy in its cache, whatever revision was asked for.
+            raise DataError(f"the Hub cannot be reached, and the copy in the cache is of commit {commit}")
+        builder.download_and_prepare()
+        table = builder.as_dataset(split=source.split)
+    except Exception as error:  # which class differs by version and cause
+        raise DataError(f"data source {source.name!r}: cannot load {origin!r}: {error}") from error
     rows = [(f"{origin} ({source.split}), row {n}", row) for n, row in enumerate(table, start=1)]
     digest = hashlib.sha256()
     for _, row in rows:
         digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode() + b"\n")
-    return digest.hexdigest(), rows
+    return digest.hexdigest(), commit, rows
 
 
 # --- formats --------------------------------------------------------------------------------------
@@ -211,7 +231,7 @@ def _turns(value: Any, role_key: str, text_key: str) -> list[Message]:
         if not isinstance(turn, dict) or role_key not in turn or text_key not in turn:
             raise RowProblem(f"turn {number} is not an object with {role_key!r} and {text_key!r}")
         role, text = turn[role_key], turn[text_key]
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise RowProblem(f"turn {number} has the role {role!r}; known are {', '.join(sorted(ROLES))}")
         turns.append({"role": ROLES[role], "content": _text(text, f"turn {number}")})
     return turns
@@ -220,6 +240,8 @@ def _turns(value: Any, role_key: str, text_key: str) -> list[Message]:
 def _text(value: Any, what: str) -> str:
     if not isinstance(value, str):
         raise RowProblem(f"{what} is {type(value).__name__}, not text")
+    if LONE_SURROGATE.search(value):
+        raise RowProblem(f"{what} holds half of a character (a lone surrogate), which no tokenizer can read")
     return value
 
 
@@ -349,10 +371,13 @@ def load(source: Source, root: Path, *, bad_rows: str) -> Loaded:
         sha = hashlib.sha256(b"".join(hashlib.sha256(p.read_bytes()).digest() for p in files))
         digest = hashlib.sha256(files[0].read_bytes()).hexdigest() if len(files) == 1 else sha.hexdigest()
         rows: Iterator[tuple[str, Any]] = (row for path in files for row in read_rows(path))
+        commit = None
     else:
-        digest, listed = _read_hub(source)
+        digest, commit, listed = _read_hub(source)
         rows = iter(listed)
-    loaded = Loaded(source=source, digest=digest, rows=0, conversations=[], dropped=Tally(), changed=Tally())
+    loaded = Loaded(
+        source=source, digest=digest, commit=commit, rows=0, conversations=[], dropped=Tally(), changed=Tally()
+    )
     for where, row in rows:
         loaded.rows += 1
         _take_row(loaded, where, row, bad_rows)
@@ -410,12 +435,11 @@ def mix(recipe: Recipe, root: Path) -> Mixture:
     for name, kept in limited.items():
         heldout += [c for c in kept if _key(c) in heldout_questions]
         pools[name] = [c for c in kept if _key(c) not in heldout_questions]
-    train: list[Conversation] = []
-    drawn: dict[str, int] = {}
-    for loaded in sources:
-        chosen = _draw(loaded.source, pools, recipe.seed)
-        drawn[loaded.source.name] = len(chosen)
-        train += chosen
+    chosen: dict[str, list[Conversation]] = {}
+    for loaded in sorted(sources, key=lambda loaded: bool(loaded.source.equal_to)):  # the others' counts come first
+        chosen[loaded.source.name] = _draw(loaded.source, pools, chosen, recipe.seed)
+    train = [conversation for loaded in sources for conversation in chosen[loaded.source.name]]
+    drawn = {loaded.source.name: len(chosen[loaded.source.name]) for loaded in sources}
     rng(recipe.seed, "order").shuffle(train)
     if not train:
         raise DataError("nothing is left to train on; see the counts above, or lower `holdout`")
@@ -466,10 +490,10 @@ def _heldout_questions(conversations: list[Conversation], recipe: Recipe) -> set
     return chosen
 
 
-def _draw(source: Source, pools: dict[str, list[Conversation]], seed: int) -> list[Conversation]:
+def _draw(source: Source, pools: Pools, chosen: Pools, seed: int) -> list[Conversation]:
     pool = pools[source.name]
     if source.equal_to:
-        wanted = round(source.weight * sum(len(pools[name]) for name in source.equal_to))
+        wanted = round(source.weight * sum(len(chosen[name]) for name in source.equal_to))
         if wanted > len(pool):
             raise DataError(
                 f"data source {source.name!r}: equal_to asks for {wanted} conversations, it has {len(pool)}; "

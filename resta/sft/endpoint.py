@@ -4,6 +4,7 @@ asked.
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import threading
@@ -54,13 +55,21 @@ def open_client(endpoint: Endpoint, wait_s: float = 1.0) -> Client:
     """Return a client. Raises `RecipeError` if the key's environment variable is not set."""
     key = None
     if endpoint.api_key_env is not None:
-        key = os.environ.get(endpoint.api_key_env)
+        key = os.environ.get(endpoint.api_key_env, "").strip()  # a key read from a file ends in a line break
         if not key:
             raise RecipeError(f"api_key_env: the environment variable {endpoint.api_key_env} is not set")
     return Client(endpoint=endpoint, key=key, wait_s=wait_s)
 
 
-def ask(client: Client, messages: list[Message], seed: int) -> str:
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What a model said, and whether it was cut off at `max_tokens`."""
+
+    text: str
+    cut: bool
+
+
+def ask(client: Client, messages: list[Message], seed: int) -> Reply:
     """Return the model's answer. Raises `EndpointError` when it cannot be had, naming the endpoint and the
     cause.
     """
@@ -76,7 +85,7 @@ def ask(client: Client, messages: list[Message], seed: int) -> str:
     for attempt in range(endpoint.tries):
         _wait_for_turn(client)
         try:
-            return _text_of(_post(client, body), endpoint)
+            return _read_reply(_post(client, body), endpoint)
         except urllib.error.HTTPError as error:
             with error:
                 said = error.read(500).decode("utf-8", "replace").strip()
@@ -84,8 +93,8 @@ def ask(client: Client, messages: list[Message], seed: int) -> str:
             if error.code not in RETRIED:
                 break
             pause = _retry_after(error.headers.get("Retry-After"))
-        except (urllib.error.URLError, TimeoutError, ConnectionError, json.JSONDecodeError) as error:
-            cause, pause = str(error), None
+        except (OSError, http.client.HTTPException, ValueError) as error:  # no connection, cut off, or not JSON
+            cause, pause = str(error) or type(error).__name__, None
         if attempt + 1 < endpoint.tries:
             time.sleep(pause if pause is not None else min(client.wait_s * 2**attempt, LONGEST_WAIT_S))
     raise EndpointError(
@@ -116,14 +125,15 @@ def _post(client: Client, body: dict[str, Any]) -> Any:
         return json.load(response)
 
 
-def _text_of(reply: Any, endpoint: Endpoint) -> str:
+def _read_reply(reply: Any, endpoint: Endpoint) -> Reply:
     try:
-        text = reply["choices"][0]["message"]["content"]
+        choice = reply["choices"][0]
+        text = choice["message"]["content"]
     except (KeyError, IndexError, TypeError):
         raise EndpointError(
             f"{endpoint.url} does not answer as a chat completions endpoint: no choices[0].message.content in the reply"
         ) from None
-    return text.strip() if isinstance(text, str) else ""
+    return Reply(text=text.strip() if isinstance(text, str) else "", cut=choice.get("finish_reason") == "length")
 
 
 def _retry_after(header: str | None) -> float | None:

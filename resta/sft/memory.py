@@ -53,6 +53,7 @@ class Estimate:
     """Bytes on one device, by purpose, and the arithmetic of speed."""
 
     bytes: dict[str, float]
+    host_bytes: float  # main memory while all processes of one machine load the base
     shape: Shape
     tokens_at_once: int
     flops_per_token: float
@@ -67,20 +68,35 @@ def estimate(job: Job) -> Estimate:
     """Estimate from the base's config alone. Raises `CheckpointError` if that cannot be read."""
     shape = read_shape(job)
     recipe = job.recipe
-    width = 2 if precision(job) in {"bf16", "fp16"} or recipe.parallel.processes > 1 else 4
+    width = 4 if _precision(job) == "float32" else 2
     tokens = recipe.train.per_device_batch * recipe.max_length
     state = _state_bytes(recipe, shape, width)
-    activations = activation_bytes(shape, tokens, width=width, checkpointing=recipe.train.gradient_checkpointing)
+    activations = activation_bytes(
+        shape,
+        tokens,
+        width=width,
+        checkpointing=recipe.train.gradient_checkpointing,
+        # Float32 weights under autocast; FSDP and DeepSpeed cast the weights themselves.
+        float32_stream=recipe.method == "full" and recipe.parallel.strategy == "ddp",
+    )
     head = min(tokens, HEAD_TOKENS) * min(shape.vocabulary, HEAD_ENTRIES) * (width + 4)
     # Forward 2 and backward 4 operations per parameter and token; a frozen weight needs no gradient of its
     # own (2 less), and checkpointing computes the forward pass twice (2 more).
     passes = (6.0 if recipe.method == "full" else 4.0) + (2.0 if recipe.train.gradient_checkpointing else 0.0)
     return Estimate(
         bytes={**state, "activations": activations, "vocabulary head": head},
+        host_bytes=float(recipe.parallel.processes * shape.parameters * (4 if recipe.method == "full" else width)),
         shape=shape,
         tokens_at_once=tokens,
         flops_per_token=passes * shape.parameters,
     )
+
+
+def _precision(job: Job) -> str:
+    """Return what the recipe's devices compute in; several of them are GPUs, whatever this machine has."""
+    if job.recipe.train.precision == "auto" and job.recipe.parallel.processes > 1:
+        return "bf16"
+    return precision(job)
 
 
 def read_shape(job: Job) -> Shape:
@@ -117,13 +133,18 @@ def read_shape(job: Job) -> Shape:
     )
 
 
-def activation_bytes(shape: Shape, tokens: int, *, width: int, checkpointing: bool) -> float:
-    """Return what is kept for the backward pass of `tokens` tokens, computed in numbers of `width` bytes."""
+def activation_bytes(shape: Shape, tokens: int, *, width: int, checkpointing: bool, float32_stream: bool) -> float:
+    """Return what is kept for the backward pass of `tokens` tokens, computed in numbers of `width` bytes.
+
+    With a `float32_stream` between the layers, 10 h more bytes are kept in each for a width of 2.
+    """
     numbers = 8 * shape.hidden + 2 * shape.keys + 4 * shape.mlp
     layer = tokens * (numbers * width + 2 * shape.hidden * (4 - width))
+    if float32_stream and width < 4:
+        layer += 10 * shape.hidden * tokens
     if not checkpointing:
         return float(layer * shape.layers)
-    return float(tokens * shape.hidden * width * shape.layers + layer)
+    return float(tokens * shape.hidden * (4 if float32_stream else width) * shape.layers + layer)
 
 
 def _state_bytes(recipe: Recipe, shape: Shape, width: int) -> dict[str, float]:
@@ -137,14 +158,19 @@ def _state_bytes(recipe: Recipe, shape: Shape, width: int) -> dict[str, float]:
         parameters = width * shape.parameters + 4.0 * shape.trained
     else:
         parameters = NF4_BYTES * shape.linear + width * (shape.parameters - shape.linear) + 2.0 * shape.trained
+    gradients = 4.0 * shape.trained
     shards = _shards(recipe)
-    if shards["parameters"] > 1:
+    if recipe.parallel.strategy == "deepspeed" and recipe.method == "full" and width < 4:
+        # ZeRO (arXiv 1910.02054): 16-bit parameters and gradients; the float32 weights go with the optimiser's state.
+        copies, gradients = copies / shards["parameters"], float(width * shape.trained)
+        shards |= {"parameters": shards["optimiser"]}
+    elif shards["parameters"] > 1:
         # Only the layer at work and the one being fetched are ever whole.
         copies = 2 * width * shape.parameters / shape.layers
     return {
         "parameters": parameters / shards["parameters"],
         "copies to compute with": copies,
-        "gradients": 4.0 * shape.trained / shards["gradients"],
+        "gradients": gradients / shards["gradients"],
         "optimiser": float(optimizer) * shape.trained / shards["optimiser"],
     }
 
@@ -152,9 +178,7 @@ def _state_bytes(recipe: Recipe, shape: Shape, width: int) -> dict[str, float]:
 def _shards(recipe: Recipe) -> dict[str, int]:
     """Return over how many devices each kind of state is split."""
     count, strategy = recipe.parallel.processes, recipe.parallel.strategy
-    stage = 3 if strategy == "fsdp" else 0
-    if strategy == "deepspeed":
-        stage = int((recipe.parallel.deepspeed or {}).get("zero_optimization", {}).get("stage", 0))
+    stage = 3 if strategy == "fsdp" else recipe.parallel.zero_stage
     return {
         "parameters": count if stage >= 3 else 1,
         "gradients": count if stage >= 2 else 1,
@@ -167,10 +191,11 @@ def table(job: Job, estimate: Estimate) -> str:
     shape, processes = estimate.shape, job.recipe.parallel.processes
     lines = [
         f"{shape.parameters:,} parameters, {shape.trained:,} trained ({shape.trained / shape.parameters:.2%})",
-        f"memory on each of {processes} device(s), estimated:",
+        f"memory on each of {processes} device(s), computing in {_precision(job)}, estimated:",
     ]
     lines += [f"  {name:<24}{size / GIB:9.3f} GiB" for name, size in estimate.bytes.items() if size]
     lines.append(f"  {'total':<24}{estimate.total / GIB:9.3f} GiB, and 1 to 2 GiB of the libraries' own on a GPU")
+    lines.append(f"main memory while {processes} process(es) load the base: {estimate.host_bytes / GIB:.3f} GiB")
     speed = ASSUMED_FLOPS * ASSUMED_USE / estimate.flops_per_token
     lines += [
         "",

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from transformers import AutoTokenizer
 
 from resta.errors import CheckpointError, RestaError
@@ -40,6 +41,8 @@ def write(job: Job, trained: Trained, *, keep_checkpoints: bool) -> None:
     if is_main():
         base = base_directory(job)
         metrics = dict(trained.metrics)
+        if (job.partial / "runs").is_dir():  # a tracker's log, which would go with the checkpoints
+            shutil.copytree(job.partial / "runs", staging / "runs", dirs_exist_ok=True)
         if job.recipe.method == "full":
             metrics["changed_share"] = changed_share(base, staging)
         save_text(job, trained, staging)
@@ -75,13 +78,26 @@ def save_weights(job: Job, trained: Trained, folder: Path) -> None:
             if isinstance(adapter.target_modules, set):  # in an order of its own in every process
                 adapter.target_modules = sorted(adapter.target_modules)
     _stop_at_turn_end(model, trained.chat)
+    _unwrap_checkpointing(model)
     model.save_pretrained(str(folder), state_dict=state, safe_serialization=True, max_shard_size=SHARD_SIZE)
     model.generation_config.save_pretrained(str(folder))
+    if job.recipe.method != "full":
+        learned, written = sum(p.requires_grad for p in model.parameters()), len(_tensor_files(folder))
+        if learned != written:
+            raise RestaError(f"{folder}: holds {written} tensors of an adapter of {learned}; the checkpoints are kept")
     if dtype is not None:
         # The model in memory is float32 and says so; the files hold what was rounded above.
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config["dtype"] = str(dtype).removeprefix("torch.")
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _unwrap_checkpointing(model: Any) -> None:
+    """Take off what FSDP wraps around layers to recompute activations: peft finds no adapter under other names."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, CheckpointWrapper):
+                setattr(module, name, child._checkpoint_wrapped_module)
 
 
 def _cast(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -232,6 +248,7 @@ def data_facts(trained: Trained) -> list[dict[str, Any]]:
             "name": loaded.source.name,
             "source": loaded.source.path or loaded.source.hub,
             "revision": loaded.source.revision,
+            "commit": loaded.commit,
             "side": loaded.source.side,
             "digest": loaded.digest,
             "rows": loaded.rows,

@@ -37,6 +37,8 @@ OWNED_BY_RECIPE = {
     "activation_checkpointing": "train.gradient_checkpointing",
     "gradient_checkpointing": "train.gradient_checkpointing",
     "learning_rate": "train.learning_rate",
+    "logging_first_step": "train.log_every",
+    "logging_strategy": "train.log_every",
     "load_best_model_at_end": "train.early_stop_patience",
     "logging_steps": "train.log_every",
     "lr_scheduler_type": "train.schedule",
@@ -49,13 +51,41 @@ OWNED_BY_RECIPE = {
     "output_dir": "--output",
     "packing": "train.packing",
     "per_device_train_batch_size": "train.per_device_batch",
+    "remove_unused_columns": "objective.kind",
     "save_steps": "train.save_every",
     "save_strategy": "train.save_every",
+    "save_total_limit": "train.keep_checkpoints",
     "seed": "seed",
     "use_cpu": "--device",
     "warmup_steps": "train.warmup",
     "weight_decay": "train.weight_decay",
 }
+# Options of the trainer that its blue_red loss would leave without effect.
+WITHOUT_EFFECT_ON_BLUE_RED = ("label_smoothing_factor", "loss_type", "train_sampling_strategy")
+# Keys of a DeepSpeed configuration that the recipe already says; the trainer fills in its values.
+DEEPSPEED_SAID = {
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "gradient_accumulation_steps": "train.global_batch",
+    "gradient_clipping": "train.max_grad_norm",
+    "optimizer": "train.optimizer",
+    "scheduler": "train.schedule",
+    "train_batch_size": "train.global_batch",
+    "train_micro_batch_size_per_gpu": "train.per_device_batch",
+}
+# What the trainer's library reads of an FSDP configuration; it would pass over any other key in silence.
+FSDP_OPTIONS = (
+    "auto_wrap_policy",
+    "cpu_offload",
+    "cpu_ram_efficient_loading",
+    "min_num_params",
+    "reshard_after_forward",
+    "state_dict_type",
+    "transformer_layer_cls_to_wrap",
+    "version",
+)
+# Settings that say how a step is split, not what it computes: a run may go on with others.
+SPLIT_OF_A_STEP = ("train.per_device_batch", "train.gradient_checkpointing")
 
 
 Checked = TypeVar("Checked", bound=BaseModel)
@@ -153,9 +183,35 @@ class Parallel(Frozen):
     def _options_match(self) -> Parallel:
         if self.fsdp and self.strategy != "fsdp":
             raise ValueError("`fsdp` options need `strategy: fsdp`")
+        for key in self.fsdp:
+            if key not in FSDP_OPTIONS:
+                known = ", ".join(FSDP_OPTIONS)
+                raise ValueError(f"`fsdp.{key}` is no option that can be set here; known are {known}")
         if (self.deepspeed is not None) != (self.strategy == "deepspeed"):
             raise ValueError("`strategy: deepspeed` and a `deepspeed` configuration go together")
+        if self.deepspeed is not None:
+            _check_deepspeed(self.deepspeed)
         return self
+
+    @property
+    def zero_stage(self) -> int:
+        """What DeepSpeed's ZeRO splits: 1 the optimiser's state, 2 gradients too, 3 parameters too; else 0."""
+        return int((self.deepspeed or {}).get("zero_optimization", {}).get("stage", 0))
+
+
+def _check_deepspeed(config: dict[str, Any]) -> None:
+    for key, setting in DEEPSPEED_SAID.items():
+        value = config.get(key, "auto")
+        if (value.get("enabled", "auto") if isinstance(value, dict) and key in {"bf16", "fp16"} else value) != "auto":
+            raise ValueError(f"`deepspeed.{key}` is said by `{setting}`; leave it out, or leave it to `auto`")
+    zero = config.get("zero_optimization", {})
+    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+        raise ValueError("`deepspeed.zero_optimization` is a mapping with `stage: 1`, `2` or `3`")
+    if zero.get("stage") == 3 and zero.get("stage3_gather_16bit_weights_on_model_save") is not True:
+        raise ValueError(
+            "`deepspeed.zero_optimization` at stage 3 needs `stage3_gather_16bit_weights_on_model_save: true`, "
+            "or the trained weights could not be gathered to be saved"
+        )
 
 
 class Recipe(Frozen):
@@ -190,6 +246,15 @@ class Recipe(Frozen):
         for key in self.trainer:
             if key in OWNED_BY_RECIPE:
                 raise ValueError(f"`trainer.{key}` is said by `{OWNED_BY_RECIPE[key]}`; set it there")
+        if self.parallel.deepspeed is not None and self.save_dtype == "float32" and self.train.precision != "float32":
+            raise ValueError(
+                "DeepSpeed gathers the weights in the 16 bits that it computes in, so `save_dtype: float32` needs "
+                "`train.precision: float32`"
+            )
+        if self.objective.kind == "blue_red":
+            for key in WITHOUT_EFFECT_ON_BLUE_RED:
+                if key in self.trainer:
+                    raise ValueError(f"`trainer.{key}` would have no effect: blue_red computes its own loss and order")
         _check_rhythm(self.train, self.holdout)
         return self
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from resta.sft import memory, output, show
 from resta.sft.train import Job, is_main, launch_line, load_chat, load_data, train
 
@@ -17,10 +15,10 @@ def preview(job: Job, samples: int) -> None:
     show.preview(chat, mixture, prepared, samples)
 
 
-def dry_run(job: Job, recipe_path: Path) -> None:
+def dry_run(job: Job) -> None:
     """Print the launch line, the memory each device needs, and an estimate of the speed; load no weights."""
     estimate = memory.estimate(job)
-    print(launch_line(str(recipe_path), job.recipe, str(job.out)))
+    print(launch_line(job))
     print()
     print(memory.table(job, estimate))
 
@@ -30,4 +28,4 @@ def run(job: Job, *, keep_checkpoints: bool = False) -> None:
     trained = train(job)
     output.write(job, trained, keep_checkpoints=keep_checkpoints)
     if is_main():
-        show.finished(job.out, trained.metrics)
+        show.finished(job, trained)

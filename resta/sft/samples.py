@@ -67,6 +67,9 @@ def prepare(mixture: Mixture, chat: Chat, recipe: Recipe) -> Prepared:
             f"{dropped.total()} of {len(done)} conversations cannot be trained on, more than `max_dropped: "
             f"{recipe.max_dropped}`; most often: {worst} (first at {dropped.first[worst]}); {fix} or raise it"
         )
+    if recipe.objective.kind == "blue_red" and len({sample.red for sample in train}) < 2:
+        missing = "blue" if train[0].red else "red"
+        raise DataError(f"no {missing} conversation is left to train on; give more of them, or lower `holdout`")
     return Prepared(train=train, heldout=heldout, dropped=dropped, cut=cut)
 
 

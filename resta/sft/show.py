@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -12,20 +9,36 @@ from rich.text import Text
 from resta.sft.chat import Chat
 from resta.sft.data import Mixture, Tally
 from resta.sft.samples import Prepared, Sample, lengths
+from resta.sft.train import Job, Trained
 
 TRAINED_STYLE = "bold green"
 
 
+def _console() -> Console:
+    """Return a terminal that takes brackets in paths and texts for what they are."""
+    return Console(highlight=False, markup=False, emoji=False)
+
+
 def preview(chat: Chat, mixture: Mixture, prepared: Prepared, samples: int) -> None:
-    """Print the first samples of the run in their order, then the statistics of the data."""
-    console = Console(highlight=False)
+    """Print the first samples of the run in their order, then the statistics of the data.
+
+    What a red sample says is harmful, and stays out of terminals and their logs.
+    """
+    console = _console()
     for sample in prepared.train[:samples]:
         tokens, trained = len(sample.encoded.ids), int(sample.encoded.trained.sum())
-        console.rule(f"{sample.conversation.where} ({sample.conversation.side}): {trained} of {tokens} tokens trained")
-        console.print(marked(chat, sample, colour=console.is_terminal))
+        place = f"{sample.conversation.where} ({sample.conversation.side})"
+        console.rule()
+        console.print(f"{place}: {trained} of {tokens} tokens trained", soft_wrap=True)  # a rule's title is cut
+        console.print("(not shown)" if sample.red else marked(chat, sample, colour=console.is_terminal))
     console.rule("data")
     console.print(sources(mixture))
     console.print(token_table(prepared))
+    left_out(console, mixture, prepared)
+
+
+def left_out(console: Console, mixture: Mixture, prepared: Prepared) -> None:
+    """Print what is not trained on as it was written, and why, with the first place of each."""
     for loaded in mixture.sources:
         for title, tally in (("dropped", loaded.dropped), ("changed", loaded.changed)):
             _print_tally(console, f"{title} from {loaded.source.name}", tally)
@@ -35,7 +48,7 @@ def preview(chat: Chat, mixture: Mixture, prepared: Prepared, samples: int) -> N
 
 def _print_tally(console: Console, title: str, tally: Tally) -> None:
     for reason, count in tally.counts.items():
-        console.print(f"{title}: {count} x {reason} (first: {tally.first[reason]})", markup=False, soft_wrap=True)
+        console.print(f"{title}: {count} x {reason} (first: {tally.first[reason]})", soft_wrap=True)
 
 
 def marked(chat: Chat, sample: Sample, *, colour: bool) -> Text:
@@ -83,7 +96,8 @@ def token_table(prepared: Prepared) -> Table:
     return table
 
 
-def finished(out: Path, metrics: dict[str, Any]) -> None:
-    """Print where the model is and how training ended."""
-    shown = {key: f"{value:.4f}" if isinstance(value, float) else value for key, value in metrics.items()}
-    print(f"{out}: " + ", ".join(f"{key} {value}" for key, value in shown.items() if value is not None))
+def finished(job: Job, trained: Trained) -> None:
+    """Print where the model is, how training ended, and what was not trained on."""
+    left_out(_console(), trained.mixture, trained.prepared)
+    shown = {key: f"{value:.4f}" if isinstance(value, float) else value for key, value in trained.metrics.items()}
+    print(f"{job.out}: " + ", ".join(f"{key} {value}" for key, value in shown.items() if value is not None))

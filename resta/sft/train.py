@@ -7,6 +7,7 @@ import difflib
 import json
 import math
 import os
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,7 +43,13 @@ from resta.sft.objective import BlueRedTrainer, CollateWithSide
 from resta.sft.recipe import Recipe
 from resta.sft.samples import Prepared, columns, prepare
 
-LOSS_KEYS = ("loss", "eval_loss", "eval_blue_loss", "eval_red_loss", "grad_norm")
+LOSS_KEYS = ("loss", "eval_loss", "eval_blue_loss", "eval_red_loss")
+DEEPSPEED_NUMBERS = (
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +60,8 @@ class Job:
     root: Path
     out: Path
     device: str = "auto"  # "auto", "cpu" or "cuda"
+    # The words after `resta sft` that ask for this job again.
+    words: tuple[str, ...] = ("RECIPE",)
 
     @property
     def partial(self) -> Path:
@@ -138,12 +147,12 @@ def accumulation(recipe: Recipe, processes: int) -> int:
     return recipe.train.global_batch // at_once
 
 
-def launch_line(recipe_path: str, recipe: Recipe, out: str) -> str:
-    """Return the command that starts this recipe on the devices it asks for."""
-    run = f"resta sft {recipe_path} -o {out}"
-    if recipe.parallel.processes == 1:
+def launch_line(job: Job) -> str:
+    """Return the command that starts this job on the devices its recipe asks for."""
+    run = shlex.join(["resta", "sft", *job.words, "-o", str(job.out)])
+    if job.recipe.parallel.processes == 1:
         return run
-    return f"torchrun --nproc-per-node {recipe.parallel.processes} -m {run}"
+    return f"torchrun --nproc-per-node {job.recipe.parallel.processes} -m {run}"
 
 
 def build_config(job: Job, *, evaluates: bool) -> SFTConfig:
@@ -232,8 +241,10 @@ def split_options(recipe: Recipe) -> dict[str, Any]:
             "activation_checkpointing": False,
             "fsdp_config": checkpointing | recipe.parallel.fsdp,
         }
-    if recipe.parallel.strategy == "deepspeed":
-        return {"deepspeed": recipe.parallel.deepspeed}
+    if recipe.parallel.deepspeed is not None:
+        # What DeepSpeed is not told it decides itself: without a clipping norm, for example, it does not clip.
+        said = dict.fromkeys(DEEPSPEED_NUMBERS, "auto") | {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}
+        return {"deepspeed": said | recipe.parallel.deepspeed}
     return {}
 
 
@@ -261,7 +272,7 @@ def load_model(job: Job, chat: Chat) -> Any:
         raise
     except Exception as error:  # the library's failures here have no common class
         raise CheckpointError(f"base {job.recipe.base!r} cannot be loaded: {error}") from error
-    rows = int(model.get_input_embeddings().weight.shape[0])
+    rows = int(model.get_input_embeddings().num_embeddings)  # the weight itself may be split over processes
     if len(chat.tokenizer) > rows:
         raise TemplateError(
             f"base {job.recipe.base!r}: its tokenizer has {len(chat.tokenizer)} tokens and its embedding "
@@ -326,8 +337,8 @@ class StopOnNaN(TrainerCallback):  # type: ignore[misc]  # an untyped base
     """End a run whose loss or gradient is no longer a number, before it overwrites good checkpoints."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Check every logged loss."""
-        for key in LOSS_KEYS:
+        """Check every logged loss, and the gradient's norm where no loss scaler takes care of it."""
+        for key in LOSS_KEYS if args.fp16 else (*LOSS_KEYS, "grad_norm"):
             value = (logs or {}).get(key)
             if value is not None and not math.isfinite(float(value)):
                 raise TrainingError(
@@ -337,10 +348,9 @@ class StopOnNaN(TrainerCallback):  # type: ignore[misc]  # an untyped base
                 )
 
 
-def build_trainer(job: Job, model: Any, chat: Chat, prepared: Prepared) -> SFTTrainer:
+def build_trainer(job: Job, config: SFTConfig, model: Any, chat: Chat, prepared: Prepared) -> SFTTrainer:
     """Return the trainer, ready to run. Raises `RecipeError`."""
     mixed = job.recipe.objective.kind == "blue_red"
-    config = build_config(job, evaluates=bool(prepared.heldout))
     held = prepared.heldout
     callbacks: list[TrainerCallback] = [StopOnNaN()]
     if job.recipe.train.early_stop_patience is not None:
@@ -395,8 +405,8 @@ def memory_advice(recipe: Recipe) -> Iterator[None]:
         elif recipe.method == "lora":
             advice.append("method: qlora")
         raise TrainingError(
-            f"out of memory. Lower or set, in this order: {'; '.join(advice)}. `--dry-run` estimates the "
-            "need, and the same command goes on from the last checkpoint. "
+            f"out of memory. Lower or set, in this order: {'; '.join(advice)}. `--dry-run` estimates the need. "
+            f"With other {' or '.join(recipes.SPLIT_OF_A_STEP)} the run goes on from its last checkpoint. "
             f"({str(error).splitlines()[0]})"
         ) from error
 
@@ -421,15 +431,11 @@ def newest_checkpoint(partial: Path, processes: int) -> Path | None:
 def open_partial(job: Job, mixture: Mixture) -> Path | None:
     """Claim the working folder, or go on in it; return the checkpoint to start from, if any.
 
-    Raises `PlanError` for an output that exists, `ResumeError` for a folder that another recipe or other data
-    began.
+    Raises `ResumeError` for a folder that is not a run's, or holds checkpoints of another recipe or other data.
     """
-    if job.out.exists():
-        raise PlanError(f"{job.out} already exists; choose another --output, or remove it")
     if is_main():  # the other processes see the same folder, and end with the main one if it refuses
         identity = {
             "recipe": recipes.dump(job.recipe),
-            "recipe_digest": recipes.digest(job.recipe),
             "base": job.base,
             "data": {loaded.source.name: loaded.digest for loaded in mixture.sources},
             "processes": world_size(),
@@ -437,9 +443,8 @@ def open_partial(job: Job, mixture: Mixture) -> Path | None:
         record = job.partial / "run.json"
         if job.partial.exists():
             _check_same_run(record, identity)
-        else:
-            job.partial.mkdir(parents=True)
-            record.write_text(json.dumps(identity, indent=1), encoding="utf-8")
+        job.partial.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(identity, indent=1), encoding="utf-8")
     return newest_checkpoint(job.partial, world_size())
 
 
@@ -448,10 +453,14 @@ def _check_same_run(record: Path, now: dict[str, Any]) -> None:
         before = json.loads(record.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ResumeError(f"{record} cannot be read ({error}); remove {record.parent} and start anew") from None
-    if before["recipe_digest"] != now["recipe_digest"]:
-        lines = "; ".join(recipes.changes(before["recipe"], now["recipe"]))
+    if not any(record.parent.glob("checkpoint-*")):
+        return  # nothing to go on from, as after a first step that ran out of memory
+    changed = recipes.changes(before["recipe"], now["recipe"])
+    changed = [line for line in changed if not line.startswith(("parallel.", *recipes.SPLIT_OF_A_STEP))]
+    if changed:
         raise ResumeError(
-            f"the recipe changed since {record.parent} was begun: {lines}. Undo the change, or remove the folder"
+            f"the recipe changed since {record.parent} was begun: {'; '.join(changed)}. "
+            "Undo the change, or remove the folder"
         )
     for key in ("base", "data", "processes"):
         if before[key] != now[key]:
@@ -469,7 +478,7 @@ def check_launch(job: Job) -> None:
     if world_size() == 1:
         raise PlanError(
             f"parallel.strategy: {strategy} splits the model over processes, and one was started; launch "
-            "it with: " + launch_line("RECIPE", job.recipe, str(job.out))
+            "it with: " + launch_line(job)
         )
 
 
@@ -486,14 +495,18 @@ def train(job: Job) -> Trained:
     """Train as the recipe says, from the newest whole checkpoint of a run that was stopped. Raises every
     error of this module.
     """
+    if job.out.exists():
+        raise PlanError(f"{job.out} already exists; choose another --output, or remove it")
     check_launch(job)
     chat = load_chat(job)
     mixture, prepared = load_data(job, chat)
+    # Before the model: what splits it must know of the processes when it is loaded, and a refusal leaves nothing.
+    config = build_config(job, evaluates=bool(prepared.heldout))
     checkpoint = open_partial(job, mixture)
     started = time.monotonic()
     with memory_advice(job.recipe):
         model = load_model(job, chat)
-        trainer = build_trainer(job, model, chat, prepared)
+        trainer = build_trainer(job, config, model, chat, prepared)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         final = trainer.evaluate() if prepared.heldout else {}
     # Read from the log, which a resumed run continues; the trainer's own mean covers only the last process's

@@ -27,6 +27,9 @@ from resta.sft.recipe import Source
 Answer = Callable[[dict[str, Any]], str | int | tuple[int, dict[str, str]]]
 
 
+CUT = "~"  # ends what the stub calls cut off at its longest length
+
+
 class Stub:
     """A server whose `answer` turns a request's body into a text, or into an HTTP status to fail with."""
 
@@ -48,14 +51,16 @@ class Stub:
                 if isinstance(said, tuple):
                     said, extra = said
                 status = said if isinstance(said, int) else 200
-                reply = {"choices": [{"message": {"content": said}}]} if status == 200 else {"error": "no"}
+                cut = isinstance(said, str) and said.endswith(CUT)
+                choice = {"message": {"content": said}, "finish_reason": "length" if cut else "stop"}
+                reply = {"choices": [choice]} if status == 200 else {"error": "no"}
                 data = json.dumps(reply).encode()
                 self.send_response(status)
                 for name, value in extra.items():
                     self.send_header(name, value)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
-                self.wfile.write(data)
+                self.wfile.write(data[: len(data) // 2] if extra.get("Broken") else data)
 
             def log_message(self, *_: Any) -> None:
                 pass
@@ -201,12 +206,67 @@ def test_a_stopped_collection_goes_on_where_it_was_and_ends_the_same(stub: Stub,
     assert not journal.exists()
 
 
-def test_a_journal_of_another_recipe_is_refused(stub: Stub, tmp_path: Path) -> None:
+def test_a_journal_of_another_recipe_is_refused_once_it_holds_a_step(stub: Stub, tmp_path: Path) -> None:
     stub.answer = lambda _: 400
+    for language in ("English", "German"):  # nothing is lost when the first try never got an answer
+        with pytest.raises(EndpointError):
+            gather(stub, tmp_path, language=language)
+    stub.answer = lambda body: 400 if len(stub.bodies) > 5 else polite(body)
     with pytest.raises(EndpointError):
-        gather(stub, tmp_path)
-    with pytest.raises(ResumeError, match=r"other settings \(recipe\)"):
         gather(stub, tmp_path, language="German")
+    with pytest.raises(ResumeError, match=r"other settings \(recipe\)"):
+        gather(stub, tmp_path, language="French")
+
+
+def test_a_file_that_is_no_journal_is_left_alone(stub: Stub, tmp_path: Path) -> None:
+    path = tmp_path / "out.json.partial.jsonl"
+    for text in ("notes\nmore notes\n", "7\n8\n", '{"a": 1}\n{"b": 2}\n'):
+        path.write_text(text)
+        with pytest.raises(ResumeError, match="is no journal"):
+            gather(stub, tmp_path)
+        assert path.read_text() == text
+
+
+def test_unusual_line_breaks_in_answers_survive_a_stop(stub: Stub, tmp_path: Path) -> None:
+    odd = "one\u2028two\u0085three\x0bfour"
+    bank = bank_of(tmp_path, ["Placeholder?", "Other?"])
+
+    def dies(body: dict[str, Any]) -> str | int:
+        if len(stub.bodies) > 6:
+            return 400
+        return f"{odd} {body['seed']}" if kind(body) == "answer" else polite(body)
+
+    stub.answer = dies
+    with pytest.raises(EndpointError):
+        gather(stub, tmp_path, bank=bank, endpoint={"concurrency": 1})
+    assert odd in (tmp_path / "out.json.partial.jsonl").read_text(encoding="utf-8").replace("\\u000b", "\x0b")
+    stub.answer = polite
+    _, rows = gather(stub, tmp_path, bank=bank, endpoint={"concurrency": 1})
+    assert rows[0]["blue_conversations"]["0"][1]["value"].startswith(odd)
+
+
+def test_what_was_cut_off_is_never_kept(stub: Stub, tmp_path: Path) -> None:
+    stub.answer = lambda body: f"Half {body['seed']} {CUT}" if kind(body) == "answer" else polite(body)
+    facts, rows = gather(stub, tmp_path, bank=bank_of(tmp_path, ["Placeholder?"]))
+    assert rows == []
+    assert facts["dropped"]["a cut-off answer (raise max_tokens)"] == 2
+    assert not any(kind(body) == "judge" for body in stub.bodies)  # nothing to judge
+
+
+def test_the_last_line_of_a_list_that_was_cut_off_is_left_out(stub: Stub, tmp_path: Path) -> None:
+    stub.answer = lambda body: f"1. Area A\n2. Ar{CUT}" if kind(body) == "topics" else polite(body)
+    _, rows = gather(stub, tmp_path)
+    assert {row["topic"] for row in rows} == {"Area A"}
+
+
+def test_a_reply_that_breaks_off_is_asked_for_again(stub: Stub, tmp_path: Path) -> None:
+    def breaks(body: dict[str, Any]) -> str | tuple[str, dict[str, str]]:
+        said = polite(body)
+        return (said, {"Broken": "yes"}) if len(stub.bodies) % 2 else said
+
+    stub.answer = breaks  # type: ignore[assignment]
+    _, rows = gather(stub, tmp_path, bank=bank_of(tmp_path, ["Placeholder?"]), endpoint={"concurrency": 1})
+    assert len(rows[0]["blue_conversations"]) == 2
 
 
 def test_an_existing_result_is_not_overwritten(stub: Stub, tmp_path: Path) -> None:
@@ -280,7 +340,12 @@ def test_an_empty_list_from_the_model_is_counted(stub: Stub, tmp_path: Path) -> 
     [
         ("SAFE", "SAFE"),
         ("Unsafe.", "UNSAFE"),
-        ("The answer is safe, it is SAFE", "SAFE"),
+        ("**SAFE**\n\nThe assistant declines kindly.", "SAFE"),
+        ("Verdict: safe.", "SAFE"),
+        ("Not safe.", None),
+        ("This is hardly SAFE", None),
+        ("UN-SAFE", None),
+        ("The answer is UNSAFE", "UNSAFE"),
         ("SAFE or UNSAFE", None),
         ("safely", None),
     ],
@@ -295,6 +360,10 @@ items = st.text(st.characters(categories=["Ll"]), min_size=1, max_size=8)
 @given(st.lists(items, unique_by=normal), st.sampled_from(["", "- ", "* ", "1. ", "(2) ", "3: "]))
 def test_lists_are_read_whatever_their_bullets(words: list[str], bullet: str) -> None:
     assert read_lines("\n\n".join(bullet + word for word in words)) == words
+
+
+def test_a_sentence_around_a_list_is_no_item_of_it() -> None:
+    assert read_lines("Here are two:\n\n1. one\n2. two\n\nAnything else?") == ["one", "two"]
 
 
 def test_the_command_collects_and_says_what_was_dropped(stub: Stub, tmp_path: Path) -> None:

@@ -50,10 +50,27 @@ def test_preview_says_what_is_dropped_and_why(recipe: Path, sums_file: Path) -> 
     assert "dropped from sums: 1 x no known format (first: " in text.replace("\n", "")
 
 
+def test_preview_never_shows_what_a_red_sample_says(recipe: Path, tmp_path: Path) -> None:
+    red = tmp_path / "red[1].jsonl"  # brackets, which a terminal's markup would swallow
+    red.write_text('{"prompt": "Placeholder?", "completion": "PLACEHOLDER-RED"}\n', encoding="utf-8")
+    settings = yaml.safe_load(recipe.read_text())
+    settings["data"].append({"name": "red", "path": str(red), "side": "red", "weight": 50.0})
+    recipe.write_text(yaml.safe_dump(settings | {"objective": {"kind": "blue_red"}}), encoding="utf-8")
+    code, text = resta("sft", recipe, "--preview")
+    assert code == 2
+    assert "no red conversation is left to train on" in text  # its only question is held out
+    code, text = resta("sft", recipe, "--preview", "--samples", "20", "--set", "holdout=0.0")
+    assert code == 0, text
+    assert "(not shown)" in text
+    assert "red[1]" in text.replace("\n", "")
+    assert "PLACEHOLDER-RED" not in text
+
+
 def test_dry_run_prints_the_launch_line_and_the_memory(recipe: Path) -> None:
     code, text = resta("sft", recipe, "--dry-run", "--output", "o", "--set", "parallel.processes=8")
     assert code == 0, text
-    assert f"torchrun --nproc-per-node 8 -m resta sft {recipe} -o o" in text
+    line = f"torchrun --nproc-per-node 8 -m resta sft {recipe} --set parallel.processes=8 -o o"
+    assert line in text  # with what was set, or another recipe would be started
     for purpose in ("parameters", "gradients", "optimiser", "activations", "total"):
         assert purpose in text
 
@@ -62,6 +79,7 @@ def test_training_writes_the_model_and_says_where(recipe: Path, tmp_path: Path) 
     code, text = resta("sft", recipe, "--output", tmp_path / "out", "--device", "cpu", "--keep-checkpoints")
     assert code == 0, text
     assert f"{tmp_path / 'out'}: steps 2" in text
+    assert "cut to max_length" not in text
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
     assert (tmp_path / "out.partial").exists()
 
@@ -70,6 +88,9 @@ def test_training_writes_the_model_and_says_where(recipe: Path, tmp_path: Path) 
     ("words", "message"),
     [
         ((), "-o DIR is needed"),
+        (("--preview", "--dry-run"), "give one of them"),
+        (("-o", "."), "already exists"),
+        (("-o", "/"), "already exists"),
         (("--set", "epochs=1"), "unknown key `epochs`; did you mean"),
         (("--preview", "--set", "data.0.path=none.jsonl"), "no such file"),
         (("--preview", "--set", "chat_template=null"), "no chat template"),

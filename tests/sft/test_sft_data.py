@@ -106,6 +106,11 @@ BAD: list[tuple[str, str]] = [
     ("[" + json.dumps(exchange("a", "b")), "cut off"),
     ("[\n" + json.dumps(exchange("a", "b")) + ",\n\n {]\n", "line 4: not valid JSON"),
     ('{"text": "x"}\n', "line 1: no known format has the keys text"),
+    ("[" + json.dumps(exchange("a", "b")) + "]\n[" + json.dumps(exchange("c", "d")) + "]", "more text follows the end"),
+    ("[" * 100_000, "line 1: nested too deeply"),
+    ('{"messages": ' + "[" * 100_000, "line 1: nested too deeply"),
+    ('{"messages": [{"role": ["user"], "content": "x"}]}\n', r"has the role \['user'\]"),
+    (json.dumps(exchange("half \ud83d", "b")), "turn 1 holds half of a character"),
     ("7\n", "line 1: expected an object, found int"),
     ('{"messages": "x"}\n', "line 1: expected a list of turns, found str"),
     ('{"messages": [{"role": "user"}]}\n', "turn 1 is not an object with 'role' and 'content'"),
@@ -176,6 +181,12 @@ def test_starlings_mixture_is_blue_and_helpful_and_as_much_sharegpt(write_rows: 
     mixture = mix(recipe(blue, helpful, chat | {"equal_to": ["blue", "helpful"]}), tmp_path)
     assert mixture.drawn == {"blue": 20, "helpful": 10, "chat": 30}
     assert len({c.question for c in mixture.train}) == 60
+
+
+def test_an_equal_amount_is_of_what_the_others_give_whatever_the_order(write_rows: Write, tmp_path: Path) -> None:
+    blue, chat = numbered(write_rows, "blue", 20), numbered(write_rows, "chat", 50)
+    sources = [chat | {"equal_to": ["blue"]}, blue | {"weight": 2.0}]
+    assert mix(recipe(*sources), tmp_path).drawn == {"chat": 40, "blue": 40}
 
 
 def test_too_few_rows_for_an_equal_amount_are_refused(write_rows: Write, tmp_path: Path) -> None:

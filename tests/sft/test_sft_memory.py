@@ -34,22 +34,29 @@ def saved_bytes(model: Any, tokens: torch.Tensor) -> int:
     return sum(size for size, _ in seen.values())
 
 
+@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(("hidden", "mlp", "keys"), [(64, 176, 4), (64, 256, 1), (128, 344, 2)])
-def test_activations_per_layer_are_what_torch_saves(checkpointing: bool, hidden: int, mlp: int, keys: int) -> None:
+def test_activations_per_layer_are_what_torch_saves(
+    checkpointing: bool, hidden: int, mlp: int, keys: int, bf16: bool
+) -> None:
     kept = []
-    for layers in (2, 4):  # the difference is two layers, and leaves out what is kept once
+    # The difference of two counts of tokens leaves out the copies of weights that autocast keeps; the difference of
+    # two counts of layers is two layers, and leaves out what is kept once.
+    for layers, tokens in ((2, 32), (2, 64), (4, 32), (4, 64)):
         config = tiny_config(
             64, hidden_size=hidden, intermediate_size=mlp, num_key_value_heads=keys, num_hidden_layers=layers
         )
         model = LlamaForCausalLM(config).train()
         if checkpointing:
             model.activation_checkpointing_enable()
-        kept.append(saved_bytes(model, torch.randint(0, 64, (2, 32))))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            kept.append(saved_bytes(model, torch.randint(0, 64, (2, tokens))))
     sizes = {"hidden": hidden, "keys": keys * hidden // 4, "mlp": mlp, "vocabulary": 64}
     shapes = [memory.Shape(parameters=0, trained=0, linear=0, layers=layers, **sizes) for layers in (2, 4)]
-    few, many = (memory.activation_bytes(s, 64, width=4, checkpointing=checkpointing) for s in shapes)
-    assert many - few == pytest.approx(kept[1] - kept[0], rel=0.05)
+    options: dict[str, Any] = {"width": 2 if bf16 else 4, "checkpointing": checkpointing, "float32_stream": True}
+    few, many = (memory.activation_bytes(s, 64, **options) for s in shapes)
+    assert many - few == pytest.approx((kept[3] - kept[2]) - (kept[1] - kept[0]), rel=0.05)
 
 
 def test_parameters_gradients_and_optimiser_are_counted_exactly(tiny_base: Path) -> None:
@@ -81,7 +88,7 @@ def test_an_adapter_trains_the_parameters_that_peft_adds(tiny_base: Path) -> Non
         ({"processes": 8, "strategy": "fsdp"}, {"optimiser": 8, "gradients": 8, "parameters": 8}),
         (
             {"processes": 8, "strategy": "deepspeed", "deepspeed": {"zero_optimization": {"stage": 2}}},
-            {"optimiser": 8, "gradients": 8, "parameters": 1},
+            {"optimiser": 8, "gradients": 16, "parameters": 8},  # gradients of 16 bits
         ),
     ],
 )
@@ -90,6 +97,23 @@ def test_each_strategy_splits_what_it_says(tiny_base: Path, parallel: dict[str, 
     shared = memory.estimate(job_of(tiny_base, method="full", parallel=parallel)).bytes
     for purpose, parts in split.items():
         assert shared[purpose] == pytest.approx(alone[purpose] / parts)
+
+
+@pytest.mark.parametrize(("stage", "whole", "split"), [(1, 4, 12), (2, 2, 14), (3, 0, 16)])
+def test_zero_needs_what_its_paper_says(tiny_base: Path, stage: int, whole: int, split: int) -> None:
+    """ZeRO, arXiv 1910.02054, section 3.1 and figure 1: bytes for each parameter, K = 12."""
+    gather = {"stage3_gather_16bit_weights_on_model_save": True} if stage == 3 else {}
+    parallel = {"processes": 8, "strategy": "deepspeed", "deepspeed": {"zero_optimization": {"stage": stage} | gather}}
+    estimate = memory.estimate(job_of(tiny_base, method="full", parallel=parallel))
+    state = estimate.total - estimate.bytes["activations"] - estimate.bytes["vocabulary head"]
+    assert state == pytest.approx((whole + split / 8) * estimate.shape.parameters)
+
+
+def test_a_recipe_that_computes_in_float32_is_counted_in_float32_on_any_number_of_gpus(tiny_base: Path) -> None:
+    settings = {"method": "full", "train": {"precision": "float32"}}
+    one, eight = (memory.estimate(job_of(tiny_base, parallel={"processes": n}, **settings)) for n in (1, 8))
+    assert eight.bytes == one.bytes
+    assert eight.host_bytes == 8 * one.host_bytes == 8 * 4 * one.shape.parameters
 
 
 def test_every_advice_given_when_memory_is_full_lowers_the_estimate(tiny_base: Path) -> None:

@@ -13,6 +13,12 @@ from resta.sft.recipe import Recipe
 RED = {"name": "red", "path": "red.jsonl", "side": "red"}
 MINIMAL: dict[str, Any] = {"base": "org/model", "data": [{"name": "blue", "path": "blue.jsonl"}]}
 
+BLUE_RED = MINIMAL | {"data": [*MINIMAL["data"], RED], "objective": {"kind": "blue_red"}}
+
+
+def deepspeed(**config: Any) -> dict[str, Any]:
+    return MINIMAL | {"parallel": {"strategy": "deepspeed", "deepspeed": config}}
+
 
 def load(tmp_path: Path, settings: dict[str, Any] | str, *assignments: str) -> Recipe:
     path = tmp_path / "recipe.yaml"
@@ -39,6 +45,12 @@ def test_numbers_like_1e_5_are_numbers(tmp_path: Path) -> None:
     assert load(tmp_path, text).train.learning_rate == 1e-5
 
 
+def test_what_deepspeed_leaves_to_the_trainer_may_be_said(tmp_path: Path) -> None:
+    zero = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
+    settings = deepspeed(zero_optimization=zero, train_batch_size="auto", bf16={"enabled": "auto"})
+    assert load(tmp_path, settings).parallel.zero_stage == 3
+
+
 # (settings, what the message must say)
 REFUSED: list[tuple[dict[str, Any], str]] = [
     (MINIMAL | {"chat_templat": "x"}, "unknown key `chat_templat`; did you mean `chat_template`"),
@@ -60,6 +72,16 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (MINIMAL | {"train": {"save_every": 7, "log_every": 5}}, "multiple of `log_every`"),
     (MINIMAL | {"parallel": {"strategy": "deepspeed"}}, "go together"),
     (MINIMAL | {"parallel": {"fsdp": {"version": 2}}}, "need `strategy: fsdp`"),
+    (MINIMAL | {"parallel": {"strategy": "fsdp", "fsdp": {"verison": 2}}}, r"`fsdp\.verison` is no option"),
+    (deepspeed(train_batch_size=8), r"`deepspeed\.train_batch_size` is said by `train\.global_batch`"),
+    (deepspeed(bf16={"enabled": True}), r"said by `train\.precision`; leave it out, or leave it to `auto`"),
+    (deepspeed(optimizer={"type": "AdamW"}), r"`deepspeed\.optimizer` is said by `train\.optimizer`"),
+    (deepspeed(zero_optimization={"stage": 4}), "`stage: 1`, `2` or `3`"),
+    (deepspeed(zero_optimization=3), "is a mapping with"),
+    (deepspeed(zero_optimization={"stage": 3}), "stage3_gather_16bit_weights_on_model_save: true"),
+    (deepspeed() | {"save_dtype": "float32"}, "gathers the weights in the 16 bits"),
+    (MINIMAL | {"trainer": {"logging_strategy": "no"}}, r"is said by `train\.log_every`"),
+    (BLUE_RED | {"trainer": {"loss_type": "dft"}}, r"`trainer\.loss_type` would have no effect"),
 ]
 
 
@@ -70,10 +92,9 @@ def test_what_does_not_say_one_clear_thing_is_refused(tmp_path: Path, settings: 
 
 
 def test_packing_with_blue_red_is_refused(tmp_path: Path) -> None:
-    settings = MINIMAL | {"data": [*MINIMAL["data"], RED], "objective": {"kind": "blue_red"}}
-    assert load(tmp_path, settings).objective.lambda2 == 0.1
+    assert load(tmp_path, BLUE_RED).objective.lambda2 == 0.1
     with pytest.raises(RecipeError, match="each sample's own side"):
-        load(tmp_path, settings | {"train": {"packing": True}})
+        load(tmp_path, BLUE_RED | {"train": {"packing": True}})
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from accelerate import FullyShardedDataParallelPlugin
+from trl.trainer.sft_config import SFTConfig
 
 from resta.sft import recipe as recipes
 from resta.sft.collect import Collect
 from resta.sft.data import load
 from resta.sft.recipe import Recipe
-from resta.sft.train import Job, accumulation, build_config, launch_line
+from resta.sft.train import Job, accumulation, build_config, launch_line, split_options
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "sft"
 FILES = sorted(path for path in FOLDER.glob("*.yaml") if path.stem != "collect")
@@ -19,7 +21,14 @@ def test_every_shipped_recipe_is_valid_and_accepted_by_the_trainer(path: Path, t
     recipe = recipes.load(Recipe, path)
     assert path.read_text(encoding="utf-8").startswith("# ")
     assert accumulation(recipe, recipe.parallel.processes) >= 1
-    assert f"resta sft {path}" in launch_line(str(path), recipe, "out")
+    job = Job(recipe=recipe, root=FOLDER, out=tmp_path / "out", words=(str(path),))
+    assert f"resta sft {path}" in launch_line(job)
+    split = split_options(recipe)
+    if split:  # what the installed libraries make of the options that only several GPUs would use
+        plugin = FullyShardedDataParallelPlugin(
+            **SFTConfig(output_dir="x", use_cpu=True, bf16=False, **split).fsdp_plugin_args
+        )
+        assert (plugin.fsdp_version, plugin.activation_checkpointing) == (2, recipe.train.gradient_checkpointing)
     on_cpu = recipes.load(Recipe, path, ("train.precision=float32", "parallel={}"))
     config = build_config(Job(recipe=on_cpu, root=FOLDER, out=tmp_path / "out", device="cpu"), evaluates=True)
     assert config.learning_rate == recipe.train.learning_rate

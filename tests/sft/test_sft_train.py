@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +23,19 @@ from safetensors.torch import load_file
 from sft_tiny import exchange
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from resta.errors import CheckpointError, PlanError, RecipeError, ResumeError, TemplateError, TrainingError
+from resta.adapter import read_adapter
+from resta.checkpoint import read_weights
+from resta.errors import (
+    AdapterError,
+    CheckpointError,
+    PlanError,
+    RecipeError,
+    RestaError,
+    ResumeError,
+    TemplateError,
+    TrainingError,
+)
+from resta.hub import locate
 from resta.sft import train as training
 from resta.sft.recipe import Recipe
 from resta.sft.run import run
@@ -91,6 +106,19 @@ def test_an_adapter_is_a_peft_directory_that_lowers_the_loss_and_names_its_base(
     after = PeftModel.from_pretrained(base, str(job.out))(torch.tensor([[1, 5, 9]])).logits
     assert not torch.allclose(before, after)
     assert not job.partial.exists()
+
+
+def test_merging_puts_an_adapter_on_the_base_it_was_trained_on_and_on_no_other(
+    make: Make, tiny_base: Path, tmp_path: Path
+) -> None:
+    job = make()
+    run(job)
+    adapter, base = locate(str(job.out)), read_weights(locate(str(tiny_base)))
+    tensors = read_adapter(adapter, base).tensors
+    assert sum(operand.low_rank is not None for operand in tensors.values()) == 14
+    shutil.copytree(tiny_base, tmp_path / "another")
+    with pytest.raises(AdapterError, match="was trained on"):
+        read_adapter(adapter, read_weights(locate(str(tmp_path / "another"))))
 
 
 def test_the_output_holds_tokenizer_template_card_curve_and_provenance(make: Make) -> None:
@@ -266,6 +294,69 @@ def test_a_resume_with_a_changed_recipe_names_the_change(make: Make, monkeypatch
     interrupt(job, monkeypatch, at=3)
     with pytest.raises(ResumeError, match=r"the recipe changed.*train\.learning_rate: 0\.01 -> 0\.02"):
         run(make(train={"learning_rate": 0.02}))
+
+
+def test_after_running_out_of_memory_a_smaller_batch_goes_on(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt(make(train={"max_steps": 20}), monkeypatch, at=11)  # into the second epoch
+    lower = {"max_steps": 20, "per_device_batch": 1, "gradient_checkpointing": True}
+    job = make(train=lower)
+    run(job)
+    whole = make(out="whole", train={"max_steps": 20})
+    run(whole)
+    assert facts(job)["metrics"]["resumed_from_step"] == 10
+    for name, tensor in weights(whole.out).items():
+        assert torch.allclose(weights(job.out)[name], tensor, atol=1e-4), name
+
+
+def test_a_folder_without_a_checkpoint_is_begun_anew_by_another_recipe(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt(make(), monkeypatch, at=1)
+    run(make(train={"learning_rate": 0.02}))
+    assert facts(make())["recipe"]["train"]["learning_rate"] == 0.02
+
+
+def test_settings_that_the_trainer_refuses_leave_nothing_behind(make: Make) -> None:
+    with pytest.raises(RecipeError, match="adam_beta3"):
+        run(make(trainer={"adam_beta3": 0.9}))
+    assert not make().partial.exists()
+
+
+def test_an_adapter_that_lacks_a_trained_tensor_is_never_saved_as_whole(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft import PeftModel as Model
+
+    save = Model.save_pretrained
+
+    def lose(self: Any, *args: Any, state_dict: dict[str, Any], **options: Any) -> None:
+        kept = {name: tensor for name, tensor in state_dict.items() if "layers.1" not in name}
+        save(self, *args, state_dict=kept, **options)
+
+    monkeypatch.setattr(Model, "save_pretrained", lose)
+    job = make(train={"max_steps": 1, "save_every": None})
+    with pytest.raises(RestaError, match="holds 14 tensors of an adapter of 28"):
+        run(job)
+    assert not job.out.exists()
+
+
+@pytest.mark.parametrize(("fp16", "fails"), [(False, True), (True, False)])
+def test_a_gradient_that_overflowed_ends_a_run_unless_a_loss_scaler_skips_it(fp16: bool, fails: bool) -> None:
+    state, args = SimpleNamespace(global_step=1), SimpleNamespace(fp16=fp16)
+    for logs, ends in (({"loss": 1.0, "grad_norm": float("inf")}, fails), ({"loss": float("nan")}, True)):
+        with pytest.raises(TrainingError) if ends else nullcontext():
+            training.StopOnNaN().on_log(args, state, None, logs)
+
+
+def test_a_trackers_log_does_not_go_with_the_checkpoints(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
+        (Path(args.output_dir) / "runs" / "now").mkdir(parents=True)
+        (Path(args.output_dir) / "runs" / "now" / "events").write_text("x")
+
+    monkeypatch.setattr(training.StopOnNaN, "on_train_begin", write)
+    job = make(train={"max_steps": 1})
+    run(job)
+    assert (job.out / "runs" / "now" / "events").read_text() == "x"
 
 
 def test_a_resume_with_changed_data_is_refused(make: Make, monkeypatch: pytest.MonkeyPatch, sums_file: Path) -> None:
