@@ -19,9 +19,11 @@ from resta.checkpoint import INDEX, SINGLE, LowRank, Operand, Stored, Weights, i
 from resta.errors import AdapterError
 from resta.header import FLOAT_DTYPES, Spec, read_header
 from resta.hub import Located
+from resta.sketch import sketch
 
 CONFIG = "adapter_config.json"
 FILE = "adapter_model.safetensors"
+MANIFEST = "resta.json"
 PREFIX = "base_model.model."
 
 # Settings that say how to apply the adapter, and those that only say how it was trained.
@@ -51,7 +53,7 @@ def read_adapter(located: Located, base: Weights, *, recorded_base: str | None =
     Args:
         located: the adapter's directory.
         base: the full checkpoint that it is applied to.
-        recorded_base: the user's confirmation, if the adapter names its base otherwise than `base` is named.
+        recorded_base: the user's confirmation, if the adapter records its base under another name, or other contents.
 
     Raises:
         AdapterError: it is for another base, not complete, or of a kind that cannot be applied exactly.
@@ -114,15 +116,37 @@ def _check_base(config: Mapping[str, Any], base: Weights, recorded_base: str | N
         raise AdapterError(f"{folder}: its base {base.located.source} is an adapter itself; merge that first")
     recorded = str(config.get("base_model_name_or_path") or "")
     located = base.located
-    if recorded_base != recorded and not _same_model(recorded, located):
-        raise AdapterError(
-            f"{folder}: was trained on {recorded or 'a base that it does not name'!r}, and would be put on "
-            f"{located.source!r}. If those are the same weights, confirm it with recorded_base: {recorded!r} "
-            f"in the recipe (--recorded-base on the command line); otherwise name the right base"
-        )
+    if recorded_base != recorded:
+        confirm = f"confirm it with recorded_base: {recorded!r} in the recipe (--recorded-base on the command line)"
+        same, file = _same_files(base, folder)
+        if same is False:
+            raise AdapterError(
+                f"{folder}: its {MANIFEST} says that it was trained on another {file.name} than {file}. Name the right "
+                f"base; or, to put it on these weights all the same, {confirm}"
+            )
+        if same is None and not _same_model(recorded, located):
+            raise AdapterError(
+                f"{folder}: was trained on {recorded or 'a base that it does not name'!r}, and would be put on "
+                f"{located.source!r}. If those are the same weights, {confirm}; otherwise name the right base"
+            )
     revision = str(config.get("revision") or "")
     if located.commit and re.fullmatch(r"[0-9a-f]{40}", revision) and revision != located.commit:
         raise AdapterError(f"{folder}: was trained on revision {revision} of its base; {located.commit} is given")
+
+
+def _same_files(base: Weights, folder: Path) -> tuple[bool | None, Path]:
+    """Whether a base holds what `resta sft` noted of the one it trained on, and a file that tells.
+
+    None where nothing was noted, or where files have other names, as after a change of the shards' size.
+    """
+    manifest = folder / MANIFEST
+    facts = read_json(manifest) if manifest.is_file() else {}
+    noted = facts.get("base", {}).get("files", {}) if facts.get("kind") == "sft" else {}
+    known = {path: noted.get(path.name, {}).get("sketch") for path in base.files}
+    for path, digest in known.items():
+        if digest is not None and sketch(path) != digest:
+            return False, path
+    return (True if all(known.values()) else None), next(iter(base.files))
 
 
 def _same_model(recorded: str, located: Located) -> bool:

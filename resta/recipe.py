@@ -78,7 +78,9 @@ class Model(_Frozen):
         default=None, description="For a LoRA adapter: the name of the model that it is applied to."
     )
     recorded_base: Text | None = Field(
-        default=None, description="Confirms the base that the adapter records under another name than `on` has."
+        default=None,
+        description="Confirms the base that the adapter records under another name, or with other contents, "
+        "than `on` has.",
     )
     strip_prefix: Line | None = Field(
         default=None, description="Prefix removed from tensor names, such as module. or _orig_mod."

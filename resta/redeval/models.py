@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from resta.errors import MissingExtraError, ModelError, UnansweredError
 from resta.redeval.asks import Decoding, Message, Rendering, sha256_text
+from resta.sketch import sketch
 
 if TYPE_CHECKING:
     import torch
@@ -609,20 +610,10 @@ def fingerprint(spec: LocalSpec) -> dict[str, str]:
     return prints
 
 
-def _directory_digest(path: Path, block: int = 1 << 16) -> str:
+def _directory_digest(path: Path) -> str:
     suffixes = {".json", ".safetensors", ".jinja", ".model", ".txt", ".bin"}
-    total = hashlib.sha256()
-    for file in sorted(p for p in path.iterdir() if p.is_file() and p.suffix in suffixes):
-        size = file.stat().st_size
-        total.update(f"{file.name}\0{size}\0".encode())
-        with file.open("rb") as stream:
-            if size <= 32 * block:
-                total.update(stream.read())
-            else:
-                for i in range(16):
-                    stream.seek(i * (size - block) // 15)
-                    total.update(stream.read(block))
-    return total.hexdigest()
+    files = sorted(p for p in path.iterdir() if p.is_file() and p.suffix in suffixes)
+    return sha256_text("".join(f"{file.name}\0{sketch(file)}\0" for file in files))
 
 
 # -- sequence classifiers ------------------------------------------------------------------------------------

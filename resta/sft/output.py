@@ -23,6 +23,7 @@ from resta.sft import recipe as recipes
 from resta.sft.chat import Chat
 from resta.sft.samples import lengths
 from resta.sft.train import Job, Trained, is_main
+from resta.sketch import sketch
 from resta.version import VERSION
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "tokenizers", "safetensors")
@@ -203,7 +204,11 @@ def base_facts(job: Job, folder: Path) -> dict[str, Any]:
     return {
         "source": job.base,
         "revision": base_revision(job, folder),
-        "files": {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in weights},
+        # The sketch is what a merge can afford to compare.
+        "files": {
+            path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path), "sketch": sketch(path)}
+            for path in weights
+        },
         "config_sha256": _sha256(config),
     }
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sft_tiny import exchange
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -108,17 +108,29 @@ def test_an_adapter_is_a_peft_directory_that_lowers_the_loss_and_names_its_base(
     assert not job.partial.exists()
 
 
-def test_merging_puts_an_adapter_on_the_base_it_was_trained_on_and_on_no_other(
+def test_merging_puts_an_adapter_on_the_base_it_was_trained_on_under_any_name_and_on_no_other(
     make: Make, tiny_base: Path, tmp_path: Path
 ) -> None:
     job = make()
     run(job)
-    adapter, base = locate(str(job.out)), read_weights(locate(str(tiny_base)))
-    tensors = read_adapter(adapter, base).tensors
-    assert sum(operand.low_rank is not None for operand in tensors.values()) == 14
-    shutil.copytree(tiny_base, tmp_path / "another")
+    adapter = locate(str(job.out))
+    moved = shutil.copytree(tiny_base, tmp_path / "moved")
+    for folder in (tiny_base, moved):
+        tensors = read_adapter(adapter, read_weights(locate(str(folder)))).tensors
+        assert sum(operand.low_rank is not None for operand in tensors.values()) == 14
+    # Of the same name, the same shapes, and another content.
+    namesake = shutil.copytree(tiny_base, tmp_path / "elsewhere" / tiny_base.name)
+    weights = load_file(namesake / "model.safetensors")
+    weights["model.norm.weight"] += 0.5
+    save_file(weights, namesake / "model.safetensors", metadata={"format": "pt"})
+    base = read_weights(locate(str(namesake)))
+    with pytest.raises(AdapterError, match=r"trained on another model\.safetensors"):
+        read_adapter(adapter, base)
+    read_adapter(adapter, base, recorded_base=str(tiny_base))
+    (job.out / "resta.json").unlink()  # then the name alone has to tell
+    read_adapter(adapter, base)
     with pytest.raises(AdapterError, match="was trained on"):
-        read_adapter(adapter, read_weights(locate(str(tmp_path / "another"))))
+        read_adapter(adapter, read_weights(locate(str(moved))))
 
 
 def test_the_output_holds_tokenizer_template_card_curve_and_provenance(make: Make) -> None:
