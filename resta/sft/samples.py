@@ -70,6 +70,10 @@ def prepare(mixture: Mixture, chat: Chat, recipe: Recipe) -> Prepared:
     if recipe.objective.kind == "blue_red" and len({sample.red for sample in train}) < 2:
         missing = "blue" if train[0].red else "red"
         raise DataError(f"no {missing} conversation is left to train on; give more of them, or lower `holdout`")
+    if recipe.train.early_stop_patience is not None and all(sample.red for sample in heldout):
+        raise DataError(
+            "early stopping watches the loss on held-out safe conversations, and none is held out; raise `holdout`"
+        )
     return Prepared(train=train, heldout=heldout, dropped=dropped, cut=cut)
 
 

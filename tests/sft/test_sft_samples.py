@@ -80,3 +80,17 @@ def test_a_repeated_conversation_is_encoded_and_counted_once(write_rows: Write) 
     assert len(result.train) == 3
     assert result.cut.counts == {"inside an answer": 1}
     assert lengths(result.train)["samples"] == 3
+
+
+def test_early_stopping_without_a_safe_conversation_to_watch_is_refused(write_rows: Write) -> None:
+    rows = write_rows([exchange(f"Why {i}?", "Because.") for i in range(40)])
+    red = write_rows([exchange(f"Placeholder {i}?", "Placeholder.") for i in range(40)], "red.jsonl")
+    settings: dict[str, Any] = {
+        "data": [{"name": "a", "path": rows.name}, {"name": "b", "path": red.name, "side": "red"}],
+        "objective": {"kind": "blue_red"},
+        "train": {"early_stop_patience": 1, "eval_every": 10, "save_every": 10},
+        "holdout": 0.01,  # one question, of the one side or the other
+    }
+    assert not prepared(rows, **settings, seed=1).heldout[0].red
+    with pytest.raises(DataError, match="none is held out; raise `holdout`"):
+        prepared(rows, **settings, seed=0)
