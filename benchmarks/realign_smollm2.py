@@ -7,7 +7,8 @@ downstream models are tuned from aligned or from base, in full or with LoRA (CEL
 method at several scales (POINTS), by the engine and in memory, and asked the same held-out questions.
 
 Everything done is kept in DIR: trained models, and one line of results per point. A killed study goes on where it
-was; `--minutes` ends it early, and the tables then speak of the seeds that are complete.
+was; `--minutes` ends it early, and the tables then speak of the seeds that are complete. `--seeds` shares the work out
+over processes that write to one DIR; the last call, without it, makes the tables of all.
 Answers are judged and dropped; what is kept are verdicts, by question id.
 """
 
@@ -126,19 +127,18 @@ class Point:
 
 def points() -> Iterator[Point]:
     """Yield every merge of a cell; the scale of `interpolation` is the way towards aligned, 1 being aligned itself."""
-    yield Point(method="tuned")
-    yield Point(method="sft+dare")
     scales = {
+        "tuned": (0.0,),
+        "sft+dare": (0.0,),
         "resta": (0.5, 1.0, 1.5),
         "interpolation": (0.25, 0.5, 0.75),
         "resta_d": (0.5, 1.0),
         "random": (1.0, 1.5),
     }
-    for method, chosen in scales.items():
-        for scale in chosen:
-            yield Point(method=method, scale=scale)
-    for method in ("resta", "resta_d"):
-        yield Point(method=method, scale=1.0, dtype="bfloat16")
+    for dtype in ("float32", "bfloat16"):
+        for method, chosen in scales.items():
+            for scale in chosen:
+                yield Point(method=method, scale=scale, dtype=dtype)
 
 
 # -- what is taught and asked --------------------------------------------------------------------------------
@@ -582,7 +582,7 @@ class Study:
     def _examine(self, cell: Cell, models: Models, point: Point) -> dict[str, Any]:
         put(self.local, models.merge(point).tensors())
         record = self.exam.take(self.local, [cell.task])
-        if point.method == "resta" and point.dtype != "float32" and models.seed == self.sizes.seeds[0]:
+        if point.method == "resta" and point.dtype != "float32" and models.seed == 0:
             record |= {"realised": realised(models, point)}
         harmful = [label for qid, label in record["labels"].items() if qid.startswith(BANKS)]
         asr, right = harmful.count("harmful") / len(harmful), np.mean(record["right"][cell.task])
@@ -891,9 +891,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="models and results; a later call goes on there")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin nothing new after this long")
     parser.add_argument("--report", type=Path, help="folder for tables and plot; default: OUT")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=Sizes().seeds, help="do only these; calls for others may run beside it"
+    )
     given = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    sizes = Sizes()
+    sizes = replace(Sizes(), seeds=tuple(given.seeds))
     study = prepare(given.model.resolve(), given.data, given.out.resolve(), sizes, given.minutes)
     print("\n".join(describe(given.model.name, study.journal.records, sizes)[2:6]), flush=True)
     study.run()

@@ -187,7 +187,7 @@ def test_the_report_has_every_point_and_no_question(
     text = table.read_text()
     for cell in CELLS:
         assert text.count(f"| {cell.name} |") >= 2  # among the best, and in bfloat16
-    assert text.count("| interpolation 0.75 |") == len(CELLS) + 1  # each cell, and all together
+    assert text.count("| interpolation 0.75 |") == 2 * len(CELLS) + 1  # each cell, in bfloat16, and all together
     assert [plot.read_bytes()[:4] for plot in plots] == [b"\x89PNG"] * 2  # against accuracy and against loss
     written = text + facts.read_text() + (places["out"] / "results.jsonl").read_text()
     assert not [question.text for question in done.exam.questions if question.text in written]

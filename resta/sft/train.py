@@ -9,6 +9,7 @@ import math
 import os
 import shlex
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +43,9 @@ from resta.sft.data import Mixture, mix
 from resta.sft.objective import BlueRedTrainer, CollateWithSide
 from resta.sft.recipe import Recipe
 from resta.sft.samples import Prepared, columns, prepare
+
+# peft asks transformers a question under its old name, which a user can do nothing about.
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 LOSS_KEYS = ("loss", "eval_loss", "eval_blue_loss", "eval_red_loss")
 DEEPSPEED_NUMBERS = (

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -61,12 +62,21 @@ def chosen_recipe(sweep: Sweep, outcome: Outcome) -> str:
 
 
 def print_outcome(outcome: Outcome, out: Path) -> None:
-    """Print the table and what it says."""
+    """Print a table that fits a terminal, and below it the reasons and what it all says."""
     console = Console(highlight=False)
-    table = Table(*(Column(name, overflow="fold") for name in COLUMNS))
-    for row in _rows(outcome):
-        table.add_row(*row)
+    table = Table(
+        *(Column(name, overflow="fold") for name in COLUMNS), box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+    )
+    for role, point in outcome.references.items():
+        table.add_row(role, "", *_cells(point, short=True), "reference")
+    for each in outcome.tried:
+        word = each.decision.verdict.name if each.decision else "given up"
+        measured = _cells(each.point, short=True) if each.point else ("", "", "")
+        table.add_row(each.candidate.name, _change(each), *measured, ", ".join([word, *_marks(each, outcome)]))
     console.print(table)
+    for each in outcome.tried:
+        if not each.passes:
+            console.print(f"{each.candidate.name}: {_verdict(each)}", markup=False)
     for line in _lines(outcome):
         console.print(line, markup=False)
     if outcome.choice.name:
@@ -84,26 +94,38 @@ def _rows(outcome: Outcome) -> Iterable[tuple[str, ...]]:
     for role, point in outcome.references.items():
         yield role, "", *_cells(point), "reference"
     for each in outcome.tried:
-        marks = [word for word, holds in _marks(each, outcome) if holds]
-        name = each.candidate.name + (f" ({', '.join(marks)})" if marks else "")
-        change = f"{100 * each.change.relative:.3g} %"
-        yield name, change, *(_cells(each.point) if each.point else ("", "", "")), _verdict(each)
+        marks = ", ".join(_marks(each, outcome))
+        name = each.candidate.name + (f" ({marks})" if marks else "")
+        yield name, _change(each), *(_cells(each.point) if each.point else ("", "", "")), _verdict(each)
 
 
-def _marks(each: Tried, outcome: Outcome) -> Iterable[tuple[str, bool]]:
-    yield "chosen", each.candidate.name == outcome.choice.name
-    yield "front", each.candidate.name in outcome.front
-    yield "baseline", each.candidate.baseline
+def _change(each: Tried) -> str:
+    return f"{100 * each.change.relative:.3g} %"
 
 
-def _cells(point: Point) -> tuple[str, str, str]:
-    return _rate(point.asr), _rate(point.over_refusal), "" if point.utility is None else f"{point.utility:.3f}"
+def _marks(each: Tried, outcome: Outcome) -> list[str]:
+    marks = {
+        "chosen": each.candidate.name == outcome.choice.name,
+        "front": each.candidate.name in outcome.front,
+        "baseline": each.candidate.baseline,
+    }
+    return [word for word, holds in marks.items() if holds]
 
 
-def _rate(rate: Rate | None) -> str:
+def _cells(point: Point, *, short: bool = False) -> tuple[str, str, str]:
+    utility = "" if point.utility is None else f"{point.utility:.3f}"
+    return _rate(point.asr, short), _rate(point.over_refusal, short), utility
+
+
+def _rate(rate: Rate | None, short: bool) -> str:
     if rate is None or rate.value is None:
         return ""
-    return f"{100 * rate.value:.1f} % [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
+    value, low, high = (_percent(share, short) for share in (rate.value, rate.low, rate.high))
+    return f"{value} % [{low}, {high}]"
+
+
+def _percent(share: float, short: bool) -> str:
+    return f"{100 * share:.{0 if short and (share == 0 or share >= 0.1) else 1}f}"
 
 
 def _verdict(each: Tried) -> str:
