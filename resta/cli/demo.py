@@ -16,7 +16,8 @@ from resta.errors import DemoError, MissingExtraError
     "--model",
     "instruct",
     metavar="PATH|ID",
-    help="An instruct model to do the same with, in place of a tiny one trained from nothing.",
+    help="An instruct model to do the same with, in place of a tiny one trained from nothing; one of 135M parameters "
+    "takes ten minutes on two cores.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 def command(folder: Path, instruct: str | None, seed: int) -> None:
