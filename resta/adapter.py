@@ -118,13 +118,13 @@ def _check_base(config: Mapping[str, Any], base: Weights, recorded_base: str | N
     located = base.located
     if recorded_base != recorded:
         confirm = f"confirm it with recorded_base: {recorded!r} in the recipe (--recorded-base on the command line)"
-        same, file = _same_files(base, folder)
-        if same is False:
+        same = _same_files(base, folder)
+        for file in (file for file, found in same.items() if found is False):
             raise AdapterError(
                 f"{folder}: its {MANIFEST} says that it was trained on another {file.name} than {file}. Name the right "
                 f"base; or, to put it on these weights all the same, {confirm}"
             )
-        if same is None and not _same_model(recorded, located):
+        if not all(same.values()) and not _same_model(recorded, located):
             raise AdapterError(
                 f"{folder}: was trained on {recorded or 'a base that it does not name'!r}, and would be put on "
                 f"{located.source!r}. If those are the same weights, {confirm}; otherwise name the right base"
@@ -134,19 +134,16 @@ def _check_base(config: Mapping[str, Any], base: Weights, recorded_base: str | N
         raise AdapterError(f"{folder}: was trained on revision {revision} of its base; {located.commit} is given")
 
 
-def _same_files(base: Weights, folder: Path) -> tuple[bool | None, Path]:
-    """Whether a base holds what `resta sft` noted of the one it trained on, and a file that tells.
+def _same_files(base: Weights, folder: Path) -> dict[Path, bool | None]:
+    """Return for each file of a base whether `resta sft` trained on it.
 
-    None where nothing was noted, or where files have other names, as after a change of the shards' size.
+    None where it noted no file of that name: it did not make the adapter, or the base has been cut into other shards.
     """
     manifest = folder / MANIFEST
     facts = read_json(manifest) if manifest.is_file() else {}
     noted = facts.get("base", {}).get("files", {}) if facts.get("kind") == "sft" else {}
     known = {path: noted.get(path.name, {}).get("sketch") for path in base.files}
-    for path, digest in known.items():
-        if digest is not None and sketch(path) != digest:
-            return False, path
-    return (True if all(known.values()) else None), next(iter(base.files))
+    return {path: None if digest is None else sketch(path) == digest for path, digest in known.items()}
 
 
 def _same_model(recorded: str, located: Located) -> bool:

@@ -19,6 +19,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from resta.errors import RecipeError
+from resta.unique_keys import UniqueKeyLoader
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*")
 _DELTA = re.compile(rf"\s*({_NAME.pattern})\s+-\s+({_NAME.pattern})\s*")
@@ -376,18 +377,11 @@ def _fields_at(location: tuple[int | str, ...]) -> list[str]:
     return list(kind.model_fields)
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """YAML 1.2 scalars, and a repeated key is an error, not an overwrite.
+class _StrictLoader(UniqueKeyLoader):
+    """YAML 1.2 scalars.
 
     `on` and `1:30` are words, `2024-05-01` a name, `1e-3` and `010` the numbers that they look like.
     """
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} occurs twice", node.start_mark)
-        return super().construct_mapping(node, deep)
 
 
 _SCALARS = {

@@ -47,6 +47,8 @@ def command(
     """
     from resta.sft import recipe as recipes
 
+    if preview and dry_run:
+        raise RecipeError("--preview and --dry-run show different things; give one of them")
     checked = recipes.load(recipes.Recipe, recipe, assignments)
     try:
         from resta.sft import run
@@ -58,8 +60,6 @@ def command(
     words = [str(recipe), *(word for assignment in assignments for word in ("--set", assignment))]
     words += [] if device == "auto" else ["--device", device]
     job = run.Job(recipe=checked, root=recipe.parent, out=out or Path("out"), device=device, words=tuple(words))
-    if preview and dry_run:
-        raise RecipeError("--preview and --dry-run show different things; give one of them")
     if preview:
         run.preview(job, samples)
     elif dry_run:

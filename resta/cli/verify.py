@@ -97,7 +97,7 @@ def run(restored: str, tuned: str, aligned: str, out: Path, **given: Any) -> Non
     """Measure what is missing, compare, decide, report. The same command goes on with what is missing."""
     from resta.redeval.targets import Target
     from resta.verify.gate import check_tasks
-    from resta.verify.measurement import note_places
+    from resta.verify.measurement import note_places, read_measurement
     from resta.verify.policy import read_policy
     from resta.verify.report import remove_reports
     from resta.verify.run import check_budget, measure_all
@@ -112,7 +112,8 @@ def run(restored: str, tuned: str, aligned: str, out: Path, **given: Any) -> Non
             check_tasks(policy, [task.name for task in budget.suite.tasks] if budget.suite else [])
         check_budget(budget, targets)
         if given["card"]:
-            _card_of(targets["restored"])
+            target = targets["restored"]
+            _card_of(read_measurement(target).name if isinstance(target, Path) else target.name)
         private()
         out.mkdir(parents=True, exist_ok=True)
         remove_reports(out)
@@ -139,7 +140,7 @@ def report(out: Path, **given: Any) -> None:
         policy = read_policy(given["policy_path"])
         models = {role: read_measurement(path) for role, path in read_places(out).items()}
         if given["card"]:
-            _card_of(models["restored"].path)
+            _card_of(models["restored"].name)
         private()
         verdict = _decide(models, None, out, policy, Conditions(), given)
     sys.exit(verdict)
@@ -215,17 +216,15 @@ def _decide(
     include_text = given["include_text"]
     write_reports(out, comparison, decision, policy=policy, versions=environment(), include_text=include_text)
     if given["card"]:
-        _update_card(_card_of(models["restored"].path), to_card(comparison, decision))
+        _update_card(_card_of(models["restored"].name), to_card(comparison, decision))
     print_decision(comparison, decision)
     click.echo(f"report: {out / 'report.html'}")
     return int(decision.verdict.value)
 
 
-def _card_of(restored: Target | Path) -> Path:
-    """Return the card of a model, or of the one that was measured in a folder. Raises ModelError."""
-    from resta.verify.measurement import read_measurement
-
-    folder = Path(read_measurement(restored).name if isinstance(restored, Path) else restored.name)
+def _card_of(model: str) -> Path:
+    """Return the card of a model in a local directory. Raises ModelError."""
+    folder = Path(model)
     if not folder.is_dir():
         raise ModelError(f"--card: {folder} is not a local directory; leave --card out, and paste OUT/card.md instead")
     return folder / "README.md"

@@ -6,8 +6,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from resta.redeval.run import Conditions
 from resta.sweep.candidates import Candidate, recipe_of
 from resta.sweep.choose import (
@@ -31,7 +29,7 @@ from resta.verify.comparison import HARM, Comparison, compare
 from resta.verify.gate import decide
 from resta.verify.measurement import Measurement, pick_judges, read_measurement
 from resta.verify.run import measure_losses
-from resta.verify.statistics import paired_rates
+from resta.verify.statistics import padded, paired_rates
 
 UNFINISHED = "not finished; the same command goes on"
 
@@ -151,10 +149,7 @@ def _control(
             by_question[question.bank, question.text].append([known[ask].label in HARM for known in verdicts])
     if not by_question:
         return None
-    hits = np.full((len(by_question), max(map(len, by_question.values())), 2), np.nan)
-    for row, asks in zip(hits, by_question.values(), strict=True):
-        row[: len(asks)] = asks
-    found = paired_rates(hits, level=sweep.policy.level)
+    found = paired_rates(padded(list(by_question.values())), level=sweep.policy.level)
     return Control(
         candidate=vector.candidate.name,
         random=nearest,

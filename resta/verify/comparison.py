@@ -28,6 +28,7 @@ from resta.verify.statistics import (
     mcnemar_mid_p,
     mean_difference,
     mean_interval,
+    padded,
     paired_rates,
 )
 
@@ -234,14 +235,10 @@ def _paired(rows: Sequence[_Row], labels: frozenset[str], level: float) -> Paire
     """Return pooled rates, models in the order of ROLES; None of no rows."""
     if not rows:
         return None
-    by_question: dict[tuple[str, str], list[_Row]] = defaultdict(list)
+    by_question: dict[tuple[str, str], list[list[bool]]] = defaultdict(list)
     for row in rows:
-        by_question[_cluster(row)].append(row)
-    hits = np.full((len(by_question), max(map(len, by_question.values())), len(ROLES)), np.nan)
-    for q, (_, own) in enumerate(sorted(by_question.items())):
-        for a, row in enumerate(own):
-            hits[q, a] = [_hit(row, role, labels) for role in ROLES]
-    return paired_rates(hits, level=level)
+        by_question[_cluster(row)].append([_hit(row, role, labels) for role in ROLES])
+    return paired_rates(padded([asks for _, asks in sorted(by_question.items())]), level=level)
 
 
 def _rates(paired: PairedRates) -> dict[str, Rate]:

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from resta.errors import PolicyError
+from resta.unique_keys import UniqueKeyLoader
 
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 ANY_TASK = "any"
@@ -83,7 +84,7 @@ def read_policy(path: Path | None) -> Policy:
     where = "the default policy" if path is None else str(path)
     try:
         text = default_policy() if path is None else path.read_text(encoding="utf-8")
-        found = yaml.load(text, Loader=_Loader)
+        found = yaml.load(text, Loader=UniqueKeyLoader)
         return Policy.model_validate({} if found is None else found)
     except (OSError, UnicodeDecodeError) as error:
         raise PolicyError(f"{where}: cannot be read: {error}") from error
@@ -92,17 +93,6 @@ def read_policy(path: Path | None) -> Policy:
     except ValidationError as error:
         lines = "; ".join(map(_explain, error.errors()))
         raise PolicyError(f"{where}: {lines}. `resta verify policy` prints every rule") from error
-
-
-class _Loader(yaml.SafeLoader):
-    """A repeated key is an error: of two limits the last would count, and nobody would know."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} occurs twice", node.start_mark)
-        return super().construct_mapping(node, deep)
 
 
 def _explain(problem: Any) -> str:

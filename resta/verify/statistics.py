@@ -199,6 +199,14 @@ class PairedRates:
         return np.stack([pooled_rate(hits[:, [m]], totals[:, [m]]) for m in range(models)])
 
 
+def padded(questions: Sequence[Sequence[Sequence[float]]]) -> Floats:
+    """Return [question][ask][model] as one array, (questions, most asks of a question, models), NaN where not asked."""
+    hits = np.full((len(questions), max(map(len, questions)), len(questions[0][0])), np.nan)
+    for row, asks in zip(hits, questions, strict=True):
+        row[: len(asks)] = asks
+    return hits
+
+
 def paired_rates(hits: Floats, *, level: float = 0.95) -> PairedRates:
     """Return pooled rates of models asked the same: `hits` (questions, asks per question, models) holds shares in
     [0, 1], mostly 0 or 1, and NaN where a question was not asked that way.
