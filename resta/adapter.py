@@ -20,6 +20,7 @@ from resta.errors import AdapterError
 from resta.header import FLOAT_DTYPES, Spec, read_header
 from resta.hub import Located
 from resta.sketch import sketch
+from resta.tied import untie_for
 
 CONFIG = "adapter_config.json"
 FILE = "adapter_model.safetensors"
@@ -63,6 +64,7 @@ def read_adapter(located: Located, base: Weights, *, recorded_base: str | None =
     _check_config(config, folder)
     _check_base(config, base, recorded_base, folder)
     specs = _read_tensors(folder)
+    base = untie_for(str(folder / FILE), map(_target, specs), base)
     tensors, used = _replace(specs, base, folder)
     modules = _group(specs, used, folder)
     _check_complete(config, modules, used, base, folder)
@@ -169,6 +171,14 @@ def _read_tensors(folder: Path) -> dict[str, Stored]:
     return stored
 
 
+def _target(name: str) -> str:
+    """Return the name of the base's tensor that one of the adapter's changes or replaces."""
+    if ".lora_" in name:
+        module, _, part = name.rpartition(".lora_")
+        return f"{module}.{'bias' if part == 'B.bias' else 'weight'}"
+    return name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+
+
 def _replace(specs: Mapping[str, Stored], base: Weights, folder: Path) -> tuple[dict[str, Operand], set[str]]:
     """Put whole tensors that the adapter stores (modules_to_save, biases) in the place of the base's."""
     replaced: dict[str, Operand] = {}
@@ -176,7 +186,7 @@ def _replace(specs: Mapping[str, Stored], base: Weights, folder: Path) -> tuple[
     for name, stored in specs.items():
         if ".lora_" in name:
             continue
-        target = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+        target = _target(name)
         if target not in base.tensors:
             raise AdapterError(f"{folder / FILE}: replaces {target!r}, a tensor that the base does not have")
         if target in replaced:

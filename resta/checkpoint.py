@@ -78,7 +78,10 @@ class FileIdentity:
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """A checkpoint's tensors in file order, its config, and the identity of every file they come from."""
+    """A checkpoint's tensors in file order, its config, and the identity of every file they come from.
+
+    `is_untied` says that the output layer was given a matrix of its own, which the config's file does not know.
+    """
 
     located: Located
     tensors: Mapping[str, Operand]
@@ -87,6 +90,7 @@ class Weights:
     config_folder: Path
     tokenizer_folders: tuple[Path, ...]
     is_adapter: bool = False
+    is_untied: bool = False
 
 
 def read_weights(located: Located, *, strip_prefix: str | None = None) -> Weights:

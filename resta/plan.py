@@ -20,6 +20,7 @@ from resta.header import FLOAT_DTYPES, Spec, count_bytes, lay_out
 from resta.hub import locate
 from resta.recipe import Recipe, Rule
 from resta.sidefiles import SideFile, plan_side_files, tokenizer_conflict
+from resta.tied import untie
 
 DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 # Settings that change what a tensor of the same shape means.
@@ -165,7 +166,10 @@ def read_models(recipe: Recipe) -> dict[str, Weights]:
         name: read_adapter(located[name], full[str(model.on)], recorded_base=model.recorded_base)
         for name, model in adapters.items()
     }
-    return {name: (full | mounted)[name] for name in recipe.models}
+    models = {name: (full | mounted)[name] for name in recipe.models}
+    if any(model.is_untied for model in mounted.values()):  # then all are, so that every output layer finds its peers
+        models = {name: untie(model) for name, model in models.items()}
+    return models
 
 
 def make_plan(recipe: Recipe) -> Plan:

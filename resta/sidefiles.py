@@ -31,6 +31,7 @@ NOT_COPIED = (
 TEMPLATE_FOLDER = "additional_chat_templates"
 TORCH_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
+_TIED_FIELD = re.compile(r'("tie_word_embeddings"\s*:\s*)(?:true|null)')
 _DTYPE_FIELD = re.compile(r'("(?:torch_)?dtype"\s*:\s*")(float64|float32|float16|bfloat16)(")')
 
 
@@ -64,10 +65,21 @@ def plan_side_files(donor: Weights, dtypes: Iterable[tuple[str, int]]) -> tuple[
     files = []
     for name, path in sorted(found.items()):
         content = path.read_bytes()
-        if name == "config.json" and dtype:
-            content = _DTYPE_FIELD.sub(rf"\g<1>{dtype}\g<3>", content.decode("utf-8")).encode("utf-8")
+        if name == "config.json":
+            content = _corrected(content.decode("utf-8"), dtype, is_untied=donor.is_untied).encode("utf-8")
         files.append(SideFile(name=name, content=content))
     return tuple(files), tuple(left_out)
+
+
+def _corrected(config: str, dtype: str | None, *, is_untied: bool) -> str:
+    """Return a config's text with the dtype of the result, and saying that the output layer is tied no more."""
+    if dtype:
+        config = _DTYPE_FIELD.sub(rf"\g<1>{dtype}\g<3>", config)
+    if is_untied:
+        config, count = _TIED_FIELD.subn(r"\g<1>false", config)
+        if not count:
+            config = config.replace("{", '{\n  "tie_word_embeddings": false,', 1)
+    return config
 
 
 def tokenizer_conflict(mine: Weights, theirs: Weights) -> str | None:

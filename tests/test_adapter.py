@@ -113,7 +113,7 @@ CASES: dict[str, tuple[Callable[..., torch.nn.Module], dict[str, Any], LoraConfi
     "lora_bias, rank-stabilised": (llama, ALL_BIASED, lora(["k_proj"], lora_bias=True, use_rslora=True)),
     "embeddings": (llama, {}, lora(["embed_tokens", "k_proj"])),
     "embeddings and output layer": (llama, {}, lora(["embed_tokens", "lm_head"], rank_pattern={"lm_head": 2})),
-    "tied embeddings": (llama, {"tie_word_embeddings": True}, lora(["embed_tokens", "q_proj"])),
+    "tied embeddings, not touched": (llama, {"tie_word_embeddings": True}, lora(["q_proj"])),
     "one layer": (llama, {}, lora(["gate_proj"], layers_to_transform=[1], layers_pattern="layers")),
     "odd rank": (llama, {}, lora(["q_proj", "gate_proj"], r=7)),
     "gaussian": (llama, {}, lora(["q_proj"], init_lora_weights="gaussian")),
