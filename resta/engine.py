@@ -83,8 +83,19 @@ def merge(
         NonFiniteError: a tensor holds NaN or infinity and no rule allows it.
         RestaError: reading or writing failed; the work done is kept for the next attempt.
     """
-    plan = make_plan(recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe)))
+    plan = make_plan(_as_recipe(recipe))
     return carry_out(plan, Path(out), workers=workers, overwrite=overwrite, progress=progress)
+
+
+def _as_recipe(recipe: Recipe | str | Path) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, str | Path):
+        return load_recipe(Path(recipe))
+    raise TypeError(
+        f"merge takes a Recipe or a recipe's path, found a {type(recipe).__name__}: an expression is saved by its own "
+        ".save(out) and iterated over by its .tensors()"
+    )
 
 
 def carry_out(
@@ -123,7 +134,7 @@ def tensors(recipe: Recipe | str | Path) -> Iterator[tuple[str, torch.Tensor]]:
     Raises:
         RequestError, NonFiniteError: as `merge` does.
     """
-    plan = make_plan(recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe)))
+    plan = make_plan(_as_recipe(recipe))
     for step, data, _ in computed(plan):
         yield step.name, as_tensor(step, data)
 

@@ -35,18 +35,31 @@ def locate(source: str) -> Located:
     Raises:
         CheckpointError: no such directory and no such model, or the download failed.
     """
+    folder = check_source(source)
+    if folder:
+        return Located(source=source, folder=folder)
+    match = _HUB_ID.fullmatch(source)
+    assert match is not None
+    commit_folder = _download(match["id"], match["revision"])
+    return Located(source=source, folder=commit_folder, hub_id=match["id"], commit=commit_folder.name)
+
+
+def check_source(source: str) -> Path | None:
+    """Return the directory that a source names, or None if it is a Hub id.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
     try:
         folder = Path(source).expanduser()
         if source and folder.is_dir():  # "" would be the current directory
-            return Located(source=source, folder=folder.resolve())
+            return folder.resolve()
         found = "is a file" if folder.is_file() else "does not exist"
     except (OSError, RuntimeError) as error:  # a name too long, no permission, or the home of nobody
         raise CheckpointError(f"{source}: cannot be looked at: {error}") from error
-    match = _HUB_ID.fullmatch(source)
-    if match is None or source.startswith((".", "~")):
+    if _HUB_ID.fullmatch(source) is None or source.startswith((".", "~")):
         raise CheckpointError(f"{source}: expected a model directory or a Hub id like org/name@revision; it {found}")
-    commit_folder = _download(match["id"], match["revision"])
-    return Located(source=source, folder=commit_folder, hub_id=match["id"], commit=commit_folder.name)
+    return None
 
 
 def _download(hub_id: str, revision: str | None) -> Path:

@@ -21,7 +21,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from resta.errors import RecipeError
 from resta.unique_keys import UniqueKeyLoader
 
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*")
+_NAME = re.compile(r"[^\W\d][\w.]*")  # letters of any script
 _DELTA = re.compile(rf"\s*({_NAME.pattern})\s+-\s+({_NAME.pattern})\s*")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(B|[KMGTkmgt]i?[Bb])")
 _UNITS = {"B": 0, "K": 1, "M": 2, "G": 3, "T": 4}
@@ -249,13 +249,17 @@ class Recipe(_Frozen):
     @property
     def equation(self) -> str:
         """The equation in one line, with this recipe's names and numbers."""
-        parts = [self.start]
-        for term in self.terms:
-            inner = f"({term.delta})"
-            if term.sparsify:
-                inner = f"{term.sparsify.method}({term.delta}, density={term.sparsify.density:g})"
-            parts.append(f"{'-' if term.scale < 0 else '+'} {abs(term.scale):g} * {inner}")
-        return " ".join(parts)
+        densities = [term.sparsify.density if term.sparsify else None for term in self.terms]
+        terms = [
+            show_term(term.scale, term.delta, density) for term, density in zip(self.terms, densities, strict=True)
+        ]
+        return " ".join([self.start, *terms])
+
+
+def show_term(scale: float, delta: str, density: float | None) -> str:
+    """Return a term as an equation shows it: `+ 0.5 * (aligned - base)`; with a density, as DARE's."""
+    inner = f"({delta})" if density is None else f"dare({delta}, density={density:g})"
+    return f"{'-' if scale < 0 else '+'} {abs(scale):g} * {inner}"
 
 
 def load_recipe(path: Path) -> Recipe:

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import resta
-from resta.errors import RecipeError
+from resta.errors import CheckpointError, RecipeError
 from resta.recipe import parse_recipe
 from tests.test_engine import RESTA_D, assert_same_tensors, read, recipe_of
 
@@ -61,6 +64,16 @@ def test_a_delta_may_stand_on_either_side_and_merges_go_on() -> None:
         lambda: (ALIGNED - BASE) * (ALIGNED - BASE),
         lambda: (ALIGNED - BASE) * True,
         lambda: TUNED - 1,
+        lambda: TUNED - (BASE + (ALIGNED - BASE)),
+        lambda: 1 + (ALIGNED - BASE),
+        lambda: (ALIGNED - BASE) / "2",
+        lambda: (ALIGNED - BASE) / (ALIGNED - BASE),
+        lambda: 2 / (ALIGNED - BASE),
+        lambda: np.ones(2) * (ALIGNED - BASE),
+        lambda: (ALIGNED - BASE) * torch.ones(2),
+        lambda: (ALIGNED - BASE) * np.True_,
+        lambda: (ALIGNED - BASE) * 1j,
+        lambda: np.float64(0.5) * TUNED,
         lambda: (ALIGNED - BASE) - BASE,
         lambda: TUNED + 1,
     ],
@@ -101,3 +114,103 @@ def test_dare_refuses_sums_second_helpings_and_two_seeds() -> None:
         resta.dare(resta.dare(vector, density=0.5), density=0.5)
     with pytest.raises(RecipeError, match="seeds"):
         (TUNED + resta.dare(vector, density=0.5, seed=1) + resta.dare(vector, density=0.5, seed=2)).to_recipe()
+
+
+def test_a_checkpoint_minus_a_delta_moves_the_other_way() -> None:
+    vector = ALIGNED - BASE
+    assert (TUNED - 0.5 * vector).to_recipe() == (TUNED + -0.5 * vector).to_recipe()
+    assert (TUNED - vector - vector).to_recipe() == (TUNED + -vector + -vector).to_recipe()
+
+
+HALVES = [
+    *(0.5, Fraction(1, 2), np.float64(0.5), np.float32(0.5), np.array(0.5), torch.tensor(0.5)),
+    torch.tensor(0.5).half(),
+]
+
+
+@pytest.mark.parametrize("half", HALVES, ids=lambda half: f"{type(half).__module__}.{type(half).__name__}")
+def test_a_delta_takes_every_kind_of_number(half: object) -> None:
+    vector = ALIGNED - BASE
+    for delta in (half * vector, vector * half):  # type: ignore[operator]
+        assert isinstance(delta, resta.Delta)
+        (term,) = (TUNED + delta).to_recipe().terms
+        assert (type(term.scale), term.scale) == (float, 0.5)
+    assert [term.scale for term in (TUNED + (vector + vector) / half).to_recipe().terms] == [2, 2]
+    assert [term.scale for term in (TUNED + vector * np.int32(3)).to_recipe().terms] == [3]
+
+
+def test_deltas_can_be_summed() -> None:
+    other = TUNED - BASE
+    want = (BASE + ((ALIGNED - BASE) + other)).to_recipe()
+    assert (BASE + sum([ALIGNED - BASE, other])).to_recipe() == want
+    assert sum([ALIGNED - BASE, other], BASE).to_recipe() == want  # type: ignore[call-overload]
+
+
+def test_a_folder_may_be_named_in_any_script(trio: dict[str, str], tmp_path: Path) -> None:
+    folders = {name: tmp_path / name for name in ("模型", "modèle", "7б-модель")}
+    for folder, source in zip(folders.values(), trio.values(), strict=True):
+        folder.symlink_to(source)
+    tuned, aligned, base = (resta.Checkpoint(str(folder)) for folder in folders.values())
+    merge = tuned + 0.5 * (aligned - base)
+    assert merge.to_recipe().equation == "模型 + 0.5 * (modèle - model_7б_модель)"
+    assert parse_recipe(merge.recipe()) == merge.to_recipe()
+    out = merge.save(tmp_path / "out").out
+    assert_same_tensors(read(out), dict(merge.tensors()))
+
+
+def test_one_seed_serves_masks_and_rounding_wherever_it_is_said() -> None:
+    vector = ALIGNED - BASE
+    assert (TUNED + vector).options(seed=5).to_recipe().seed == 5
+    assert (TUNED + resta.dare(vector, density=0.5)).options(seed=5).to_recipe().seed == 5
+    assert (TUNED + resta.dare(vector, density=0.5, seed=5) + resta.dare(vector, density=0.5)).to_recipe().seed == 5
+    assert (TUNED + resta.dare(vector, density=0.5)).to_recipe().seed == 0
+    with pytest.raises(RecipeError, match="the seeds 5, 7 are said"):
+        (TUNED + resta.dare(vector, density=0.5, seed=7)).options(seed=5).to_recipe()
+
+
+def test_a_named_term_can_be_scaled_by_rule() -> None:
+    merge = TUNED + 0.5 * (ALIGNED - BASE).named("safety") + (TUNED - BASE)
+    recipe = merge.options(rules=[{"match": "*.mlp.*", "scale_by": {"safety": 2.0}}]).to_recipe()
+    assert [term.name for term in recipe.terms] == ["safety", None]
+    with pytest.raises(RecipeError, match="one difference"):
+        ((ALIGNED - BASE) + (TUNED - BASE)).named("both")
+
+
+def test_an_option_that_no_recipe_has_is_refused_when_it_is_said() -> None:
+    with pytest.raises(RecipeError, match='roundign is no choice of a recipe; did you mean "rounding"'):
+        (TUNED + (ALIGNED - BASE)).options(roundign="stochastic")
+    with pytest.raises(RecipeError, match="start is no choice"):
+        (TUNED + (ALIGNED - BASE)).options(start="base")
+
+
+def test_a_path_that_is_not_there_is_refused_when_it_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for source in (tmp_path / "absent", tmp_path / "file", "./absent", "models"):
+        with pytest.raises(CheckpointError, match="expected a model directory or a Hub id"):
+            resta.load(source)
+
+
+def test_dare_of_what_is_no_delta_is_a_type_error() -> None:
+    for wrong in (TUNED, TUNED + (ALIGNED - BASE), 0.5):
+        with pytest.raises(TypeError, match=r"dare takes a delta, dare\(a - b, density=...\); found a"):
+            resta.dare(wrong, density=0.5)  # type: ignore[arg-type]
+
+
+def test_merge_says_what_it_takes(tmp_path: Path) -> None:
+    expression = TUNED + 0.5 * (ALIGNED - BASE)
+    for wrong in (expression, {"start": "tuned"}, 5):
+        with pytest.raises(
+            TypeError, match=r"takes a Recipe or a recipe's path.*an expression is saved by its own \.save"
+        ):
+            resta.merge(wrong, tmp_path / "out")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="takes a Recipe"):
+        next(resta.tensors(expression))  # type: ignore[arg-type]
+
+
+def test_expressions_show_their_equations() -> None:
+    vector = ALIGNED - BASE
+    merge = BASE + resta.dare(TUNED - BASE, density=0.7) - 0.5 * vector
+    assert repr(merge) == "Merge(base + 1 * dare(tuned - base, density=0.7) - 0.5 * (aligned - base))"
+    assert repr(0.5 * vector - vector) == "Delta(0.5 * (aligned - base) - 1 * (aligned - base))"
+    assert repr(-vector) == "Delta(- 1 * (aligned - base))"
+    assert repr(resta.load("org/tuned")) == "Checkpoint('org/tuned')"
