@@ -111,10 +111,11 @@ class Workspace:
         self._factors.clear()
         return float(sums[0]), float(sums[1])
 
-    def count_non_finite(self, operand: Operand, first: int, count: int) -> int:
-        """Return how many of an operand's elements first..first+count, at most CHUNK, are NaN or infinite."""
+    def count_non_finite(self, step: Step, row: int, first: int, count: int) -> int:
+        """Return how many elements first..first+count, at most CHUNK, of one operand of a step are NaN or infinite."""
         self._factors.clear()
-        raw, codes = self._load_operands((operand,), first, [count], np.float32)
+        work_type = np.float64 if step.double else np.float32  # as the step itself loads it
+        raw, codes = self._load_operands((step.operands[row],), first, [count], work_type)
         self._factors.clear()
         return self._count(raw[0], int(codes[0]), count)
 
@@ -143,6 +144,8 @@ class Workspace:
         for row, (operand, count) in enumerate(zip(operands, counts, strict=True)):
             code, itemsize = kernels.CODES[operand.dtype], DTYPE_BITS[operand.dtype] // 8
             target = raw[row] if operand.low_rank is None else self._bytes("narrow", CHUNK * width)
+            assert count <= CHUNK  # the kernels trust that the buffers hold what they are told
+            assert itemsize <= width, f"{operand.dtype} in buffers for {np.dtype(work_type).name}"
             self.reader.read(operand.stored, first * itemsize, target[: count * itemsize].data)
             if operand.low_rank is not None:
                 values = raw[row].view(work_type)[:count]
@@ -171,6 +174,7 @@ class Workspace:
         return np.ascontiguousarray(matrix.T) if transposed else matrix
 
     def _bytes(self, name: str, nbytes: int) -> Bytes:
+        assert nbytes <= CHUNK * 8
         return self._array(name, (CHUNK * 8,), np.uint8)[:nbytes]
 
     def _array(self, name: str, shape: tuple[int, ...], dtype: type) -> Array:

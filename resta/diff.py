@@ -371,7 +371,7 @@ def _measure(step: Step, stretch: range, workspace: Workspace) -> Distance:
         intended += totals.intended
         changed += totals.changed
         if totals.non_finite:
-            non_finite += sum(workspace.count_non_finite(operand, first, count) for operand in step.operands)
+            non_finite += sum(workspace.count_non_finite(step, row, first, count) for row in range(len(step.operands)))
     return Distance(
         tensors=1,
         entries=len(stretch),

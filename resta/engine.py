@@ -351,10 +351,10 @@ def _check_finite(step: Step, totals: Totals, reader: Reader) -> None:
     if not totals.non_finite or step.allow_nonfinite:
         return
     workspace = Workspace(reader)
-    for operand, owner in zip(step.operands, step.owners, strict=True):
+    for row, (operand, owner) in enumerate(zip(step.operands, step.owners, strict=True)):
         size = operand.stored.spec.count
         count = sum(
-            workspace.count_non_finite(operand, first, min(CHUNK, size - first)) for first in range(0, size, CHUNK)
+            workspace.count_non_finite(step, row, first, min(CHUNK, size - first)) for first in range(0, size, CHUNK)
         )
         if count:
             raise NonFiniteError(

@@ -21,6 +21,7 @@ from matplotlib.image import imread
 from safetensors.torch import load_file, save_file
 
 from resta.cli import main
+from resta.compute import CHUNK
 from resta.diff import Diff, Distance, describe, diff, join, kind_of, write_plot
 from resta.errors import RecipeError
 from tests.conftest import Tensors, llama_tensors, nudged, save_model
@@ -108,6 +109,18 @@ def test_dtypes_mix_and_no_difference_is_rounded_away(
     b["v"][::3] = torch.nextafter(moved, moved + 1) if b_dtype != torch.float16 else moved * 1.5
     folders = [str(save_model(tmp_path / name, tensors)) for name, tensors in (("a", a), ("b", b))]
     assert_tensors(diff(*folders), a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_in_float64_is_counted_and_printed_wherever_it_lies(dtype: torch.dtype, tmp_path: Path) -> None:
+    a = torch.randn(CHUNK + 4099, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    b = a.to(dtype, copy=True)
+    a[[200_000, CHUNK - 1, CHUNK + 4098]] = math.nan
+    folders = [str(save_model(tmp_path / name, {"w": values})) for name, values in (("a", a), ("b", b))]
+    assert diff(*folders).tensors["w"].non_finite == 3
+    result = CliRunner().invoke(main, ["diff", *folders])
+    assert "3 entries are NaN or infinite, in w" in result.stdout
+    assert "0 of 266,243 entries differ" not in result.stdout
 
 
 @given(st.lists(st.tuples(st.floats(width=32), st.floats(width=32)), min_size=1, max_size=40))

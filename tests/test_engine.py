@@ -273,6 +273,22 @@ def test_nan_and_infinity_are_refused_by_name_and_count(tmp_path: Path, model: s
     engine.merge(recipe_of(paths, "tuned", RESTA, rules=rules), tmp_path / "out")
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model", ["tuned", "aligned", "base"])
+def test_nan_is_counted_wherever_it_lies_in_a_tensor_of_several_chunks(
+    model: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Float64 beside narrower models: the whole of a chunk is looked at, and nothing past it."""
+    entries = torch.randn(3, compute.CHUNK + 4099, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    models = {name: {"w": entries[row].to(dtype)} for row, name in enumerate(("base", "aligned", "tuned"))}
+    models[model]["w"] = entries[0].clone()
+    places = [200_000, compute.CHUNK - 1, compute.CHUNK + 4098]
+    models[model]["w"][places] = torch.tensor([float("nan"), float("inf"), float("-inf")], dtype=torch.float64)
+    paths = {name: str(save_model(tmp_path / name, tensors)) for name, tensors in models.items()}
+    with pytest.raises(NonFiniteError, match=rf"tensor 'w' of {model} holds 3 NaN or infinite values"):
+        engine.merge(recipe_of(paths, "tuned", RESTA), tmp_path / "out")
+
+
 def test_nan_in_a_copied_tensor_is_refused_too(trio: dict[str, str], tmp_path: Path) -> None:
     broken = read(trio["tuned"])
     broken["model.norm.weight"][5] = float("nan")

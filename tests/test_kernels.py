@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
+
+import numba
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -205,6 +208,13 @@ def test_an_overflow_of_finite_inputs_is_noticed() -> None:
     start = np.full(3, 60000, np.float16).view(np.uint16)
     _, _, bad = run([(start, "F16"), (np.zeros(3, np.uint16), "F16")], [(0, 1, 1.0, 1.0, 0)], out="F16")
     assert bad == 3
+
+
+def test_reading_past_a_buffer_is_an_error_where_bounds_are_checked() -> None:
+    """So that the run with NUMBA_BOUNDSCHECK=1 could notice what it is there for; the memory read here is ours."""
+    whole = np.zeros(64, np.uint8)
+    with pytest.raises(IndexError) if numba.config.BOUNDSCHECK else nullcontext():
+        kernels.widen(whole[:16], kernels.F64, 4, np.zeros(4))
 
 
 @settings(max_examples=40)

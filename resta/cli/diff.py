@@ -58,8 +58,8 @@ def _print(result: Diff) -> None:
     console.print(_table("by module", result.modules))
     total = result.total
     console.print(
-        f"{total.tensors} tensors compared: |B - A| / |A| = {_relative(total)}, {total.share:.2%} of "
-        f"{total.entries:,} entries differ"
+        f"{total.tensors} tensors compared: |B - A| / |A| = {_relative(total)}, {total.differing:,} of "
+        f"{total.entries:,} entries differ ({total.share:.2%})"
     )
     if total.non_finite:
         names = tuple(name for name, distance in result.tensors.items() if distance.non_finite)
