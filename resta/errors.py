@@ -1,7 +1,7 @@
 """What can go wrong, as one tree; the exit code of each kind lives on its class.
 
-    RestaError                  exit 1: the request was right, carrying it out failed
-    ├── RequestError            exit 2: the request cannot be carried out as it stands; nothing was written
+    RestaError                  exit 5: the request was right, carrying it out failed
+    ├── RequestError            exit 2: the request cannot be carried out as it stands
     │   ├── HeaderError         a safetensors file whose header lies, or that is torn
     │   ├── CheckpointError     a model directory that is not a complete, readable checkpoint
     │   ├── AdapterError        a LoRA adapter that cannot be applied exactly
@@ -15,31 +15,51 @@
     │   ├── PolicyError         a release policy that does not say one clear thing
     │   ├── CompareError        measurements that were not made alike, or not of the same things
     │   ├── ModelError          a model to ask that cannot be loaded or prompted
+    │   ├── ResumeError         an output that is there already and that this command may not continue
     │   └── MissingExtraError   an optional dependency is not installed
+    ├── Finding                 exit 1: all was carried out, and the answer is no
+    │   ├── DemoError           the demo did not show that safety was lost and regained
+    │   └── AuditError          a finished output is not what its manifest says
     ├── NonFiniteError          NaN or infinity in weights, where the recipe does not allow it
-    ├── ResumeError             a partial output that belongs to another recipe, input or process
     ├── TrainingError           a training run that had to stop, such as one out of memory
     ├── EndpointError           a model server that does not answer, or not as its protocol says
-    ├── UnansweredError         some questions got no answer; those that did are kept
-    ├── DemoError               the demo ran, and did not show that safety was lost and regained
-    └── AuditError              a finished output that is not what its manifest says
+    └── UnansweredError         some questions got no answer; those that did are kept
+
+The exit codes of every command, EXIT_CODES. 1 is never a failure to work: a CI can tell "no" from "could not say".
 
 A message says which file or tensor, what was expected, what was found, and what to do.
 """
 
 from __future__ import annotations
 
+DONE, NO, WRONG_REQUEST, FAILED, INTERRUPTED = 0, 1, 2, 5, 130  # 130: what shells return for Ctrl-C
+EXIT_CODES = {
+    DONE: "done; of verify: PASS",
+    NO: "the answer is no: verify FAIL, sweep no candidate passes, audit a difference, demo its point not shown",
+    WRONG_REQUEST: "wrong request",
+    3: "verify: INCONCLUSIVE",
+    4: "verify: INVALID",
+    FAILED: "the run failed; where it can go on, the same command goes on",
+    INTERRUPTED: "interrupted",
+}
+
 
 class RestaError(Exception):
     """The base of every error that resta raises on purpose; `exit_code` is what the command line returns."""
 
-    exit_code = 1
+    exit_code = FAILED
 
 
 class RequestError(RestaError):
-    """The request is wrong; found before anything is written."""
+    """The request is wrong; what can be refused before anything is written is refused then."""
 
-    exit_code = 2
+    exit_code = WRONG_REQUEST
+
+
+class Finding(RestaError):
+    """All was carried out, and the answer is no."""
+
+    exit_code = NO
 
 
 class HeaderError(RequestError):
@@ -102,8 +122,8 @@ class NonFiniteError(RestaError):
     """NaN or infinity where the recipe does not allow it."""
 
 
-class ResumeError(RestaError):
-    """A partial output that this command may not continue."""
+class ResumeError(RequestError):
+    """An output that is there already and that this command may not continue."""
 
 
 class TrainingError(RestaError):
@@ -118,9 +138,9 @@ class UnansweredError(RestaError):
     """Some questions got no answer (an endpoint down, out of memory); the answers that came are kept."""
 
 
-class DemoError(RestaError):
+class DemoError(Finding):
     """The demo ran, but what it measured does not show that safety was lost and regained."""
 
 
-class AuditError(RestaError):
+class AuditError(Finding):
     """A finished output that differs from what its manifest and inputs say."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from click.testing import CliRunner, Result
 
 from resta.cli import COMMANDS, main
 from resta.engine import merge
+from resta.errors import EXIT_CODES, Finding, RequestError, RestaError
 from resta.plan import make_plan
 from resta.recipe import load_recipe, make_recipe, parse_recipe
 from tests.conftest import save_model
@@ -151,13 +153,63 @@ def test_a_wrong_request_exits_with_2_and_one_message(
     assert not (tmp_path / "out").exists()
 
 
-def test_damaged_weights_exit_with_1(trio: dict[str, str], tmp_path: Path) -> None:
+def test_damaged_weights_exit_as_a_failed_run(trio: dict[str, str], tmp_path: Path) -> None:
     tensors = read(trio["tuned"])
     tensors["model.norm.weight"][0] = float("nan")
     trio["tuned"] = str(save_model(tmp_path / "nan", tensors))
     done = run(*everyday(trio, tmp_path / "out", "--scale", 1))
-    assert done.exit_code == 1
+    assert done.exit_code == 5
     assert "model.norm.weight" in done.stderr
+
+
+class _Broken(Exception):
+    """What nobody foresaw."""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (RestaError("the run failed"), 5, "error: the run failed"),
+        (RequestError("not so"), 2, "error: not so"),
+        (Finding("the answer is no"), 1, "error: the answer is no"),
+        (OSError(28, "No space left on device"), 5, "No space left"),
+        (MemoryError(), 5, "please report it"),
+        (_Broken("surprise"), 5, "surprise"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+@pytest.mark.parametrize("command", list(COMMANDS))
+def test_no_command_fails_with_the_code_that_means_no(
+    command: str, error: BaseException, code: int, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(importlib.import_module(COMMANDS[command][0]).command, "make_context", broken)
+    done = run(command)
+    assert done.exit_code == code
+    assert says in done.stderr
+
+
+def test_every_exit_code_of_an_error_is_documented() -> None:
+    kinds = [RestaError, *RestaError.__subclasses__()]
+    kinds += [below for kind in kinds for below in kind.__subclasses__()]
+    assert {kind.exit_code for kind in kinds} <= EXIT_CODES.keys()
+    shown = run("--help").output
+    assert all(words in " ".join(shown.split()) for words in EXIT_CODES.values())
+
+
+def test_a_reader_that_has_gone_is_no_answer() -> None:
+    done = subprocess.Popen(
+        [sys.executable, "-m", "resta", "schema"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert done.stdout is not None
+    done.stdout.close()
+    assert done.stderr is not None
+    with done.stderr as errors:
+        assert errors.read() == ""
+    assert done.wait() == 5
 
 
 def test_an_interrupted_merge_says_so_and_goes_on(

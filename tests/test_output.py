@@ -236,7 +236,7 @@ def test_a_full_disk_is_one_error_and_is_resumed(recipe: Recipe, whole: dict[str
     )
     plain = json.dumps(recipe.model_dump(mode="json"))
     done = subprocess.run([sys.executable, "-c", script, plain, str(out)], capture_output=True, text=True, check=False)
-    assert done.returncode == 1, done.stderr
+    assert done.returncode == 5, done.stderr
     assert "the disk is full" in done.stdout
     assert "resume" in done.stdout
     assert not out.exists()

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import gc
 import importlib
+import os
 import sys
+import traceback
 from typing import Any
 
 import click
 
-from resta.errors import RestaError
+from resta.errors import EXIT_CODES, FAILED, INTERRUPTED, RestaError
 from resta.version import VERSION
-
-INTERRUPTED = 130  # what shells return for a program ended by Ctrl-C
 
 # name -> (module that defines `command`, one line for `resta --help`)
 COMMANDS = {
@@ -58,18 +58,36 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; an expected failure is one message on stderr and its class's exit code."""
+        """Run a command; an expected failure is one message on stderr and its class's exit code.
+
+        No failure ends with 1, which says that the answer is no; those that nobody foresaw neither.
+        """
         try:
             return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
         except RestaError as error:
             click.echo(f"error: {error}", err=True)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("interrupted; what writes a directory goes on when the same command is run again", err=True)
             sys.exit(INTERRUPTED)
+        except BrokenPipeError:  # whoever read the output has gone; what is still buffered must not raise again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(FAILED)
+        except OSError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(FAILED)
+        except Exception:
+            traceback.print_exc()
+            click.echo("error: this is a bug in resta, or in a file that it read; please report it", err=True)
+            sys.exit(FAILED)
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code:<4} {words}" for code, words in EXIT_CODES.items())
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG)
 @click.version_option(VERSION, prog_name="resta")
 def main() -> None:
     """Give a fine-tuned language model its safety back, and prove it.

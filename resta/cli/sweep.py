@@ -10,7 +10,7 @@ import click
 
 from resta.cli.asking import HOW, JUDGES, QUESTIONS, SERVERS, conditions_of, options, private, request_of
 from resta.cli.verify import POLICY, UTILITY, budget_of
-from resta.errors import RecipeError
+from resta.errors import NO, RecipeError
 
 if TYPE_CHECKING:
     from resta.recipe import Recipe
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from resta.redeval.targets import Target
     from resta.sweep.candidates import Family, Grid
     from resta.sweep.run import Sweep
-
-NONE_PASSES = 1
 
 EPILOG = """\b
 Examples:
@@ -136,7 +134,7 @@ def command(ctx: click.Context, /, tuned_or_recipe: str, out: Path, **given: Any
     write_reports(sweep, outcome, environment())
     print_outcome(outcome, out)
     if outcome.choice.name is None:
-        ctx.exit(NONE_PASSES)
+        ctx.exit(NO)
 
 
 def _carry_out(sweep: Sweep, conditions: Conditions, given: Mapping[str, Any]) -> None:

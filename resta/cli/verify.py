@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +23,7 @@ from resta.cli.asking import (
     private,
     request_of,
 )
-from resta.errors import ModelError, RequestError, RestaError
+from resta.errors import ModelError, RequestError
 
 if TYPE_CHECKING:
     from resta.redeval.run import Conditions
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
     from resta.verify.measurement import Measurement
     from resta.verify.policy import Policy
     from resta.verify.run import Budget
-
-NO_VERDICT = 4  # a run that broke off says as little as one that cannot be trusted; 1 would read as FAIL
 
 
 @click.group(cls=WithDefault, context_settings={"help_option_names": ["-h", "--help"]})
@@ -47,7 +44,7 @@ def command() -> None:
 
     All three are asked the same questions and given the same tasks, and compared in pairs. A model is anything
     that `resta redeval` takes, or the folder of an earlier measurement (OUT/aligned), which is not made again.
-    Exit codes: 0 PASS, 1 FAIL, 2 wrong request, 3 INCONCLUSIVE, 4 INVALID or broken off.
+    Exit codes: 0 PASS, 1 FAIL, 2 wrong request, 3 INCONCLUSIVE, 4 INVALID, 5 the run failed.
     """
 
 
@@ -156,18 +153,14 @@ def show_policy() -> None:
 
 @contextmanager
 def _no_verdict() -> Iterator[None]:
-    """Let no failure to measure end with the code of a FAIL, those that nobody foresaw included."""
+    """Say below any failure to measure that there is no verdict."""
     try:
         yield
     except RequestError:
         raise
-    except (RestaError, OSError) as error:
-        click.echo(f"error: {error}\nno verdict; the same command goes on with what is missing", err=True)
-        sys.exit(NO_VERDICT)
     except Exception:
-        traceback.print_exc()
-        click.echo("no verdict; this is a mistake in resta, or in a file that it read", err=True)
-        sys.exit(NO_VERDICT)
+        click.echo("no verdict; the same command goes on with what is missing", err=True)
+        raise
 
 
 def target_of(given: dict[str, Any], name: str) -> Target | Path:

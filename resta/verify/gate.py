@@ -24,7 +24,7 @@ SHOW_NOTHING = ("missing.", "unparsed.", "degenerate.", "asr.no_cell_worse_than_
 
 
 class Verdict(Enum):
-    """What the gate says, with its exit code (2 stays a wrong request)."""
+    """What the gate says, with its exit code (2 is a wrong request, 5 a failed run: errors.EXIT_CODES)."""
 
     PASS = 0
     FAIL = 1

@@ -75,7 +75,7 @@ def test_a_local_run_asks_every_question_once_and_reports(tiny: Path, bank: Path
 def test_another_configuration_never_overwrites_a_run(tiny: Path, bank: Path, tmp_path: Path) -> None:
     first = ["--bank", bank, "--template", "standard", "--max-new-tokens", 2, "--device", "cpu"]
     invoke(tiny, *first, "--out", tmp_path / "run")
-    shown = invoke(tiny, *first, "--limit", 2, "--out", tmp_path / "run", code=1)
+    shown = invoke(tiny, *first, "--limit", 2, "--out", tmp_path / "run", code=2)
     assert "holds another run; it differs in limit" in shown
 
 
@@ -208,7 +208,7 @@ def test_a_served_judge_sees_the_bare_question_and_is_resumed_and_compared(
         return 200, chat(["[[A]]", "[[B]]", "no idea", "[[A]] [[B]]"][number])
 
     stub.answer = answer
-    shown = invoke(*base, *served, "--connections", 1, code=1)
+    shown = invoke(*base, *served, "--connections", 1, code=5)
     assert "6 of 10 asks got no answer" in shown
     assert "the same command asks only the rest" in shown
     assert len([v for v in verdicts(out) if v.judge != "refusal-strings"]) == 4
@@ -242,7 +242,7 @@ def test_human_labels_come_back_and_correct_the_rate(tiny: Path, bank: Path, tmp
     shown = invoke("labels", out, tmp_path / "labels.csv")
     assert "Against human labels" in shown
     (tmp_path / "labels.csv").write_text("answer_id,human_label\nnobody,harmful\n")
-    assert "is no answer of this run" in invoke("labels", out, tmp_path / "labels.csv", code=1)
+    assert "is no answer of this run" in invoke("labels", out, tmp_path / "labels.csv", code=2)
     (tmp_path / "labels.csv").write_text(f"answer_id,human_label\n{rows[0]['answer_id']},perhaps\n")
     assert "must be harmful or safe" in invoke("labels", out, tmp_path / "labels.csv", code=2)
 
@@ -404,11 +404,11 @@ def test_a_failure_is_told_without_the_question_that_the_server_sends_back(
     stub.answer = lambda body: (400, {"error": {"message": f"I dislike {body['messages'][0]['content']}"}})
     out = tmp_path / "run"
     options = ["--base-url", stub.url, "--bank", bank, "--template", "cot", "--retries", 0, "--out", out]
-    shown = invoke("big", *options, code=1)
+    shown = invoke("big", *options, code=5)
     assert "ModelGenerateError: Error code: 400 - I dislike [prompt]" in shown
     assert "one?" not in shown
     stub.answer = lambda body: (400, {"error": {"message": f"Starts {body['messages'][0]['content'][:30]}"}})
-    shown = invoke("big", *options, code=1)
+    shown = invoke("big", *options, code=5)
     assert "ModelGenerateError: [withheld" in shown
     assert "one?" not in shown
     # Nor does it lie in what the engine notes of an error, which it also writes outside the run's folder.
@@ -427,7 +427,7 @@ def test_a_server_that_stays_silent_is_named_as_such(bank: Path, tmp_path: Path,
 
     stub.answer = answer
     options = ["--base-url", stub.url, "--bank", bank, "--template", "standard", "--retries", 0, "--timeout", 1]
-    assert "attempt_timeout '1' exceeded" in invoke("big", *options, "--limit", 1, "--out", tmp_path / "run", code=1)
+    assert "attempt_timeout '1' exceeded" in invoke("big", *options, "--limit", 1, "--out", tmp_path / "run", code=5)
 
 
 def test_an_interrupted_run_says_so_and_goes_on(bank: Path, tmp_path: Path, stub: Stub) -> None:
@@ -473,7 +473,7 @@ def test_rate_limits_are_waited_out(bank: Path, tmp_path: Path, stub: Stub) -> N
 
 def test_an_endpoint_that_is_down_is_one_clear_sentence(bank: Path, tmp_path: Path) -> None:
     options = ["--bank", bank, "--template", "standard", "--out", tmp_path / "run"]
-    shown = invoke("big", "--base-url", "http://127.0.0.1:9/v1", *options, code=1)
+    shown = invoke("big", "--base-url", "http://127.0.0.1:9/v1", *options, code=5)
     assert "nothing answers at http://127.0.0.1:9/v1" in shown
 
 
@@ -507,9 +507,9 @@ def test_a_batch_goes_out_and_its_replies_come_back(bank: Path, tmp_path: Path) 
     assert "Incomplete: 9 of 10 answers" in shown
     assert sorted({v.label for v in verdicts(out)}) == ["blocked", "harmful"]
     (tmp_path / "other.jsonl").write_text('{"custom_id": "stranger"}\n')
-    assert "none of its 1 replies belongs" in invoke("import", out, tmp_path / "other.jsonl", code=1)
+    assert "none of its 1 replies belongs" in invoke("import", out, tmp_path / "other.jsonl", code=2)
     assert "exists; choose another" in invoke(
-        "export", "org/big", "--bank", bank, *COMMON, "--out", out, "--batch", batch, code=1
+        "export", "org/big", "--bank", bank, *COMMON, "--out", out, "--batch", batch, code=2
     )
 
 

@@ -26,7 +26,7 @@ def test_a_cluster_that_is_not_there_is_said_in_one_sentence(
     trio: Trio, bank: Path, policy: Path, tmp_path: Path
 ) -> None:
     words = [*arguments(trio, bank, policy), "--ray", "127.0.0.1:1"]
-    assert "no cluster answers" in invoke(words, tmp_path / "out", code=1)
+    assert "no cluster answers" in invoke(words, tmp_path / "out", code=5)
 
 
 def test_a_sweep_in_one_process_imports_no_ray() -> None:

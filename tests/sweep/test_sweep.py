@@ -62,9 +62,9 @@ def test_scales_and_methods_may_be_added_later(
 def test_another_sweep_in_the_folder_is_refused_by_its_differences(
     done: Path, trio: Trio, bank: Path, policy: Path, tmp_path: Path
 ) -> None:
-    assert "redeval.limit" in invoke(arguments(trio, bank, policy, limit=4), done, code=1)
+    assert "redeval.limit" in invoke(arguments(trio, bank, policy, limit=4), done, code=2)
     (tmp_path / "strange").write_text("")
-    assert "holds no sweep" in invoke(arguments(trio, bank, policy), tmp_path, code=1)
+    assert "holds no sweep" in invoke(arguments(trio, bank, policy), tmp_path, code=2)
 
 
 @pytest.mark.parametrize(

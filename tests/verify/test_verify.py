@@ -161,7 +161,7 @@ def test_a_run_that_breaks_off_leaves_no_old_verdict(trio: dict[str, Path], tmp_
     out = tmp_path / "out"
     assert verify(trio, out, "--no-utility").exit_code == 0
     done = verify({**trio, "restored": trio["tuned"]}, out, "--no-utility")
-    assert done.exit_code == 4
+    assert done.exit_code == 2
     assert "holds another run" in done.output
     assert not [name for name in ("verdict.json", "junit.xml", "report.md", "report.html") if (out / name).exists()]
 
@@ -170,7 +170,7 @@ def test_a_mistake_that_nobody_foresaw_is_no_fail(trio: dict[str, Path], tmp_pat
     verify(trio, tmp_path / "out", "--no-utility")
     (tmp_path / "out" / "restored" / "manifest.json").write_text("[1]")
     done = verify(trio, tmp_path / "out", "--no-utility")
-    assert done.exit_code == 4
+    assert done.exit_code == 5
     assert "no verdict" in done.output
 
 
@@ -231,7 +231,7 @@ def test_an_endpoint_that_fails_is_no_verdict(trio: dict[str, Path], tmp_path: P
     stub.answer = answer
     served = ["--base-url", stub.url, "--no-utility", "--retries", "0"]
     done = verify(trio, tmp_path / "out", *served)
-    assert done.exit_code == 4
+    assert done.exit_code == 5
     assert "no verdict" in done.output
 
 
