@@ -32,7 +32,8 @@ from resta.sweep.outcome import Outcome, conclude
 from resta.sweep.report import write_reports
 from resta.sweep.run import Sweep, carry_out, check_sweep, open_sweep
 from resta.verify.comparison import Comparison
-from resta.verify.gate import Decision, Verdict, decide
+from resta.verify.decision import Decision, Verdict
+from resta.verify.gate import decide
 from resta.verify.measurement import note_places
 from resta.verify.policy import Policy, read_policy
 from resta.verify.report import write_reports as write_verdict

@@ -18,7 +18,7 @@ from resta.redeval.score import Rate
 from resta.sweep.apply import Change
 from resta.sweep.candidates import Candidate
 from resta.verify.comparison import Comparison
-from resta.verify.gate import Decision, Verdict
+from resta.verify.decision import Decision, Verdict
 from resta.verify.statistics import Difference
 
 Rule = Literal["smallest-passing", "best-on-front"]

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from resta.verify.comparison import Comparison
-
-if TYPE_CHECKING:
-    from resta.verify.gate import Rule
+from resta.verify.decision import Rule
 
 LOST_TO_ROUNDING = 0.9  # cosine between realised and intended change, below which rounding matters
 DOMINANT = 0.5  # share of the squared change in a tenth of the layers

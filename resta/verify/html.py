@@ -16,7 +16,7 @@ from itertools import pairwise
 from resta.redeval.report import redact
 from resta.redeval.score import Rate
 from resta.verify.comparison import Cell, Comparison, Example, Overall, Rates, Task
-from resta.verify.gate import Decision, Rule, Verdict
+from resta.verify.decision import Decision, Rule, Verdict
 from resta.verify.guidance import layer_sizes
 from resta.verify.markup import Markup, element, join, table
 from resta.verify.measurement import ROLES

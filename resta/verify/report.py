@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 from resta.redeval.report import percent, printable, with_interval
 from resta.verify.comparison import Comparison
-from resta.verify.gate import SCHEMA, Decision, Rule, Verdict
+from resta.verify.decision import SCHEMA, Decision, Rule, Verdict
 from resta.verify.measurement import ROLES
 from resta.verify.policy import Policy
 from resta.verify.statistics import Difference

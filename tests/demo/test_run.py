@@ -18,7 +18,7 @@ from resta.demo import models, run
 from resta.redeval.score import Rate
 from resta.sweep.choose import Choice, Point
 from resta.sweep.outcome import Outcome
-from resta.verify.gate import Decision, Verdict
+from resta.verify.decision import Decision, Verdict
 from tests.demo.test_models import BRIEF
 from tests.sweep.made import tried
 

@@ -13,8 +13,8 @@ from resta.redeval.score import Rate
 from resta.sweep.apply import Change
 from resta.sweep.candidates import Candidate
 from resta.sweep.choose import Point, Tried
-from resta.verify.gate import Decision
-from resta.verify.gate import Verdict as Gate
+from resta.verify.decision import Decision
+from resta.verify.decision import Verdict as Gate
 from resta.verify.measurement import Measurement
 
 JUDGE = "judge"

@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 
 from resta.sweep.pruning import EVERY, why_hopeless
 from resta.verify.comparison import compare
-from resta.verify.gate import Verdict, decide
+from resta.verify.decision import Verdict
+from resta.verify.gate import decide
 from resta.verify.policy import AsrRules, Limit, OverRefusalRules, Policy
 
 from .made import measurement, questions

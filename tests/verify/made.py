@@ -21,8 +21,9 @@ from resta.redeval.run import asks_of
 from resta.redeval.templates import Template
 from resta.verify.coherence import Losses
 from resta.verify.comparison import Comparison, compare
+from resta.verify.decision import Decision
 from resta.verify.documents import Document, start_suite, write_documents
-from resta.verify.gate import Decision, decide
+from resta.verify.gate import decide
 from resta.verify.measurement import ROLES, read_measurement
 from resta.verify.policy import Policy, read_policy
 

@@ -13,7 +13,8 @@ import yaml
 from resta.errors import CompareError, PolicyError
 from resta.redeval.report import printable
 from resta.verify.comparison import compare
-from resta.verify.gate import Decision, Rule, Verdict, by_name, decide
+from resta.verify.decision import Decision, Rule, Verdict, by_name
+from resta.verify.gate import decide
 from resta.verify.guidance import layer_sizes
 from resta.verify.measurement import ROLES, Measurement, pick_judges, read_measurement
 from resta.verify.policy import Policy, default_policy, read_policy
