@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from resta.errors import JudgeError
 from resta.redeval.asks import Ask, Decoding, Message, Rendering, Reply, digest
+from resta.redeval.control import ControlSet
 from resta.redeval.records import Answer, Verdict, VerdictLabel
 
 CHARACTERS_PER_TOKEN = 4  # to clip for a served judge, whose tokenizer is not at hand; errs on the short side
@@ -143,9 +144,12 @@ class JudgeSpec(Strict):
     policies: dict[str, str] = {}  # one call each; harmful if any is
     max_new_tokens: int = Field(16, ge=1)
     clip_tokens: int = Field(512, ge=1)
+    control: ControlSet | None = None  # known answers of its own, for categories that the built-in ones lack
 
     @model_validator(mode="after")
     def _makes_sense(self) -> JudgeSpec:
+        if self.control is not None and "refusal" in self.measures and self.control.needless is None:
+            raise ValueError("control lacks `needless`, the refused harmless questions that a measure of refusal needs")
         if isinstance(self.read, Strings):
             if self.render or self.rules:
                 raise ValueError("a judge by strings has neither render nor rules")
@@ -188,7 +192,8 @@ class Judge:
         """Return the digest of declaration, model and decoding; verdicts of different digests never mix."""
         # Where it is served makes no difference to what it is; a local model is what its files are.
         model = self.fingerprint or self.model
-        return digest({"spec": self.spec.model_dump(mode="json"), "model": model, "greedy": True})
+        spec = self.spec.model_dump(mode="json", exclude={"control"})  # what it is tested on makes no other judge
+        return digest({"spec": spec, "model": model, "greedy": True})
 
     def measures(self, *, safe_question: bool) -> bool:
         """Whether it is asked about harmful (or safe) questions at all."""

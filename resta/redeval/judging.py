@@ -14,6 +14,7 @@ from typing import Any
 
 from resta.errors import JudgeError
 from resta.redeval.asks import Ask, Reply
+from resta.redeval.control import OWN, Known, known_answers, languages_of, read_control, record_of
 from resta.redeval.judges import (
     Classifier,
     Digits,
@@ -76,7 +77,8 @@ def note_judges(run: RunDir, judges: Sequence[Judge]) -> None:
     """Put the judges' declarations into a run, so that its folder alone says who judged."""
     for judge in judges:
         facts = judge.spec.model_dump(mode="json", exclude={"model"})
-        run.add_judge(judge.id, judge.sha256, {"model": judge.model, "base_url": judge.base_url, **facts})
+        own = {"model": judge.model, "made_for": judge.spec.model, "base_url": judge.base_url}
+        run.add_judge(judge.id, judge.sha256, {**own, **facts})
 
 
 def pending(run: RunDir, judge: Judge) -> list[tuple[Question, Answer]]:
@@ -87,19 +89,35 @@ def pending(run: RunDir, judge: Judge) -> list[tuple[Question, Answer]]:
     return [(q, answer) for q, answer in pairs if judge.measures(safe_question=q.safe)]
 
 
+def untested(run: RunDir, judge: Judge) -> list[Known]:
+    """Return the known answers that a judge has yet to be tested on, in the languages of the run's questions."""
+    done = {(row.answer_id, row.sha256) for row in run.control() if row.judge_sha256 == judge.sha256}
+    own, measures = judge.spec.control, judge.spec.measures
+    sets = {OWN: own} if own else {each: read_control(each) for each in languages_of(run.questions().values())}
+    known = [each for language, found in sets.items() for each in known_answers(found, language, measures)]
+    return [each for each in known if (each.answer.id, each.sha256) not in done]
+
+
 def judge_phase(run: RunDir, judge: Judge, conditions: Conditions) -> None:
-    """Judge every answer that this judge has yet to see. Raises UnansweredError; verdicts so far are kept."""
-    todo = pending(run, judge)
+    """Judge every answer that this judge has yet to see, after those that are known beforehand.
+
+    Raises UnansweredError; verdicts so far are kept.
+    """
+    known = {each.answer.id: each for each in untested(run, judge)}
+    todo = [(each.question, each.answer) for each in known.values()] + pending(run, judge)
     if not todo:
         return
     tally = Tally(phase=f"judge {judge.id}", total=len(todo))
     conditions.watch(tally)
-    with Journal(run.path / "verdicts.jsonl") as journal:
+    with Journal(run.path / "verdicts.jsonl") as journal, Journal(run.path / "control.jsonl") as control:
 
         def keep(question: Question, verdict: Verdict) -> None:
-            journal.append(verdict)
+            if verdict.answer_id in known:
+                control.append(record_of(known[verdict.answer_id], verdict))
+            else:
+                journal.append(verdict)
+                count(tally, verdict, question)
             tally.done += 1
-            count(tally, verdict, question)
             conditions.watch(tally)
 
         to_ask = []

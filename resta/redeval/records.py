@@ -5,6 +5,7 @@
     RUN/answers.jsonl    a line per question x template x epoch (Answer)
     RUN/verdicts.jsonl   a line per answer x judge (Verdict)
     RUN/judges.jsonl     a line per judge that was set on the answers: judge, sha256, model, base_url, declaration
+    RUN/control.jsonl    a line per known answer x judge (Tested): whether the judge can tell harm from its absence
     RUN/labels.jsonl     a line per imported human label (Label)
     RUN/scores.jsonl     a line per judge x bank x template x category (score.Cell); made anew by `report`
     RUN/logs/            the engine's logs, for `inspect view`
@@ -75,6 +76,21 @@ class Verdict:
     score: float | None = None
     raw: str = ""
     details: dict[str, str] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tested:
+    """One judge's word on one answer that is known beforehand (control.py), and when it was given."""
+
+    answer_id: str
+    kind: str  # compliance, refusal, benign, needless
+    language: str
+    sha256: str  # of question and answer
+    judge: str
+    judge_sha256: str
+    label: VerdictLabel
+    at: str  # UTC, ISO 8601
     schema: int = SCHEMA
 
 
@@ -184,9 +200,10 @@ class RunDir:
 
     def add_judge(self, judge: str, sha256: str, facts: dict[str, Any]) -> None:
         """Note a judge, unless it is the latest of its name already."""
-        if self.judges().get(judge, {}).get("sha256") != sha256:
+        line = {"judge": judge, "sha256": sha256, **facts, "schema": SCHEMA}
+        if differences(self.judges().get(judge), line):
             with Journal(self.path / "judges.jsonl") as journal:
-                journal.append({"judge": judge, "sha256": sha256, **facts, "schema": SCHEMA})
+                journal.append(line)
 
     def current_verdicts(self) -> list[Verdict]:
         """Return the verdicts of each judge's latest declaration: those of an earlier wording never mix
@@ -194,6 +211,13 @@ class RunDir:
         """
         current = {(judge, facts["sha256"]) for judge, facts in self.judges().items()}
         return [v for v in self.verdicts() if (v.judge, v.judge_sha256) in current]
+
+    def control(self) -> list[Tested]:
+        """Return what each judge's latest declaration said of the answers that are known beforehand."""
+        current = {(judge, facts["sha256"]) for judge, facts in self.judges().items()}
+        return [
+            row for row in read_rows(self.path / "control.jsonl", Tested) if (row.judge, row.judge_sha256) in current
+        ]
 
     def labels(self) -> list[Label]:
         """Return the imported human labels, the last one of each answer."""

@@ -45,6 +45,19 @@ def wilson(k: float, n: float, level: float = 0.95) -> Interval:
     return Interval(0.0 if k == 0 else max(0.0, centre - half), 1.0 if k == n else min(1.0, centre + half))
 
 
+def fisher_greater(first: tuple[int, int], second: tuple[int, int]) -> float:
+    """Return Fisher's exact one-sided p value that the first share is larger; each is (hits, trials).
+
+    P(X >= k1), X hypergeometric: k1 + k2 hits among n1 + n2 trials, n1 of them the first ones (Fisher 1935).
+    """
+    (k1, n1), (k2, n2) = first, second
+    if not (0 <= k1 <= n1 and 0 <= k2 <= n2):
+        raise ValueError(f"hits must lie between 0 and the trials, got {first} and {second}")
+    hits = k1 + k2
+    tail = sum(math.comb(n1, k) * math.comb(n2, hits - k) for k in range(k1, min(n1, hits) + 1))
+    return tail / math.comb(n1 + n2, hits)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Clustered:
     """Counts per cluster (rows: questions) and cell (columns: bank x template), for rates that share
