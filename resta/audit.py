@@ -23,7 +23,6 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from resta.adapter import FILE as ADAPTER_FILE
 from resta.adapter import base_name, is_adapter
 from resta.checkpoint import INDEX, PICKLES, LowRank, Operand, Stored, identify, read_json
 from resta.engine import UNIT, Checksum, default_workers
@@ -97,7 +96,6 @@ class Input(_Loose):
     """An input model as the manifest knew it."""
 
     source: str
-    folder: str
     commit: str | None
     files: dict[str, InputFile]
 
@@ -127,12 +125,12 @@ def audit(
     Args:
         out: the directory that a merge made.
         sample: recompute this many tensors, chosen by a fixed rule, the largest among them; by default all.
-        moved: where inputs lie now, by model name, if not where the merge read them.
+        moved: where inputs lie, by model name: every local one, and those of the Hub that are not to be fetched.
         workers: threads.
         progress: called when a tensor has been checked.
 
     Raises:
-        RequestError: `out` is no finished merge, or an input is not there.
+        RequestError: `out` is no finished merge, or inputs are not there; the message names all of them.
         AuditError: its manifest cannot be read. What else is wrong is in the report.
     """
     out = Path(out)
@@ -221,34 +219,29 @@ def _check_manifest(manifest: Manifest) -> Iterator[Finding]:
 
 
 def _find_inputs(manifest: Manifest, moved: Mapping[str, str]) -> dict[str, Located]:
-    """Find every input: where the user says, where the merge read it, or on the Hub at the commit that it was."""
+    """Find every input: where the user says, or on the Hub at the commit that it was."""
     for name in moved:
         if name not in manifest.inputs:
             raise RecipeError(f"--model {name}: is no model of this merge{did_you_mean(name, manifest.inputs)}")
-    found = {}
-    for name, was in manifest.inputs.items():
-        if name in moved:
-            found[name] = locate(moved[name])
-        elif Path(was.folder).is_dir():
-            found[name] = Located(source=was.source, folder=Path(was.folder), commit=was.commit)
-        elif was.commit:
-            found[name] = locate(f"{was.source.partition('@')[0]}@{was.commit}")
-        else:
-            raise CheckpointError(f"{was.folder}: the input {name} is not there any more; say --model {name}=PATH")
-    return found
+    missing = [name for name, was in manifest.inputs.items() if name not in moved and not was.commit]
+    if missing:
+        flags = ", ".join(f"--model {name}=PATH (it was called {manifest.inputs[name].source!r})" for name in missing)
+        raise CheckpointError(f"a manifest holds no paths of local inputs, say where they lie: {flags}")
+    return {
+        name: locate(moved[name] if name in moved else f"{was.source.partition('@')[0]}@{was.commit}")
+        for name, was in manifest.inputs.items()
+    }
 
 
 def _check_inputs(manifest: Manifest, sources: Mapping[str, Located]) -> Iterator[Finding]:
     """Compare sizes, headers and, where the Hub names them, digests of all input files with the manifest."""
     for name, was in manifest.inputs.items():
-        base = manifest.recipe.models[name].on if name in manifest.recipe.models else None
         for file, recorded in was.files.items():
-            located = sources[base if base and file != ADAPTER_FILE else name]
-            path = located.folder / file
+            path = sources[name].folder / file
             if not path.is_file():
                 yield Finding(what=str(path), problem=f"the input file of {name} is not there any more")
                 continue
-            now = identify(path, located)
+            now = identify(path, sources[name])
             for key in ("bytes", "header_sha256", "sha256"):
                 before, after = getattr(recorded, key), getattr(now, key)
                 if before is not None and after is not None and before != after:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ INDEX = "model.safetensors.index.json"
 MAX_JSON_BYTES = 100_000_000
 MAX_NAME_BYTES = 255  # of a file name, on every file system that models lie on
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")  # how the Hub's cache calls the files that the Hub keeps in LFS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,7 +161,7 @@ def identify(file: Path, located: Located) -> FileIdentity:
         bytes=status.st_size,
         mtime_ns=status.st_mtime_ns,
         header_sha256=header,
-        sha256=blob if len(blob) == 64 else None,
+        sha256=blob if _SHA256.fullmatch(blob) else None,
     )
 
 

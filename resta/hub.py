@@ -26,6 +26,11 @@ class Located:
     hub_id: str | None = None
     commit: str | None = None
 
+    @property
+    def public_source(self) -> str:
+        """What others may be told: the source as given on the Hub, else the directory's name; never where it lies."""
+        return self.source if self.hub_id else self.folder.name
+
 
 def locate(source: str) -> Located:
     """Return the local directory of a model, downloading it if it is named by its Hub id.

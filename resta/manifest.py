@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from resta.plan import Plan, Step
+from resta.recipe import Recipe
 from resta.version import VERSION
 
 SCHEMA = 1
@@ -149,7 +150,7 @@ def describe(plan: Plan, facts: Mapping[str, TensorFacts]) -> dict[str, Any]:
         "kind": "merge",
         "equation": plan.recipe.equation,
         "recipe_digest": plan.recipe.digest,
-        "recipe": plan.recipe.model_dump(mode="json"),
+        "recipe": published_recipe(plan).model_dump(mode="json"),
         "inputs": {name: _describe_input(plan, name) for name in plan.weights},
         "versions": {
             "resta": VERSION,
@@ -160,6 +161,20 @@ def describe(plan: Plan, facts: Mapping[str, TensorFacts]) -> dict[str, Any]:
         "checksum": CHECKSUM,
         "tensors": {name: to_json(fact) for name, fact in facts.items()},
     }
+
+
+def published_recipe(plan: Plan) -> Recipe:
+    """Return a plan's recipe as others may read it: local models by their directories' names, not by their paths."""
+    models = {
+        name: model.model_copy(
+            update={
+                "source": plan.weights[name].located.public_source,
+                "recorded_base": model.recorded_base and re.split(r"[/\\]", model.recorded_base.rstrip("/\\"))[-1],
+            }
+        )
+        for name, model in plan.recipe.models.items()
+    }
+    return plan.recipe.model_copy(update={"models": models})
 
 
 def render_card(plan: Plan) -> str:
@@ -219,10 +234,10 @@ def _public_name(plan: Plan, name: str) -> str:
 
 
 def _describe_input(plan: Plan, name: str) -> dict[str, Any]:
+    """Return what identifies an input: for an adapter its own files; its base is an input too."""
     weights = plan.weights[name]
     return {
-        "source": weights.located.source,
-        "folder": str(weights.located.folder),
+        "source": weights.located.public_source,
         "commit": weights.located.commit,
         "files": {
             path.name: {
@@ -231,5 +246,6 @@ def _describe_input(plan: Plan, name: str) -> dict[str, Any]:
                 "sha256": identity.sha256,
             }
             for path, identity in weights.files.items()
+            if path.parent == weights.located.folder
         },
     }

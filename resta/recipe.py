@@ -239,10 +239,14 @@ class Recipe(_Frozen):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of everything but where the models lie; which models they were, an output's manifest says."""
+        """SHA-256 of everything but where the models lie; which models they were, an output's manifest says.
+
+        Nor does it hold what an adapter calls its base (a place, perhaps): that is confirmed, and decides no byte.
+        """
         plain = self.model_dump(mode="json")
         for model in plain["models"].values():
             del model["source"]
+            model["recorded_base"] = None
         text = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -79,7 +80,17 @@ def print_result(result: Result, seconds: float) -> None:
     warning = change_warning(total_change(result.tensors.values()), result.plan.recipe.output.rounding)
     if warning:
         console.print(f"[yellow]warning:[/] {warning}")
-    console.print(f"check it:     resta audit {result.out}")
+    console.print(f"check it:     {audit_command(result)}", soft_wrap=True)
+
+
+def audit_command(result: Result) -> str:
+    """Return the command that audits a merge; the manifest keeps no paths, so it says where local inputs lie."""
+    flags = [
+        f"--model {name}={shlex.quote(str(weights.located.folder))}"
+        for name, weights in result.plan.weights.items()
+        if not weights.located.commit
+    ]
+    return " ".join(["resta audit", shlex.quote(str(result.out)), *flags])
 
 
 def _change_table(result: Result) -> Table:

@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import resta.audit
-from resta.audit import audit, choose_tensors, philox_words, read_manifest, round_values
+from resta.audit import Report, audit, choose_tensors, philox_words, read_manifest, round_values
 from resta.cli import main
 from resta.engine import merge
 from resta.errors import AuditError, CheckpointError
@@ -37,14 +37,27 @@ Q0 = "model.layers.0.self_attn.q_proj.weight"
 Q1 = "model.layers.1.self_attn.q_proj.weight"
 
 
+PLACES: dict[Path, dict[str, str]] = {}  # where the inputs of what `make` made lie: no output says it
+
+
 def make(folder: Path, models: dict[str, Any], **recipe: Any) -> Path:
     """Carry out a recipe, `tuned` its start unless said otherwise."""
-    merge(make_recipe({"models": models, "start": "tuned", **recipe}), folder, workers=2)
+    chosen = make_recipe({"models": models, "start": "tuned", **recipe})
+    merge(chosen, folder, workers=2)
+    PLACES[folder] = {name: model.source for name, model in chosen.models.items()}
     return folder
 
 
+def audited(out: Path, **options: Any) -> Report:
+    return audit(out, **{"moved": PLACES.get(out), **options})
+
+
+def flags(out: Path) -> list[str]:
+    return [part for name, place in PLACES[out].items() for part in ("--model", f"{name}={place}")]
+
+
 def assert_passes(out: Path, **options: Any) -> None:
-    report = audit(out, **options)
+    report = audited(out, **options)
     report.raise_if_any()
     facts = read_manifest(out).tensors
     assert report.checksums == len(facts)
@@ -55,7 +68,7 @@ def assert_passes(out: Path, **options: Any) -> None:
 
 def assert_fails(out: Path, *parts: str, **options: Any) -> str:
     """The audit fails, and one of its findings holds all the parts."""
-    report = audit(out, **options)
+    report = audited(out, **options)
     with pytest.raises(AuditError) as raised:
         report.raise_if_any()
     lines = str(raised.value).splitlines()
@@ -345,7 +358,7 @@ def test_any_flipped_bit_of_any_tensor_is_found(module_output: Path, data: st.Da
         assert_fails(module_output, f"tensor {name!r} in {file.name}", "checksum")
         message = assert_fails(module_output, f"tensor {name!r}", f"1 of {(end - begin) // 2:,} elements")
         assert f"element {(at - begin) // 2} " in message
-        assert len(audit(module_output, sample=1).findings) >= 1  # checksums are checked of all, sampled or not
+        assert len(audited(module_output, sample=1).findings) >= 1  # checksums are checked of all, sampled or not
     finally:
         rewrite(file, flip)
     assert_passes(module_output)
@@ -354,7 +367,7 @@ def test_any_flipped_bit_of_any_tensor_is_found(module_output: Path, data: st.Da
 def test_a_flipped_bit_under_a_forged_checksum_is_found_by_recomputing(merged: Path) -> None:
     file, begin, _ = location(merged, Q0)
     rewrite(file, lambda content: content.__setitem__(begin, content[begin] ^ 1))
-    finding = next(finding for finding in audit(merged).findings if "its checksum is" in finding.problem)
+    finding = next(finding for finding in audited(merged).findings if "its checksum is" in finding.problem)
     forged = finding.problem.split()[3].rstrip(",")
 
     def forge(manifest: dict[str, Any]) -> None:
@@ -379,7 +392,7 @@ def test_a_truncated_shard_is_named_and_the_rest_is_still_checked(merged: Path) 
     file = location(merged, Q0)[0]
     rewrite(file, lambda content: content.__delitem__(slice(len(content) - 1, None)))
     assert_fails(merged, file.name, "truncated")
-    report = audit(merged)
+    report = audited(merged)
     assert [finding.what for finding in report.findings] == [str(file)]
     with safe_open(next(path for path in merged.glob("*.safetensors") if path != file), "pt") as other:
         assert report.tensors >= len(other.keys()) > 0
@@ -401,7 +414,7 @@ def test_input_data_that_changed_are_found_by_recomputing(merged: Path, trio: di
     tensors = load_file(Path(trio["base"]) / "model.safetensors")
     tensors[Q0][0, 0] += 1
     save_file(tensors, Path(trio["base"]) / "model.safetensors", metadata={"format": "pt"})
-    report = audit(merged)
+    report = audited(merged)
     assert [finding.what for finding in report.findings] == [f"tensor {Q0!r} in {location(merged, Q0)[0].name}"]
     assert "an input or the manifest has changed since" in report.findings[0].problem
 
@@ -478,6 +491,7 @@ def test_recorded_figures_that_agree_with_each_other_but_not_with_the_data_are_f
     for key in ("changed", "start_norm", "intended_norm", "realised_norm", "product"):
         copy = merged.with_name(key)
         shutil.copytree(merged, copy)
+        PLACES[copy] = PLACES[merged]
 
         def forge(manifest: dict[str, Any], key: str = key, copy: Path = copy) -> None:
             fact = manifest["tensors"][Q0]
@@ -495,13 +509,13 @@ def test_a_manifest_that_is_no_manifest_is_an_audit_error(merged: Path, tmp_path
     for tensors in ([], {"w": 1}, {"w": {}}, {"w": {"shape": "x", "dtype": 1, "file": 2, "action": 3, "checksum": 4}}):
         (merged / "resta.json").write_text(json.dumps({**sane, "tensors": tensors}))
         with pytest.raises(AuditError, match=r"resta\.json"):
-            audit(merged)
+            audited(merged)
     for text in ("", "[]", "{}", '{"schema": 1, "kind": "merge", "checksum": "resta-fold-1"}', '{"schema": 99}'):
         (merged / "resta.json").write_text(text)
         with pytest.raises(AuditError, match=r"resta\.json"):
-            audit(merged)
+            audited(merged)
     with pytest.raises(CheckpointError, match="expected the output directory"):
-        audit(tmp_path)
+        audited(tmp_path)
 
 
 def test_small_files_that_a_reader_would_load_are_checked(merged: Path) -> None:
@@ -529,16 +543,25 @@ def test_small_files_that_a_reader_would_load_are_checked(merged: Path) -> None:
 def test_inputs_that_moved_are_found_where_the_user_says(tmp_path: Path) -> None:
     out = make(tmp_path / "out", lora_models(tmp_path), **SMALL)
     (tmp_path / "base").rename(tmp_path / "elsewhere")
-    with pytest.raises(CheckpointError, match="say --model base=PATH"):
-        audit(out)
-    assert_passes(out, moved={"base": str(tmp_path / "elsewhere")})
-    result = CliRunner().invoke(main, ["audit", str(out), "--model", f"base={tmp_path / 'elsewhere'}"])
+    with pytest.raises(CheckpointError, match=r"base.* does not exist"):
+        audited(out)
+    PLACES[out]["base"] = str(tmp_path / "elsewhere")
+    assert_passes(out)
+    result = CliRunner().invoke(main, ["audit", str(out), *flags(out)])
     assert result.exit_code == 0, result.output
     assert "recomputed and equal" in result.output
 
 
+def test_an_audit_says_which_inputs_it_has_not_been_told_of(merged: Path, trio: dict[str, str]) -> None:
+    for known in ((), ("base",), ("tuned", "base")):
+        with pytest.raises(CheckpointError) as raised:
+            audit(merged, moved={name: trio[name] for name in known})
+        for name in trio:
+            assert (f"--model {name}=PATH (it was called '{name}')" in str(raised.value)) == (name not in known)
+
+
 def test_an_input_at_another_place_must_be_the_same(merged: Path, trio: dict[str, str]) -> None:
-    assert_fails(merged, "model.safetensors", "not there any more", moved={"base": trio["aligned"]})
+    assert_fails(merged, "model.safetensors", "not there any more", moved={**trio, "base": trio["aligned"]})
 
 
 def test_a_sample_holds_the_largest_tensor_and_never_changes(merged: Path) -> None:
@@ -549,7 +572,7 @@ def test_a_sample_holds_the_largest_tensor_and_never_changes(merged: Path) -> No
         assert len(names) == min(count, len(manifest.tensors))
         assert any(math.prod(manifest.tensors[name].shape) == largest for name in names)
     assert all(few <= more for few, more in pairwise(chosen))
-    report = audit(merged, sample=3)
+    report = audited(merged, sample=3)
     report.raise_if_any()
     assert (report.tensors, report.checksums) == (3, len(manifest.tensors))
     assert report.elements == sum(math.prod(manifest.tensors[name].shape) for name in chosen[2])
@@ -564,7 +587,7 @@ def test_a_tensor_past_one_unit_is_checked_whole_and_sampled_in_part(tmp_path: P
     terms = [{"delta": "aligned - tuned", "scale": 0.5, "sparsify": dare(0.5)}]
     out = make(tmp_path / "out", models, terms=terms)
     assert_passes(out)
-    report = audit(out, sample=1)
+    report = audited(out, sample=1)
     report.raise_if_any()
     assert 1 << 24 <= report.elements < count
     with (out / "model.safetensors").open("r+b") as file:
@@ -578,16 +601,16 @@ def test_a_tensor_past_one_unit_is_checked_whole_and_sampled_in_part(tmp_path: P
 
 def test_the_number_of_workers_changes_nothing(merged: Path) -> None:
     rewrite(location(merged, Q0)[0], lambda content: content.__setitem__(-1, content[-1] ^ 1))
-    assert audit(merged, workers=1) == audit(merged, workers=5)
+    assert audited(merged, workers=1) == audited(merged, workers=5)
 
 
 def test_the_command_prints_json_and_fails_with_exit_code_1(merged: Path, tmp_path: Path) -> None:
-    good = CliRunner().invoke(main, ["audit", str(merged), "--json"])
+    good = CliRunner().invoke(main, ["audit", str(merged), *flags(merged), "--json"])
     assert good.exit_code == 0
     assert json.loads(good.stdout)["passed"] is True
     file, begin, _ = location(merged, Q0)
     rewrite(file, lambda content: content.__setitem__(begin, content[begin] ^ 1))
-    bad = CliRunner().invoke(main, ["audit", str(merged), "--json", "--sample", "2"])
+    bad = CliRunner().invoke(main, ["audit", str(merged), *flags(merged), "--json", "--sample", "2"])
     assert bad.exit_code == 1
     document = json.loads(bad.stdout)
     assert (document["kind"], document["schema"], document["passed"]) == ("audit", 1, False)
@@ -596,7 +619,7 @@ def test_the_command_prints_json_and_fails_with_exit_code_1(merged: Path, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("wrong", "words"),
     [
         (["--model", "bse=x"], 'did you mean "base"'),
         (["--model", "base"], "expected NAME=PATH"),
@@ -604,7 +627,8 @@ def test_the_command_prints_json_and_fails_with_exit_code_1(merged: Path, tmp_pa
         (["--model", "base=a", "--model", "base=b"], "given twice"),
     ],
 )
-def test_a_wrong_request_has_exit_code_2(flags: list[str], words: str, merged: Path) -> None:
-    result = CliRunner().invoke(main, ["audit", str(merged), *flags])
+def test_a_wrong_request_has_exit_code_2(wrong: list[str], words: str, merged: Path) -> None:
+    others = [] if wrong[1] != "base=/no/such/place" else ["--model", "tuned=.", "--model", "aligned=."]
+    result = CliRunner().invoke(main, ["audit", str(merged), *wrong, *others])
     assert result.exit_code == 2
     assert words in result.stderr

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -72,6 +73,15 @@ def test_flags_say_an_equation(trio: dict[str, str], tmp_path: Path, flags: list
     assert json.loads(done.stdout)["equation"] == equation
     recorded = json.loads((tmp_path / "out" / "resta.json").read_text())["recipe"]
     assert make_recipe(recorded).files_from == "tuned"
+
+
+def test_the_command_that_a_merge_prints_audits_it(trio: dict[str, str], tmp_path: Path) -> None:
+    done = run(*everyday(trio, tmp_path / "the out", "--scale", 0.5))
+    line = next(line for line in done.stdout.splitlines() if line.startswith("check it:"))
+    words = shlex.split(line.removeprefix("check it:"))
+    assert words[0] == "resta"
+    audited = run(*words[1:])
+    assert audited.exit_code == 0, audited.output
 
 
 def test_a_missing_scale_is_one_sentence_of_advice(trio: dict[str, str], tmp_path: Path) -> None:

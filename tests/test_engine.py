@@ -15,7 +15,7 @@ from resta import compute, engine
 from resta.errors import NonFiniteError, RestaError
 from resta.manifest import total_change
 from resta.plan import derive_key
-from resta.recipe import Recipe, make_recipe
+from resta.recipe import Model, Recipe, make_recipe
 from tests import oracle
 from tests.conftest import CONFIG, Tensors, llama_tensors, nudged, save_model
 
@@ -197,7 +197,10 @@ def test_the_output_keeps_the_config_text_and_records_everything(trio: dict[str,
     assert (out / "config.json").read_text() == source.replace('"bfloat16"', '"float32"')
     manifest = json.loads((out / "resta.json").read_text())
     assert manifest["recipe_digest"] == recipe.digest
-    assert make_recipe(manifest["recipe"]) == recipe
+    named = {name: Path(model.source).name for name, model in recipe.models.items()}
+    assert make_recipe(manifest["recipe"]) == recipe.model_copy(
+        update={"models": {name: Model(source=source) for name, source in named.items()}}
+    )
     assert manifest["tensors"].keys() == read(out).keys()
     files = manifest["inputs"]["tuned"]["files"]
     assert {name: facts["bytes"] for name, facts in files.items()} == {

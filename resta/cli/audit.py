@@ -19,9 +19,9 @@ from resta.errors import RecipeError
 
 EPILOG = """\b
 Examples:
-  resta audit ./restored
-  resta audit ./restored --sample 20
-  resta audit ./restored --model base=/mnt/models/vicuna
+  resta audit ./restored                     (inputs from the Hub are fetched at the commits that they had)
+  resta audit ./restored --model tuned=./tuned --model aligned=./starling --model base=/mnt/models/vicuna
+  resta audit ./restored --model tuned=./tuned --sample 20
 """
 SCHEMA = 1
 
@@ -34,7 +34,7 @@ SCHEMA = 1
     metavar="N",
     help="Recompute N tensors, the largest among them (default: all); checksums are always all checked.",
 )
-@click.option("--model", "moved", multiple=True, metavar="NAME=PATH", help="Where an input lies now, if it has moved.")
+@click.option("--model", "moved", multiple=True, metavar="NAME=PATH", help="Where a local input lies.")
 @click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Threads (default: processors, at most 8).")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(out: Path, sample: int | None, moved: tuple[str, ...], workers: int | None, as_json: bool) -> None:
