@@ -28,7 +28,7 @@ from resta.header import DTYPE_BITS, FLOAT_DTYPES, Spec
 from resta.hub import locate
 from resta.manifest import layer_of
 from resta.plan import Slot, Step, StepTerm, read_models
-from resta.recipe import Model, Recipe, Term
+from resta.recipe import make_recipe
 from resta.version import VERSION
 
 SCHEMA = 1
@@ -273,15 +273,15 @@ def _read(a: str, b: str, on: str | None) -> dict[str, Weights]:
         raise RecipeError(f"{name}: is a LoRA adapter; name the model that it is on: --on {recorded or 'BASE'}")
     if on is not None and not adapters:
         raise RecipeError(f"--on {on}: neither {a} nor {b} is a LoRA adapter; leave it out")
-    models = {
-        name: Model(source=source, on="base", recorded_base=base_name(folders[name]))
+    models: dict[str, dict[str, str]] = {
+        name: {"source": source, "on": "base", "recorded_base": base_name(folders[name])}
         if name in adapters
-        else Model(source=source)
+        else {"source": source}
         for name, source in (("A", a), ("B", b))
     }
     if on is not None:
-        models["base"] = Model(source=on)
-    return read_models(Recipe(models=models, start="A", terms=(Term(delta="B - A", scale=1.0),)))
+        models["base"] = {"source": on}
+    return read_models(make_recipe({"models": models, "start": "A", "terms": [{"delta": "B - A", "scale": 1.0}]}))
 
 
 def _comparable(mine: Operand, theirs: Operand) -> tuple[int | None, str | None]:

@@ -18,6 +18,7 @@ from resta.checkpoint import Operand, Reader, Stored, Weights, read_weights
 from resta.errors import PlanError
 from resta.header import FLOAT_DTYPES, Spec, count_bytes, lay_out
 from resta.hub import locate
+from resta.printable import printable
 from resta.recipe import Recipe, Rule
 from resta.sidefiles import SideFile, plan_side_files, tokenizer_conflict
 from resta.tied import untie
@@ -211,7 +212,8 @@ class _Problems:
     def raise_if_any(self) -> None:
         lines = []
         for (what, advice), tensors in self.found.items():
-            shown = ", ".join(tensors[:4]) + (f" and {len(tensors) - 4} more" if len(tensors) > 4 else "")
+            more = f" and {len(tensors) - 4} more" if len(tensors) > 4 else ""
+            shown = ", ".join(printable(name) for name in tensors[:4]) + more
             lines.append(f"{what}: {shown}. {advice}" if tensors else f"{what}: {advice}")
         if lines:
             count = f"{len(lines)} reasons:" if len(lines) > 1 else ""

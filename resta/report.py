@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -18,11 +17,13 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from resta.engine import Progress as OnProgress
 from resta.engine import Result
 from resta.manifest import Change, TensorFacts, change_warning, layer_of, total_change
 from resta.plan import Plan
+from resta.printable import console, printable
 
 MOST_BANDS = 8  # rows into which the layers of a summary are gathered
 
@@ -35,7 +36,7 @@ def merge_progress(plan: Plan, *, shown: bool) -> Iterator[OnProgress | None]:
         return
     left = {step.name: step.slot.spec.nbytes for step in plan.steps}
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(TextColumn("{task.fields[tensors]} tensors"), *columns, console=Console(stderr=True)) as bar:
+    with Progress(TextColumn("{task.fields[tensors]} tensors"), *columns, console=console(stderr=True)) as bar:
         task = bar.add_task("", total=sum(left.values()), tensors=f"0/{len(left)}")
         finished = 0
 
@@ -50,37 +51,35 @@ def merge_progress(plan: Plan, *, shown: bool) -> Iterator[OnProgress | None]:
 
 def print_plan(plan: Plan, bytes_free: int) -> None:
     """Print what a merge would do."""
-    console = Console(highlight=False)
     actions = Counter("copied" if step.copies else "merged" if step.terms else "converted" for step in plan.steps)
-    table = Table(title=plan.recipe.equation, show_header=False, title_justify="left")
+    table = Table(title=printable(plan.recipe.equation), show_header=False, title_justify="left")
     for name, weights in plan.weights.items():
         commit = f" @ {weights.located.commit}" if weights.located.commit else ""
-        table.add_row(name, f"{weights.located.folder}{commit}")
+        table.add_row(printable(name), printable(f"{weights.located.folder}{commit}"))
     table.add_row("tensors", ", ".join(f"{count} {action}" for action, count in sorted(actions.items())))
     for term in plan.recipe.terms:
         sparsify = f", DARE keeps {term.sparsify.density:g} ({term.sparsify.rescale})" if term.sparsify else ""
-        table.add_row(f"term {term.name or ''}".rstrip(), f"{term.scale:g} * ({term.delta}){sparsify}")
+        table.add_row(printable(f"term {term.name or ''}".rstrip()), f"{term.scale:g} * ({term.delta}){sparsify}")
     table.add_row("reads", readable_bytes(plan.bytes_read))
     table.add_row("writes", f"{readable_bytes(plan.bytes_written)} in {len(plan.heads)} files")
     table.add_row("free disk", readable_bytes(bytes_free))
-    table.add_row("copies beside", ", ".join(file.name for file in plan.side_files))
+    table.add_row("copies beside", printable(", ".join(file.name for file in plan.side_files)))
     if plan.left_out:
-        table.add_row("leaves out", ", ".join(plan.left_out))
-    console.print(table)
+        table.add_row("leaves out", printable(", ".join(plan.left_out)))
+    console().print(table)
 
 
 def print_result(result: Result, seconds: float) -> None:
     """Print what a merge did to the layers, what rounding left of it, and what to do next."""
-    console = Console(highlight=False)
-    console.print(_change_table(result))
+    terminal = console()
+    terminal.print(_change_table(result))
     nbytes = result.plan.bytes_written
-    console.print(
-        f"{readable_bytes(nbytes)} in {seconds:.1f} s ({readable_bytes(nbytes / max(seconds, 1e-9))}/s) -> {result.out}"
-    )
+    rate = readable_bytes(nbytes / max(seconds, 1e-9))
+    terminal.print(f"{readable_bytes(nbytes)} in {seconds:.1f} s ({rate}/s) -> {printable(result.out)}", soft_wrap=True)
     warning = change_warning(total_change(result.tensors.values()), result.plan.recipe.output.rounding)
     if warning:
-        console.print(f"[yellow]warning:[/] {warning}")
-    console.print(f"check it:     {audit_command(result)}", soft_wrap=True)
+        terminal.print(Text.assemble(("warning:", "yellow"), f" {printable(warning)}"))
+    terminal.print(f"check it:     {printable(audit_command(result))}", soft_wrap=True)
 
 
 def audit_command(result: Result) -> str:
@@ -94,12 +93,12 @@ def audit_command(result: Result) -> str:
 
 
 def _change_table(result: Result) -> Table:
-    table = Table(title=result.plan.recipe.equation, title_justify="left")
+    table = Table(title=printable(result.plan.recipe.equation), title_justify="left")
     table.add_column("layers")
     for heading in ("tensors", "change / weights", "entries changed", "cosine realised"):
         table.add_column(heading, justify="right")
     for band, change in bands(result.tensors).items():
-        table.add_row(band, *_cells(change))
+        table.add_row(printable(band), *_cells(change))
     table.add_section()
     table.add_row("all", *_cells(total_change(result.tensors.values())))
     return table

@@ -336,3 +336,9 @@ def test_a_heat_map_of_any_depth_is_drawn(layers: int, pair: tuple[str, str], tm
     drawn = Diff(a=found.a, b=found.b, tensors=tensors, only_in_a=(), only_in_b=(), mismatches={})
     write_plot(drawn, tmp_path / "x.png")
     assert np.isfinite(imread(tmp_path / "x.png")).all()
+
+
+def test_a_folder_whose_name_is_no_line_of_text_is_one_refusal(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "a\nb", {"w": torch.ones(2)})
+    with pytest.raises(RecipeError, match="one line of text"):
+        diff(str(folder), str(folder))

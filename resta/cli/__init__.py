@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from resta.errors import EXIT_CODES, FAILED, INTERRUPTED, RestaError
+from resta.printable import printable_lines
 from resta.version import VERSION
 
 # name -> (module that defines `command`, one line for `resta --help`)
@@ -67,7 +68,7 @@ class LazyGroup(click.Group):
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except RestaError as error:
-            click.echo(f"error: {error}", err=True)
+            click.echo(f"error: {printable_lines(error)}", err=True)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("interrupted; what writes a directory goes on when the same command is run again", err=True)

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from resta.audit import Report, audit
 from resta.errors import RecipeError
+from resta.printable import console, printable
 
 EPILOG = """\b
 Examples:
@@ -49,9 +49,9 @@ def command(out: Path, sample: int | None, moved: tuple[str, ...], workers: int 
         click.echo(json.dumps(describe(report), indent=1, ensure_ascii=False))
     elif not report.findings:
         click.echo(
-            f"{out}: {report.files} weight files, {report.checksums} checksums over {report.checked_bytes:,} bytes and "
-            f"{report.inputs} inputs are as the manifest says; {report.elements:,} elements of {report.tensors} "
-            "tensors were recomputed and equal"
+            f"{printable(out)}: {report.files} weight files, {report.checksums} checksums over "
+            f"{report.checked_bytes:,} bytes and {report.inputs} inputs are as the manifest says; "
+            f"{report.elements:,} elements of {report.tensors} tensors were recomputed and equal"
         )
     report.raise_if_any()
 
@@ -68,7 +68,7 @@ def byte_progress(label: str, *, shown: bool) -> Iterator[Callable[[str, int, in
         yield None
         return
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True)) as bar:
+    with Progress(TextColumn("{task.description}"), *columns, console=console(stderr=True)) as bar:
         task = bar.add_task(label, total=None)
         yield lambda name, nbytes, total: bar.update(task, advance=nbytes, total=total)
 

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from resta.cli.audit import byte_progress
 from resta.diff import Diff, Distance, diff, require_plots, write_json, write_plot
 from resta.errors import RecipeError
+from resta.printable import console, printable
 
 EPILOG = """\b
 Examples:
@@ -53,22 +53,22 @@ def command(
 
 
 def _print(result: Diff) -> None:
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(_table("by layer", result.layers))
-    console.print(_table("by module", result.modules))
+    terminal = console(soft_wrap=True)
+    terminal.print(_table("by layer", result.layers))
+    terminal.print(_table("by module", result.modules))
     total = result.total
-    console.print(
+    terminal.print(
         f"{total.tensors} tensors compared: |B - A| / |A| = {_relative(total)}, {total.differing:,} of "
         f"{total.entries:,} entries differ ({total.share:.2%})"
     )
     if total.non_finite:
         names = tuple(name for name, distance in result.tensors.items() if distance.non_finite)
-        console.print(f"{total.non_finite:,} entries are NaN or infinite, in {_names(names)}")
+        terminal.print(f"{total.non_finite:,} entries are NaN or infinite, in {_names(names)}")
     for side, names in (("A", result.only_in_a), ("B", result.only_in_b)):
         if names:
-            console.print(f"only in {side}: {_names(names)}")
+            terminal.print(f"only in {side}: {_names(names)}")
     for name, problem in result.mismatches.items():
-        console.print(f"{name}: {problem}")
+        terminal.print(printable(f"{name}: {problem}"))
 
 
 def _table(title: str, distances: Mapping[str, Distance]) -> Table:
@@ -77,7 +77,7 @@ def _table(title: str, distances: Mapping[str, Distance]) -> Table:
     for heading in ("tensors", "relative size", "entries that differ"):
         table.add_column(heading, justify="right")
     for name, distance in distances.items():
-        table.add_row(name, str(distance.tensors), _relative(distance), f"{distance.share:.2%}")
+        table.add_row(printable(name), str(distance.tensors), _relative(distance), f"{distance.share:.2%}")
     return table
 
 
@@ -87,4 +87,4 @@ def _relative(distance: Distance) -> str:
 
 def _names(names: tuple[str, ...]) -> str:
     more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-    return ", ".join(names[:MOST_NAMES]) + more
+    return printable(", ".join(names[:MOST_NAMES])) + more

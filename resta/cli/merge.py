@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from resta.hub import locate
 from resta.manifest import change_warning, total_change
 from resta.output import check_space, check_target
 from resta.plan import Plan, make_plan
+from resta.printable import printable, printable_lines
 from resta.recipe import SCALE_ADVICE, Recipe, dump_recipe, load_recipe, make_recipe
 from resta.report import merge_progress, print_plan, print_result
 
@@ -207,7 +209,7 @@ def command(ctx: click.Context, /, tuned_or_recipe: str, out: Path, **options: A
         click.echo(json.dumps(_summary(result, seconds)))
     elif not quiet:
         print_result(result, seconds)
-        click.echo(f"evaluate it:  resta redeval {result.out}")
+        click.echo(f"evaluate it:  resta redeval {printable(shlex.quote(str(result.out)))}")
 
 
 def _recipe(ctx: click.Context, tuned_or_recipe: str, options: dict[str, Any]) -> Recipe:
@@ -236,7 +238,7 @@ def _dry_run(plan: Plan, out: Path, *, overwrite: bool, as_json: bool) -> None:
         click.echo(json.dumps({"recipe": plan.recipe.model_dump(mode="json"), **facts, "refusals": refusals}))
     else:
         print_plan(plan, free)
-        click.echo(dump_recipe(plan.recipe), nl=False)
+        click.echo(printable_lines(dump_recipe(plan.recipe)), nl=False)
     if refusals:
         raise RequestError("; ".join(refusals))
 
