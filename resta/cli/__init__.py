@@ -77,7 +77,7 @@ class LazyGroup(click.Group):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(FAILED)
         except OSError as error:
-            click.echo(f"error: {error}", err=True)
+            click.echo(f"error: {printable_lines(error)}", err=True)
             sys.exit(FAILED)
         except Exception:
             traceback.print_exc()
