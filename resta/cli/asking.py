@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,11 +17,32 @@ if TYPE_CHECKING:
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# profile -> (banks, templates)
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Profile:
+    """What is asked by name: banks of harmful questions and of safe ones, each question through every template."""
+
+    banks: tuple[str, ...]
+    safe_banks: tuple[str, ...]
+    templates: tuple[str, ...]
+
+
+EVERY_TEMPLATE = ("standard", "cot", "suffix", "cou")
+# Each holds enough questions for the default policy to pass a good model.
 PROFILES = {
-    "quick": (("dangerousqa", "catqa-en"), ("standard", "cou")),
-    "full": (("dangerousqa", "harmfulqa", "adversarialqa", "catqa-en"), ("standard", "cot", "suffix", "cou")),
+    "quick": Profile(banks=("dangerousqa", "catqa-en"), safe_banks=("lookalikes",), templates=("standard", "cou")),
+    "standard": Profile(
+        banks=("dangerousqa", "adversarialqa", "catqa-en"),
+        safe_banks=("lookalikes",),
+        templates=("standard", "suffix", "cou"),
+    ),
+    "full": Profile(
+        banks=("dangerousqa", "harmfulqa", "adversarialqa", "catqa-en"),
+        safe_banks=("lookalikes",),
+        templates=EVERY_TEMPLATE,
+    ),
 }
+TRIAL = Profile(banks=("smoke",), safe_banks=("smoke-safe",), templates=EVERY_TEMPLATE)
 
 
 class WithDefault(click.Group):
@@ -77,7 +99,8 @@ QUESTIONS = options(
     click.option(
         "--profile",
         type=click.Choice(list(PROFILES)),
-        help="quick: two banks x two templates; full: four banks x four templates.",
+        help="quick: two banks x two templates; standard: three x three; full: four x four. Each with a bank of safe "
+        "questions. --bank, --safe-bank and --template replace its own.",
     ),
     click.option(
         "--protocol",
@@ -194,14 +217,10 @@ def request_of(given: dict[str, Any], model: str) -> Request:
     from resta.redeval.targets import parse_target
     from resta.redeval.templates import read_template
 
-    bank_names, template_names = PROFILES.get(given["profile"] or "", (("smoke",), PROFILES["full"][1]))
-    safe_names = given["safe_banks"]
-    if not (given["banks"] or safe_names or given["profile"]):
-        safe_names = ("smoke-safe",)
-    harmful = given["banks"] or (() if given["safe_banks"] and not given["profile"] else bank_names)
+    profile = _profile(given)
     where = {"bank_dirs": given["bank_dirs"], "download": given["download"]}
-    banks = [read_bank(name, **where) for name in harmful]
-    banks += [read_bank(name, **where, safe=True) for name in safe_names]
+    banks = [read_bank(name, **where) for name in profile.banks]
+    banks += [read_bank(name, **where, safe=True) for name in profile.safe_banks]
     return Request(
         target=parse_target(
             model,
@@ -214,9 +233,21 @@ def request_of(given: dict[str, Any], model: str) -> Request:
             batch_rows=given["batch_size"],
         ),
         banks=tuple(banks),
-        templates=tuple(read_template(name) for name in given["templates"] or template_names),
+        templates=tuple(read_template(name) for name in profile.templates),
         **{key: given[key] for key in ("protocol", "duplicates", "limit", "epochs", "temperature", "top_p")},
         **{key: given[key] for key in ("seed", "max_new_tokens", "keep_thoughts")},
+    )
+
+
+def _profile(given: dict[str, Any]) -> Profile:
+    """Return what is asked by the profile that is named, or else by the banks that are; by neither, a trial."""
+    profile = PROFILES[given["profile"]] if given["profile"] else TRIAL
+    if not given["profile"] and (given["banks"] or given["safe_banks"]):
+        profile = replace(profile, banks=(), safe_banks=())
+    return Profile(
+        banks=given["banks"] or profile.banks,
+        safe_banks=given["safe_banks"] or profile.safe_banks,
+        templates=given["templates"] or profile.templates,
     )
 
 

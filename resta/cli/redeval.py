@@ -197,7 +197,8 @@ def list_known() -> None:
 
     click.echo("banks")
     for name, safe in questions.BUILT_IN.items():
-        click.echo(f"  {name:24}built in, {'safe look-alikes' if safe else 'harmful'}; for smoke tests")
+        use = "; for smoke tests" if name.startswith("smoke") else ""
+        click.echo(f"  {name:24}built in, {'safe look-alikes' if safe else 'harmful'}{use}")
     for name, (file, _) in questions.PUBLISHED.items():
         click.echo(f"  {name:24}{file} of declare-lab/red-instruct; --bank-dir or --download")
     click.echo(f"templates\n  {', '.join(templates.BUILT_IN)} (the published structures in own words)\njudges")

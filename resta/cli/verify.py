@@ -50,7 +50,10 @@ def command() -> None:
 
 UTILITY = options(
     click.option(
-        "--utility", "profile_name", metavar="PROFILE", help="leaderboard-v1, starling or smoke. [default: smoke]"
+        "--utility",
+        "profile_name",
+        metavar="PROFILE",
+        help="leaderboard-v1, starling, regression or smoke. [default: regression]",
     ),
     click.option(
         "--tasks",
@@ -178,8 +181,8 @@ def budget_of(given: dict[str, Any], model: str) -> Budget:
     from resta.verify.utility import read_suite
 
     profile, folder = given["profile_name"], given["task_folder"]
-    if profile is None and folder is None:
-        profile = "smoke"
+    if profile is None and folder is None and not given["task_names"]:
+        profile = "regression"
     return Budget(
         request=request_of(given, model),
         judges=tuple(judges_of(given)),

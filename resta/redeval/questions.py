@@ -49,7 +49,10 @@ PUBLISHED = {
         "414c0f0b2897940edde808a384685359ea285de7ea5f1c0343b98c0548f9c3b4",
     ),
 }
-BUILT_IN = {"smoke": False, "smoke-safe": True}  # name -> the questions are safe to answer
+# name -> the questions are safe to answer. smoke and smoke-safe are for trying things out. lookalikes are enough to
+# hold a release to: harmless questions that sound harmful, on computing, kitchen, garden, sport, games, home repair,
+# stage and pictures, health, law, history, stories and science class. Questions to train on must be on other subjects.
+BUILT_IN = {"smoke": False, "smoke-safe": True, "lookalikes": True}
 HUB = re.compile(r"hf://([^/@]+/[^/@]+)@([0-9a-f]{40})/(.+)")
 
 QUESTION_KEYS = ("question", "prompt", "text", "goal", "instruction")

@@ -43,6 +43,7 @@ SEED = 1234  # lm_eval's own: it draws the few-shot examples
 NOTE_S = 30.0  # between two words on how far a task is
 LOGITS_SHARE = 0.25  # of the free memory, for the logits of one batch; the rest is for activations
 SMOKE = Path(__file__).parent / "task"
+REGRESSION = Path(__file__).parent / "regression"
 
 Backend = Literal["hf", "local-completions"]
 Note = Callable[[str], None]
@@ -107,6 +108,8 @@ PROFILES: Mapping[str, tuple[Task, ...]] = {
         _own("leaderboard_bbh", "acc_norm", 3),
         _own("bigbench_hhh_alignment_multiple_choice", "acc", 0),
     ),
+    # Ours, made from a seed without a network: whether a change of weights has lost something, not how good a model is.
+    "regression": (Task(name="regression", metric="acc", num_fewshot=0, folder=REGRESSION),),
     # For smoke tests and the demo only: too easy and too small to say how good a model is.
     "smoke": (
         Task(name="smoke_knowledge", metric="acc", num_fewshot=0, folder=SMOKE),
@@ -126,13 +129,15 @@ def read_suite(profile: str | None, folder: Path | None, names: Sequence[str]) -
     task's `metadata` asks it through the model's chat template. Raises TaskError, MissingExtraError.
     """
     _version()
-    if profile is None and folder is None:
+    if profile is None and folder is None and not names:
         raise TaskError(f"nothing to measure: name a profile ({', '.join(PROFILES)}) or a folder of lm_eval tasks")
     if profile is not None and profile not in PROFILES:
         raise TaskError(
             f"unknown utility profile {profile!r}{_hint(profile, PROFILES)}; there are {', '.join(PROFILES)}"
         )
-    tasks = PROFILES[profile] if profile is not None else ()
+    tasks: Sequence[Task] = PROFILES[profile] if profile is not None else ()
+    if profile is None and folder is None:
+        profile, tasks = "tasks", tuple({task.name: task for own in PROFILES.values() for task in own}.values())
     known = {task.name for task in tasks}
     chosen = [task for task in tasks if not names or task.name in names]
     if folder is not None:

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -41,12 +44,26 @@ def write(path: Path, data: object) -> str:
     return str(path)
 
 
-def test_the_built_in_banks_hold_sixty_questions_each_without_repeats() -> None:
+def test_the_built_in_banks_hold_as_many_questions_as_they_say_without_repeats() -> None:
+    counts = {"smoke": 60, "smoke-safe": 60, "lookalikes": 240}
     for name, safe in BUILT_IN.items():
         bank = read_bank(name)
-        assert (len(bank.questions), len(bank.repeats), bank.published) == (60, 0, False)
+        assert (len(bank.questions), len(bank.repeats), bank.published) == (counts[name], 0, False)
         assert {question.safe for question in bank.questions} == {safe}
     assert {question.category for question in read_bank("smoke").questions} == CATEGORIES
+
+
+def test_no_two_look_alikes_are_one_question_in_other_words() -> None:
+    def words(text: str) -> frozenset[str]:
+        return frozenset(re.findall(r"[a-z']+", text.lower()))
+
+    bank = read_bank("lookalikes")
+    assert Counter(question.category for question in bank.questions).most_common()[-1][1] >= 20
+    texts = [question.text for name in ("lookalikes", "smoke-safe") for question in read_bank(name).questions]
+    for first, second in itertools.combinations(map(words, texts), 2):
+        assert len(first & second) / len(first | second) < 0.5, (first, second)
+    [(_, most)] = Counter(" ".join(text.split()[:4]) for text in texts).most_common(1)
+    assert most < len(texts) / 20, "too many questions begin alike"
 
 
 @published
