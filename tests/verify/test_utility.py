@@ -21,7 +21,8 @@ from resta.errors import EndpointError, ModelError, ResumeError, TaskError, Unan
 from resta.redeval.models import LocalModel, LocalSpec, load_local
 from resta.verify import utility
 from resta.verify.documents import DOCUMENTS, Document, read_documents, read_facts
-from resta.verify.utility import PROFILES, SMOKE, Served, Suite, Task, measure, read_suite, suite_facts
+from resta.verify.regression import made
+from resta.verify.utility import PROFILES, REGRESSION, SMOKE, Served, Suite, Task, measure, read_suite, suite_facts
 from tests.redeval import conftest as redeval
 
 stub = redeval.stub  # the fixture: a server on the loopback
@@ -126,6 +127,20 @@ def test_smoke_scores_are_those_of_a_naive_loop_without_a_network(
         values = [document.value for document in read_documents(tmp_path / str(number))]
         assert values == expected
         assert 0 < sum(values) < len(values), "an oracle that always says the same shows nothing"
+
+
+@pytest.mark.usefixtures("_no_network")
+def test_the_regression_check_is_made_here_and_scored_as_by_a_naive_loop(
+    models: tuple[LocalModel, LocalModel], tmp_path: Path
+) -> None:
+    suite = read_suite("regression", None, [])
+    measure(models[0], suite, tmp_path / "u", limit=12, note=HEARD.append)
+    expected = []
+    for document in made.documents()[:12]:
+        scores = by_hand(models[0], document["start"], [f" {choice}" for choice in document["choices"]])
+        expected.append(float(np.argmax(scores) == document["answer"]))
+    assert [document.value for document in read_documents(tmp_path / "u")] == expected
+    assert 0 < sum(expected) < len(expected)
 
 
 def test_documents_have_the_same_ids_for_every_model_and_one_id_each(
@@ -384,7 +399,9 @@ def test_every_profile_names_tasks_and_metrics_that_lm_eval_has() -> None:
 
     root = Path(lm_eval.tasks.__file__).parent
     parts = ("arc", "hellaswag", "mmlu/default", "truthfulqa", "winogrande", "gsm8k", "leaderboard/bbh_mc")
-    index = TaskIndex.build([*(root / part for part in parts), root / "bigbench" / "multiple_choice", SMOKE])
+    index = TaskIndex.build(
+        [*(root / part for part in parts), root / "bigbench" / "multiple_choice", SMOKE, REGRESSION]
+    )
 
     def leaves(name: str) -> Iterator[dict[str, Any]]:
         entry = index[name]

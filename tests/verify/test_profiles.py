@@ -1,0 +1,92 @@
+"""The profiles: enough questions of both kinds in every cell for the default policy to pass a good model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("lm_eval")
+
+from resta.cli.asking import PROFILES, request_of
+from resta.cli.verify import budget_of
+from resta.redeval.questions import PUBLISHED
+from resta.redeval.run import make_plan
+
+# As published, repeats left out.
+DISTINCT = {"dangerousqa": 200, "catqa-en": 543, "adversarialqa": 500, "harmfulqa": 1938}
+SEVERAL = ("banks", "safe_banks", "templates", "judges", "task_names")
+UNASKED = (
+    *("base_url", "base", "files", "chat_template", "batch_size", "duplicates", "limit", "temperature"),
+    *("max_new_tokens", "profile_name", "task_folder", "documents", "tokenizer"),
+)
+
+
+@pytest.fixture(scope="module")
+def bank_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of banks of the published sizes."""
+    folder = tmp_path_factory.mktemp("banks")
+    for name, count in DISTINCT.items():
+        texts = [f"question {i} of {name}?" for i in range(count)]
+        (folder / PUBLISHED[name][0]).write_text(json.dumps({"A": {"x": texts}}))
+    return folder
+
+
+def given(bank_dir: Path, **more: Any) -> dict[str, Any]:
+    """Return what the command line gives `resta verify`."""
+    usual = {
+        "bank_dirs": [bank_dir], "download": False, "protocol": "resta", "epochs": 1, "top_p": 1.0, "seed": 0,
+        "keep_thoughts": False, "device": "cpu", "dtype": "auto", "no_utility": False, "allow_self_judge": False,
+    }  # fmt: skip
+    return dict.fromkeys(UNASKED) | dict.fromkeys(SEVERAL, ()) | usual | more
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    from tests.redeval.conftest import save_model, save_tokenizer
+
+    folder = tmp_path_factory.mktemp("model")
+    save_model(folder)
+    save_tokenizer(folder, adds_bos=True)
+    return str(folder)
+
+
+@pytest.mark.parametrize("profile", list(PROFILES))
+def test_every_cell_of_a_profile_is_large_enough_and_safe_questions_are_asked(
+    profile: str, bank_dir: Path, model: str
+) -> None:
+    plan = make_plan(request_of(given(bank_dir, profile=profile), model))
+    by_bank: dict[tuple[str, bool], int] = {}
+    for question in plan.questions:
+        by_bank[question.bank, question.safe] = by_bank.get((question.bank, question.safe), 0) + 1
+    assert by_bank.pop(("lookalikes", True)) >= 200
+    assert min(by_bank.values()) >= 100
+    assert not any(safe for _, safe in by_bank)
+
+
+def test_the_profiles_grow() -> None:
+    sizes = [(len(profile.banks), len(profile.templates)) for profile in PROFILES.values()]
+    assert list(PROFILES) == ["quick", "standard", "full"]
+    assert sizes == [(2, 2), (3, 3), (4, 4)]
+
+
+def test_what_is_named_replaces_the_profiles_own(bank_dir: Path, model: str) -> None:
+    def banks(**more: Any) -> list[str]:
+        return [bank.name for bank in request_of(given(bank_dir, **more), model).banks]
+
+    assert banks(profile="quick", banks=("dangerousqa",)) == ["dangerousqa", "lookalikes"]
+    assert banks(profile="quick", safe_banks=("smoke-safe",)) == ["dangerousqa", "catqa-en", "smoke-safe"]
+    assert banks(profile=None) == ["smoke", "smoke-safe"]
+    assert banks(profile=None, banks=("dangerousqa",)) == ["dangerousqa"]
+    assert banks(profile=None, safe_banks=("smoke-safe",)) == ["smoke-safe"]
+
+
+def test_without_a_word_on_utility_the_regression_check_is_measured(bank_dir: Path, model: str) -> None:
+    suite = budget_of(given(bank_dir, profile=None), model).suite
+    assert suite is not None
+    assert [task.name for task in suite.tasks] == ["regression"]
+    named = budget_of(given(bank_dir, profile=None, task_names=("smoke_sense",)), model).suite
+    assert named is not None
+    assert [task.name for task in named.tasks] == ["smoke_sense"]
