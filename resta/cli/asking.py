@@ -204,6 +204,13 @@ SERVERS = options(
         show_default=True,
         help="Seconds per request to a server.",
     ),
+    click.option(
+        "--max-failures",
+        type=click.IntRange(min=1),
+        default=20,
+        show_default=True,
+        help="Questions in a row that may fail before asking ends; single ones count as unanswered.",
+    ),
 )
 
 
@@ -298,6 +305,7 @@ def conditions_of(given: dict[str, Any]) -> Iterator[Conditions]:
             connections=given["connections"],
             retries=given["retries"],
             timeout_s=given["timeout_s"],
+            max_failures=given["max_failures"],
             judge_device=given["judge_device"],
             watch=watch,
             note=note,

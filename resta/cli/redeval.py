@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
@@ -24,11 +25,14 @@ from resta.cli.asking import (
     private,
     request_of,
 )
-from resta.errors import BankError, ModelError, RestaError, ResumeError
+from resta.errors import BankError, ModelError, RestaError, ResumeError, UnansweredError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from resta.redeval.judges import Judge
     from resta.redeval.records import Label, RunDir
-    from resta.redeval.run import Plan, Request
+    from resta.redeval.run import Conditions, Plan, Request
     from resta.redeval.targets import Target
 
 
@@ -78,7 +82,7 @@ SHOW = options(
 @SHOW
 def run(**given: Any) -> None:
     """Ask, judge and report. The same command goes on with what is missing."""
-    from resta.redeval.judging import check_judges, judge_phase, note_judges
+    from resta.redeval.judging import check_judges, note_judges
     from resta.redeval.records import RunLock
     from resta.redeval.run import answer_phase
 
@@ -88,11 +92,13 @@ def run(**given: Any) -> None:
     with RunLock(folder.path):
         _say_plan(folder, plan)
         note_judges(folder, judges)
+        stopped: list[str] = []
         with conditions_of(given) as conditions:
-            answer_phase(folder, plan, request.target, conditions, judges=judges)
-            for judge in judges:
-                judge_phase(folder, judge, conditions)
+            with _borne(stopped, UnansweredError):
+                answer_phase(folder, plan, request.target, conditions, judges=judges)
+            _judge(folder, judges, conditions, stopped)
         _report(folder, **_show(given))
+        _end(folder, judges, stopped, answers_too=True)
 
 
 @command.command("judge")
@@ -102,7 +108,7 @@ def run(**given: Any) -> None:
 @SHOW
 def judge_run(path: Path, **given: Any) -> None:
     """Set more judges on the answers of the run in PATH."""
-    from resta.redeval.judging import check_judges, judge_phase, note_judges
+    from resta.redeval.judging import check_judges, note_judges
     from resta.redeval.records import RunLock, load_run
 
     folder = load_run(path)
@@ -110,10 +116,11 @@ def judge_run(path: Path, **given: Any) -> None:
     private()
     with RunLock(path):
         note_judges(folder, judges)
+        stopped: list[str] = []
         with conditions_of(given) as conditions:
-            for judge in judges:
-                judge_phase(folder, judge, conditions)
+            _judge(folder, judges, conditions, stopped)
         _report(folder, **_show(given))
+        _end(folder, judges, stopped, answers_too=False)
 
 
 @command.command()
@@ -256,6 +263,47 @@ def _say_plan(folder: RunDir, plan: Plan) -> None:
         click.echo(f"note: {count} questions of {bank} repeat an earlier one; {treated}", err=True)
 
 
+# -- what does not go through --------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _borne(stopped: list[str], kind: type[RestaError]) -> Iterator[None]:
+    """Note an error and go on: what is there is judged and reported all the same, and the end says what is not."""
+    try:
+        yield
+    except kind as error:
+        stopped.append(str(error))
+
+
+def _judge(folder: RunDir, judges: Sequence[Judge], conditions: Conditions, stopped: list[str]) -> None:
+    from resta.redeval.judging import judge_phase
+
+    for judge in judges:
+        with _borne(stopped, RestaError):
+            judge_phase(folder, judge, conditions)
+
+
+def _end(folder: RunDir, judges: Sequence[Judge], stopped: Sequence[str], *, answers_too: bool) -> None:
+    """Say what is missing after all that was asked for, and how to go on. Raises UnansweredError if anything is."""
+    from resta.redeval.judging import pending, untested
+    from resta.redeval.run import missing_asks, plan_of
+
+    plan, lines = plan_of(folder), list(stopped)
+    if answers_too and (missing := missing_asks(folder, plan)):
+        lines.append(f"{len(missing)} of {len(plan.asks)} questions have no answer and count as unanswered")
+    for judge in judges:
+        if left := len(pending(folder, judge)):
+            lines.append(f"{judge.id} has no verdict on {left} answers")
+        if left := len(untested(folder, judge)):
+            lines.append(f"{judge.id} is yet to be tested on {left} known answers")
+    if lines:
+        raise UnansweredError(
+            f"{'; '.join(lines)}. What is there is kept, judged and reported. The same command asks only the rest; "
+            f"resta redeval judge {folder.path} sets judges on the answers that are there, and "
+            f"resta redeval report {folder.path} shows them"
+        )
+
+
 def _show(given: dict[str, Any]) -> dict[str, Any]:
     return {"include_text": given["include_text"], "spot_check": given["spot_check"]}
 
@@ -269,17 +317,18 @@ def _report(folder: RunDir, *, include_text: bool, spot_check: int) -> None:
 
     from resta.redeval.report import disagreement_csv, make_report, print_report, to_html, to_markdown
     from resta.redeval.run import plan_of
-    from resta.redeval.score import join, score
+    from resta.redeval.score import join, missing_rows, score
 
     questions, answers, verdicts = folder.questions(), folder.answers(), folder.current_verdicts()
-    scores = score(questions, answers, verdicts, folder.labels())
-    rows = join(questions, answers, verdicts)
+    asks, rows = plan_of(folder).asks, join(questions, answers, verdicts)
+    measures = {judge: facts["measures"] for judge, facts in folder.judges().items()}
+    scores = score(questions, answers, verdicts, folder.labels(), missing_rows(questions, asks, measures, rows))
     made = make_report(
         folder.config,
         scores,
         rows,
         folder.judges(),
-        answered=(len(answers), len(plan_of(folder).asks)),
+        answered=(len(answers), len(asks)),
         include_text=include_text,
     )
     views = {

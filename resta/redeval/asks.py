@@ -50,6 +50,17 @@ class Reply:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class NoReply:
+    """An ask that got no answer after all its retries; `reason` never holds the prompt."""
+
+    id: str
+    reason: str
+
+
+Outcome = Reply | NoReply
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Decoding:
     """How tokens are chosen.
 

@@ -16,7 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from resta.errors import MissingExtraError, ModelError, UnansweredError
-from resta.redeval.asks import Ask, Decoding, Finish, Message, Rendering, Reply, sha256_text, without_prompt
+from resta.redeval.asks import (
+    Ask,
+    Decoding,
+    Finish,
+    Message,
+    NoReply,
+    Outcome,
+    Rendering,
+    Reply,
+    sha256_text,
+    without_prompt,
+)
 
 try:
     import anyio
@@ -73,7 +84,7 @@ class Limits:
     connections: int = 16
     retries: int = 5
     timeout_s: int = 600
-    errors: int = 20  # failed asks after which the phase gives up
+    max_failures: int = 20  # failed asks in a row after which a phase gives up: the endpoint is taken for dead
 
 
 # -- the local provider --------------------------------------------------------------------------------------
@@ -331,23 +342,37 @@ def _temperature(decoding: Decoding) -> float | None:
 
 @dataclass(slots=True)
 class _Phase:
-    on_reply: Callable[[Reply], None]
-    answered: int = 0
-    failures: list[tuple[str, str]] = field(default_factory=list)
+    """What becomes of each ask. One that fails is handed on as such; too many in a row end the phase."""
+
+    hand_on: Callable[[Outcome], None]
+    max_failures: int
+    in_a_row: int = 0
+    gave_up: str = ""  # the last reason
+
+    def take(self, outcome: Outcome) -> None:
+        """Hand an outcome on. Raises UnansweredError where it is one failure too many."""
+        self.hand_on(outcome)
+        self.in_a_row = self.in_a_row + 1 if isinstance(outcome, NoReply) else 0
+        if isinstance(outcome, NoReply) and self.in_a_row >= self.max_failures:
+            self.gave_up = outcome.reason
+            raise UnansweredError(outcome.reason)
 
 
 def ask_all(
     handle: Model,
     asks: Sequence[Ask],
-    on_reply: Callable[[Reply], None],
+    hand_on: Callable[[Outcome], None],
     *,
     log_dir: Path,
     title: str,
     limits: Limits | None = None,
 ) -> None:
-    """Send every ask once and hand each reply on as it comes. Raises UnansweredError when some got none."""
+    """Send every ask once and hand what comes of it on as it comes.
+
+    Raises UnansweredError after `limits.max_failures` in a row; those that were not asked then get no outcome.
+    """
     limits = limits or Limits()
-    phase = _Phase(on_reply)
+    phase = _Phase(hand_on, limits.max_failures)
     try:
         logs = eval(
             Task(dataset=MemoryDataset([_sample(ask) for ask in asks]), solver=_answering(phase), name=title),
@@ -361,7 +386,7 @@ def ask_all(
             ctl_server=False,
             acp_server=False,
             score=False,
-            fail_on_error=limits.errors,
+            fail_on_error=True,
             max_samples=_in_flight(handle, limits),
         )
     finally:
@@ -369,12 +394,12 @@ def ask_all(
     if not logs or logs[0].status == "cancelled":  # Inspect takes a Ctrl-C for itself and returns
         raise KeyboardInterrupt
     log = logs[0]
-    if phase.failures or log.status != "success":
-        ask_id, reason = phase.failures[0] if phase.failures else ("-", log.error.message if log.error else log.status)
+    if phase.gave_up:
         raise UnansweredError(
-            f"{title}: {len(asks) - phase.answered} of {len(asks)} asks got no answer; the first was "
-            f"{ask_id}: {reason}. What was answered is kept; the same command asks only the rest"
+            f"{title}: gave up after {phase.in_a_row} failures in a row (--max-failures); the last was: {phase.gave_up}"
         )
+    if log.status != "success":
+        raise UnansweredError(f"{title}: {log.error.message if log.error else log.status}")
 
 
 def _in_flight(handle: Model, limits: Limits) -> int:
@@ -397,28 +422,31 @@ def _message(message: Message) -> ChatMessage:
 
 @solver
 def _answering(phase: _Phase) -> Solver:
-    """Ask once, pass the reply on at once; an error is noted and left to Inspect to count.
+    """Ask once, pass on at once what comes of it; a failure ends its own sample, with the reason in its output.
 
     Inspect's own errors hold the whole request, and its trace, which lies outside the run's folder, holds errors:
     what goes on from here is the reason alone, without the prompt.
     """
 
     async def solve(state: TaskState, generate: Generate) -> TaskState:
-        try:
-            output = await get_model().generate(state.messages)
-            reply = _reply(str(state.sample_id), output)
-        except Exception as error:
-            kind, said = _why(error)
-            reason = f"{kind}: {without_prompt(said, [message.text for message in state.messages])}"
-            phase.failures.append((str(state.sample_id), reason))
-            raise UnansweredError(reason) from None
-        phase.on_reply(reply)
-        phase.answered += 1
-        state.output = output
-        state.messages.append(output.message)
+        state.output, outcome = await _asked(str(state.sample_id), state.messages)
+        if isinstance(outcome, Reply):
+            state.messages.append(state.output.message)
+        phase.take(outcome)
         return state
 
     return solve
+
+
+async def _asked(ask_id: str, messages: list[ChatMessage]) -> tuple[ModelOutput, Outcome]:
+    """Return what comes of one ask, as Inspect logs it and as we take it."""
+    try:
+        output = await get_model().generate(messages)
+        return output, _reply(ask_id, output)
+    except Exception as error:  # each provider has its own kinds
+        kind, said = _why(error)
+        reason = f"{kind}: {without_prompt(said, [message.text for message in messages])}"
+        return ModelOutput(error=reason), NoReply(id=ask_id, reason=reason)
 
 
 def _why(error: Exception) -> tuple[str, str]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import gc
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from resta.errors import JudgeError
-from resta.redeval.asks import Ask, Reply
+from resta.redeval.asks import Ask, NoReply, Outcome, Reply
 from resta.redeval.control import OWN, Known, known_answers, languages_of, read_control, record_of
 from resta.redeval.judges import (
     Classifier,
@@ -38,11 +39,12 @@ from resta.redeval.models import (
 )
 from resta.redeval.questions import Question
 from resta.redeval.records import Answer, Journal, RunDir, Verdict
-from resta.redeval.run import Conditions, Tally, count, engine_limits
+from resta.redeval.run import Conditions, Tally, count, engine_limits, note_failure, say_failures
 from resta.redeval.targets import Target, api_key, check_endpoint, parse_target, same_model
 
 Pairs = Sequence[tuple[Question, Answer]]
 Keep = Callable[[Question, Verdict], None]
+Fail = Callable[[NoReply], None]
 CHUNK = 256  # answers per pass of a judge that reads one token: verdicts are kept after each
 
 
@@ -101,7 +103,8 @@ def untested(run: RunDir, judge: Judge) -> list[Known]:
 def judge_phase(run: RunDir, judge: Judge, conditions: Conditions) -> None:
     """Judge every answer that this judge has yet to see, after those that are known beforehand.
 
-    Raises UnansweredError; verdicts so far are kept.
+    Where it fails, the answer stays without a verdict. Raises UnansweredError where too many fail in a row; verdicts so
+    far are kept.
     """
     known = {each.answer.id: each for each in untested(run, judge)}
     todo = [(each.question, each.answer) for each in known.values()] + pending(run, judge)
@@ -120,6 +123,9 @@ def judge_phase(run: RunDir, judge: Judge, conditions: Conditions) -> None:
             tally.done += 1
             conditions.watch(tally)
 
+        def fail(outcome: NoReply) -> None:
+            note_failure(run, tally, outcome, judge.id)
+
         to_ask = []
         for question, answer in todo:
             verdict = verdict_without_model(judge, answer, safe_question=question.safe)
@@ -128,21 +134,36 @@ def judge_phase(run: RunDir, judge: Judge, conditions: Conditions) -> None:
             else:
                 keep(question, verdict)
         if to_ask:
-            _ask_judge(run, judge, to_ask, keep, conditions)
+            job = _Job(judge=judge, pairs=to_ask, keep=keep, fail=fail)
+            try:
+                _ask_judge(job, conditions, run.log_dir(f"judge-{judge.sha256[:12]}"))
+            finally:
+                say_failures(tally, conditions)
 
 
-def _ask_judge(run: RunDir, judge: Judge, pairs: Pairs, keep: Keep, conditions: Conditions) -> None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Job:
+    """What one judge is to judge, and where its verdicts and its failures go."""
+
+    judge: Judge
+    pairs: Pairs
+    keep: Keep
+    fail: Fail
+
+
+def _ask_judge(job: _Job, conditions: Conditions, log_dir: Path) -> None:
+    judge = job.judge
     target = judge_target(judge, conditions.judge_device)
     if isinstance(judge.spec.read, Classifier):
-        _classify(judge, target, pairs, keep)
+        _classify(judge, target, job.pairs, job.keep)
     elif target.local is None:
-        _ask_engine(run, judge, pairs, keep, conditions, None)
+        _ask_engine(job, conditions, None, log_dir)
     else:
         local = load_local(target.local)
         if isinstance(judge.spec.read, Tokens | Digits):
-            _read_next_token(judge, local, pairs, keep)
+            _read_next_token(judge, local, job.pairs, job.keep)
         else:
-            _ask_engine(run, judge, pairs, keep, conditions, local)
+            _ask_engine(job, conditions, local, log_dir)
         del local
         gc.collect()
 
@@ -150,22 +171,26 @@ def _ask_judge(run: RunDir, judge: Judge, pairs: Pairs, keep: Keep, conditions: 
 # -- through the engine --------------------------------------------------------------------------------------
 
 
-def _ask_engine(
-    run: RunDir, judge: Judge, pairs: Pairs, keep: Keep, conditions: Conditions, local: LocalModel | None
-) -> None:
+def _ask_engine(job: _Job, conditions: Conditions, local: LocalModel | None, log_dir: Path) -> None:
     from resta.redeval import engine
 
-    clip = clip_for(judge, pairs, local)
-    asks = [(pair, ask) for pair in pairs for ask in judge_asks(judge, pair[0].text, pair[1], clip)]
-    collect = collector(judge, asks, keep)
+    judge, clip = job.judge, clip_for(job.judge, job.pairs, local)
+    asks = [(pair, ask) for pair in job.pairs for ask in judge_asks(judge, pair[0].text, pair[1], clip)]
+    collect = collector(judge, asks, job.keep)
     handle = _handle(judge, conditions, local)
-    folder = run.log_dir(f"judge-{judge.sha256[:12]}")
+
+    def hand_on(outcome: Outcome) -> None:
+        if isinstance(outcome, NoReply):
+            job.fail(outcome)
+        else:
+            collect(outcome)
+
     try:
         engine.ask_all(
             handle,
             [ask for _, ask in asks],
-            collect,
-            log_dir=folder,
+            hand_on,
+            log_dir=log_dir,
             title=f"judge {judge.id}",
             limits=engine_limits(conditions),
         )

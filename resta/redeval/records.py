@@ -6,6 +6,7 @@
     RUN/verdicts.jsonl   a line per answer x judge (Verdict)
     RUN/judges.jsonl     a line per judge that was set on the answers: judge, sha256, model, base_url, declaration
     RUN/control.jsonl    a line per known answer x judge (Tested): whether the judge can tell harm from its absence
+    RUN/failures.jsonl   a line per ask that got no answer, though it was tried (Failure)
     RUN/labels.jsonl     a line per imported human label (Label)
     RUN/scores.jsonl     a line per judge x bank x template x category (score.Cell); made anew by `report`
     RUN/logs/            the engine's logs, for `inspect view`
@@ -37,9 +38,19 @@ if TYPE_CHECKING:
 SCHEMA = 1
 
 # refused: a full refusal. partly_refused: some of each. unparsed: the judge said nothing readable; never
-# safe. blocked: an outside filter kept the answer (or the question) back. Each stays in the denominator.
-VerdictLabel = Literal["harmful", "safe", "refused", "partly_refused", "unparsed", "blocked"]
-LABELS: tuple[VerdictLabel, ...] = ("harmful", "safe", "refused", "partly_refused", "unparsed", "blocked")
+# safe. blocked: an outside filter kept the answer (or the question) back. unanswered: there is no answer to
+# judge, or no verdict on it; what is merely missing is counted so, without a record of it. Each stays in the
+# denominator.
+VerdictLabel = Literal["harmful", "safe", "refused", "partly_refused", "unparsed", "blocked", "unanswered"]
+LABELS: tuple[VerdictLabel, ...] = (
+    "harmful",
+    "safe",
+    "refused",
+    "partly_refused",
+    "unparsed",
+    "blocked",
+    "unanswered",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,6 +102,16 @@ class Tested:
     judge_sha256: str
     label: VerdictLabel
     at: str  # UTC, ISO 8601
+    schema: int = SCHEMA
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failure:
+    """One ask that got no answer after all its retries. A note for people: what is missing is asked again."""
+
+    ask_id: str  # of the model under test, or of a judge
+    asked: str  # "model", or the judge's id
+    reason: str  # without the prompt
     schema: int = SCHEMA
 
 
@@ -218,6 +239,10 @@ class RunDir:
         return [
             row for row in read_rows(self.path / "control.jsonl", Tested) if (row.judge, row.judge_sha256) in current
         ]
+
+    def failures(self) -> list[Failure]:
+        """Return the failures so far, also of what has been answered since."""
+        return read_rows(self.path / "failures.jsonl", Failure)
 
     def labels(self) -> list[Label]:
         """Return the imported human labels, the last one of each answer."""

@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from resta.errors import BankError
-from resta.redeval.asks import Ask, Decoding, Message, Rendering, Reply, sha256_text
+from resta.redeval.asks import Ask, Decoding, Message, NoReply, Outcome, Rendering, Reply, sha256_text
 from resta.redeval.clean import Cleaned, strip_thoughts, strip_thoughts_as_published
 from resta.redeval.judges import Judge, Strings, verdict_without_model
 from resta.redeval.models import LocalModel, estimate_seconds, load_local
 from resta.redeval.questions import Bank, Duplicates, Question, choose
-from resta.redeval.records import Answer, Journal, RunDir, Verdict
+from resta.redeval.records import Answer, Failure, Journal, RunDir, Verdict
 from resta.redeval.targets import Target, api_key, check_endpoint
 from resta.redeval.templates import Template
 
@@ -214,6 +214,8 @@ class Tally:
     done: int = 0
     judged: int = 0
     harmful: int = 0
+    failed: int = 0
+    first_failure: str = ""
 
     @property
     def asr(self) -> float | None:
@@ -231,6 +233,7 @@ class Conditions:
     connections: int = 16
     retries: int = 5
     timeout_s: int = 600
+    max_failures: int = 20  # in a row, after which a phase gives up
     judge_device: str = "auto"
     watch: Watch = field(default=lambda tally: None)
     note: Callable[[str], None] = field(default=lambda line: None)
@@ -240,7 +243,12 @@ def engine_limits(conditions: Conditions) -> Any:
     """Return the engine's limits; imported here, so that planning a run needs no engine."""
     from resta.redeval.engine import Limits
 
-    return Limits(connections=conditions.connections, retries=conditions.retries, timeout_s=conditions.timeout_s)
+    return Limits(
+        connections=conditions.connections,
+        retries=conditions.retries,
+        timeout_s=conditions.timeout_s,
+        max_failures=conditions.max_failures,
+    )
 
 
 # -- phase one: answers --------------------------------------------------------------------------------------
@@ -266,9 +274,10 @@ def keep_answer(plan: Plan, ask: Ask, reply: Reply) -> Answer:
 
 
 def missing_asks(run: RunDir, plan: Plan) -> list[Ask]:
-    """Return the asks without an answer yet."""
+    """Return the asks without an answer yet, those last that have failed before: the others may fare better."""
     there = {answer.id for answer in run.answers()}
-    return [ask for ask in plan.asks if ask.id not in there]
+    failed = {failure.ask_id for failure in run.failures()}
+    return sorted((ask for ask in plan.asks if ask.id not in there), key=lambda ask: ask.id in failed)
 
 
 def answer_phase(
@@ -280,9 +289,10 @@ def answer_phase(
     judges: Sequence[Judge] = (),
     local: LocalModel | None = None,
 ) -> None:
-    """Ask all that is missing; judges that need no model judge each answer at once. Raises UnansweredError.
+    """Ask all that is missing; judges that need no model judge each answer at once.
 
-    A local target that is not handed over loaded, as `local`, is loaded here and freed before this returns.
+    An ask that fails is noted and asked again next time. Raises UnansweredError where too many fail in a row. A local
+    target that is not handed over loaded, as `local`, is loaded here and freed before this returns.
     """
     asks = missing_asks(run, plan)
     if not asks:
@@ -290,39 +300,56 @@ def answer_phase(
     from resta.redeval import engine
 
     handle = _target_handle(target, plan, conditions, asks, local)
-    instant = [judge for judge in judges if isinstance(judge.spec.read, Strings)]
     by_id = {ask.id: ask for ask in asks}
     questions = {question.qid: question for question in plan.questions}
     tally = Tally(phase="answers", total=len(plan.asks), done=len(plan.asks) - len(asks))
     with Journal(run.path / "answers.jsonl") as answers, Journal(run.path / "verdicts.jsonl") as verdicts:
 
-        def keep(reply: Reply) -> None:
-            answer = keep_answer(plan, by_id[reply.id], reply)
-            answers.append(answer)
-            for judge in instant:
-                question = questions[answer.qid]
-                if judge.measures(safe_question=question.safe):
-                    verdict = verdict_without_model(judge, answer, safe_question=question.safe)
-                    assert verdict is not None
+        def keep(outcome: Outcome) -> None:
+            if isinstance(outcome, NoReply):
+                note_failure(run, tally, outcome, "model")
+            else:
+                answer = keep_answer(plan, by_id[outcome.id], outcome)
+                answers.append(answer)
+                for verdict in _at_once(judges, answer, questions[answer.qid]):
                     verdicts.append(verdict)
-                    count(tally, verdict, question)
-            tally.done += 1
+                    count(tally, verdict, questions[answer.qid])
+                tally.done += 1
             conditions.watch(tally)
 
         conditions.watch(tally)
         try:
             engine.ask_all(
-                handle,
-                asks,
-                keep,
-                log_dir=run.log_dir("answers"),
-                title="answers",
-                limits=engine_limits(conditions),
+                handle, asks, keep, log_dir=run.log_dir("answers"), title="answers", limits=engine_limits(conditions)
             )
         finally:
             engine.release(handle)
+            say_failures(tally, conditions)
     del handle
     gc.collect()
+
+
+def _at_once(judges: Sequence[Judge], answer: Answer, question: Question) -> Iterable[Verdict]:
+    """Yield the verdicts of the judges that need no model."""
+    for judge in judges:
+        if isinstance(judge.spec.read, Strings) and judge.measures(safe_question=question.safe):
+            verdict = verdict_without_model(judge, answer, safe_question=question.safe)
+            assert verdict is not None
+            yield verdict
+
+
+def note_failure(run: RunDir, tally: Tally, outcome: NoReply, asked: str) -> None:
+    """Keep a note of an ask that got no answer; failures are few, so their file need not stay open."""
+    with Journal(run.path / "failures.jsonl") as journal:
+        journal.append(Failure(ask_id=outcome.id, asked=asked, reason=outcome.reason))
+    tally.failed += 1
+    tally.first_failure = tally.first_failure or f"{outcome.id}: {outcome.reason}"
+
+
+def say_failures(tally: Tally, conditions: Conditions) -> None:
+    """Tell how many asks of a phase got no answer, if any."""
+    if tally.failed:
+        conditions.note(f"{tally.phase}: {tally.failed} got no answer; the first was {tally.first_failure}")
 
 
 def _target_handle(

@@ -49,6 +49,7 @@ def carry_out_with_ray(sweep: Sweep, conditions: Conditions, *, address: str, wo
         actor = ray.remote(num_cpus=0, num_gpus=share, scheduling_strategy="SPREAD")(_Actor)
         silent: dict[str, Any] = {"connections": conditions.connections, "retries": conditions.retries}
         silent |= {"timeout_s": conditions.timeout_s, "judge_device": conditions.judge_device}
+        silent |= {"max_failures": conditions.max_failures}
         from ray.util import ActorPool
 
         pool = ActorPool([actor.remote(sweep, silent, threads) for _ in range(count)])

@@ -212,8 +212,8 @@ def test_a_served_judge_sees_the_bare_question_and_is_resumed_and_compared(
 
     stub.answer = answer
     shown = invoke(*base, *served, "--connections", 1, code=5)
-    assert f"6 of {10 + known} asks got no answer" in shown
-    assert "the same command asks only the rest" in shown
+    assert "red-instruct:big has no verdict on 6 answers" in shown
+    assert "The same command asks only the rest" in shown
     assert len([v for v in verdicts(out) if v.judge != "refusal-strings"]) == 4
     first = len(stub.bodies)
     stub.answer = lambda body: (200, chat("[[A]]"))
@@ -418,9 +418,9 @@ def test_a_failure_is_told_without_the_question_that_the_server_sends_back(
     from inspect_ai.log import list_eval_logs, read_eval_log
 
     logs = [read_eval_log(info) for info in list_eval_logs(str(out / "logs"))]
-    errors = [sample.error for log in logs for sample in log.samples or []]
+    errors = [sample.output.error for log in logs for sample in log.samples or []]
     assert len(errors) == 10
-    assert all(error and "?" not in error.message + error.traceback.split("UnansweredError")[-1] for error in errors)
+    assert all(error and "?" not in error for error in errors)
 
 
 def test_a_server_that_stays_silent_is_named_as_such(bank: Path, tmp_path: Path, stub: Stub) -> None:
@@ -566,7 +566,7 @@ def test_inspects_epochs_are_draws_of_their_own(tiny: Path, tmp_path: Path) -> N
 def test_what_goes_to_a_file_is_not_taken_by_the_bar_on_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # stderr counts as a terminal, stdout is the test's own buffer
     before = sys.stdout
-    with conditions_of({"connections": 1, "retries": 0, "timeout_s": 1, "judge_device": "cpu"}):
+    with conditions_of({"connections": 1, "retries": 0, "timeout_s": 1, "max_failures": 1, "judge_device": "cpu"}):
         assert sys.stdout is before
 
 

@@ -278,6 +278,17 @@ def test_what_the_judge_cannot_read_counts_as_harm(tmp_path: Path) -> None:
     assert case.decision.verdict is Verdict.INVALID
 
 
+def test_an_answer_that_never_came_is_harm_as_well_and_no_measurement(tmp_path: Path) -> None:
+    case = make_case(tmp_path, Behaviour(harm=0.0, refusal=0.0, scores=TUNED.scores))
+    path = tmp_path / "restored" / "redeval" / "verdicts.jsonl"
+    path.write_text(path.read_text().replace('"label": "refused"', '"label": "unanswered"'))
+    found = compare({role: read_measurement(tmp_path / role) for role in ROLES})
+    assert case.comparison.asr is not None
+    assert found.asr is not None
+    assert (case.comparison.asr.rates["restored"].value, found.asr.rates["restored"].value) == (0.0, 1.0)
+    assert by_name(decide(found, read_policy(None)).rules)["unparsed.max"].outcome == "invalid"
+
+
 # -- guidance ------------------------------------------------------------------------------------------------
 
 
