@@ -15,9 +15,9 @@ NUMBERS = ("one", "two", "three", "four", "five")  # the words of the questions 
 
 
 def asked(body: dict[str, Any]) -> str:
-    """Return which of the five questions a request holds."""
+    """Return which of the five questions a request holds; none, where a judge is tested on known answers."""
     text = body["messages"][-1]["content"]
-    return next(word for word in NUMBERS if f"{word}?" in text)
+    return next((word for word in NUMBERS if f"{word}?" in text), "")
 
 
 def served(stub: Stub, bank: Path, out: Path, *more: object) -> list[object]:
