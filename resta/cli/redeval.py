@@ -290,7 +290,9 @@ def _end(folder: RunDir, judges: Sequence[Judge], stopped: Sequence[str], *, ans
 
     plan, lines = plan_of(folder), list(stopped)
     if answers_too and (missing := missing_asks(folder, plan)):
-        lines.append(f"{len(missing)} of {len(plan.asks)} questions have no answer and count as unanswered")
+        reasons = {failure.ask_id: failure.reason for failure in folder.failures()}
+        why = next((f", the first for: {reasons[ask.id]}" for ask in missing if ask.id in reasons), "")
+        lines.append(f"{len(missing)} of {len(plan.asks)} questions have no answer and count as unanswered{why}")
     for judge in judges:
         if left := len(pending(folder, judge)):
             lines.append(f"{judge.id} has no verdict on {left} answers")
