@@ -233,11 +233,12 @@ class Merge(_Operand):
         workers: int | None = None,
         overwrite: bool = False,
         progress: Progress | None = None,
+        digests: bool = False,
     ) -> Result:
         """Write the merged model; see `resta.merge`."""
         from resta.engine import merge  # numba is imported when there is something to compute
 
-        return merge(self.to_recipe(), out, workers=workers, overwrite=overwrite, progress=progress)
+        return merge(self.to_recipe(), out, workers=workers, overwrite=overwrite, progress=progress, digests=digests)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Compute the merge tensor by tensor, in memory; see `resta.tensors`."""

@@ -71,12 +71,17 @@ class Operand:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileIdentity:
-    """What tells one version of an input file from another, without reading its data."""
+    """What tells one version of an input file from another.
+
+    `sha256` is of the whole file and None where it is not known; `sha256_from` says who says so: "hub", the name that
+    the file has in the Hub's cache, without reading it, or "content", which was read.
+    """
 
     bytes: int
     mtime_ns: int
     header_sha256: str | None
     sha256: str | None
+    sha256_from: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,11 +162,13 @@ def identify(file: Path, located: Located) -> FileIdentity:
             length = int.from_bytes(handle.read(8), "little")
             header = hashlib.sha256(handle.read(length)).hexdigest()
     blob = file.resolve().name if located.commit else ""
+    known = _SHA256.fullmatch(blob) is not None
     return FileIdentity(
         bytes=status.st_size,
         mtime_ns=status.st_mtime_ns,
         header_sha256=header,
-        sha256=blob if _SHA256.fullmatch(blob) else None,
+        sha256=blob if known else None,
+        sha256_from="hub" if known else None,
     )
 
 

@@ -12,7 +12,9 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resta import kernels
-from resta.checkpoint import INDEX, Reader
+from resta.checkpoint import FileIdentity, Reader, Stored
 from resta.compute import CHUNK, Totals, Workspace
+from resta.digests import Digests, Followed, Follower
+from resta.directory import small_files, weight_bytes, with_digests
 from resta.errors import NonFiniteError
-from resta.header import DTYPE_BITS
-from resta.manifest import TensorFacts, describe, from_json, render_card, tensor_facts
+from resta.header import DTYPE_BITS, Spec
+from resta.manifest import TensorFacts, from_json, tensor_facts
 from resta.output import Output, check_space, check_target, recover
 from resta.plan import Plan, Step, make_plan
 from resta.recipe import Recipe, load_recipe
@@ -59,6 +63,7 @@ class Result:
     out: Path
     plan: Plan
     tensors: Mapping[str, TensorFacts]
+    digests: Digests | None = None
 
 
 def merge(
@@ -68,6 +73,7 @@ def merge(
     workers: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    digests: bool = False,
 ) -> Result:
     """Carry out a recipe: write the model directory `out`.
 
@@ -77,6 +83,8 @@ def merge(
         workers: threads; by default the processors that this process may use, at most 8.
         overwrite: replace an earlier output of resta.
         progress: called from the workers, one at a time.
+        digests: record the SHA-256 of every input and output file, which takes about half a second of one core for
+            a gigabyte, beside the merge; what the Hub's cache names by its digest is not read for it.
 
     Raises:
         RequestError: the request cannot be carried out; nothing was written.
@@ -84,7 +92,7 @@ def merge(
         RestaError: reading or writing failed; the work done is kept for the next attempt.
     """
     plan = make_plan(_as_recipe(recipe))
-    return carry_out(plan, Path(out), workers=workers, overwrite=overwrite, progress=progress)
+    return carry_out(plan, Path(out), workers=workers, overwrite=overwrite, progress=progress, digests=digests)
 
 
 def _as_recipe(recipe: Recipe | str | Path) -> Recipe:
@@ -99,7 +107,13 @@ def _as_recipe(recipe: Recipe | str | Path) -> Recipe:
 
 
 def carry_out(
-    plan: Plan, out: Path, *, workers: int | None = None, overwrite: bool = False, progress: Progress | None = None
+    plan: Plan,
+    out: Path,
+    *,
+    workers: int | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    digests: bool = False,
 ) -> Result:
     """Write a plan's output; see `merge`."""
     out = out.absolute()
@@ -108,21 +122,24 @@ def carry_out(
     check_target(out, input_folders(plan), overwrite=overwrite)
     check_space(out, plan.bytes_written)
     workers = workers or default_workers()
-    sizes = {name: len(head) for name, head in plan.heads.items()}
-    for step in plan.steps:
-        sizes[step.slot.file] += step.slot.spec.nbytes
+    sizes = weight_bytes(plan)
     identities = {path: identity for weights in plan.weights.values() for path, identity in weights.files.items()}
-    with Reader(identities) as reader, Output(out, plan_digest=plan.digest, heads=plan.heads, sizes=sizes) as output:
+    with (
+        Reader(identities) as reader,
+        Output(out, plan_digest=plan.digest, heads=plan.heads, sizes=sizes) as output,
+        Follower(_followed(plan, identities, sizes, reader, output)) if digests else nullcontext() as follower,
+    ):
         scales = settle_scales(plan, reader, workers)
         try:
-            records = _Run(plan, reader, output, scales, progress).go(workers)
+            records = _Run(plan, reader, output, scales, progress, follower).go(workers)
         except NonFiniteError:
             output.discard()  # the same inputs would fail again: there is nothing to resume
             raise
+        taken = follower.finish() if follower else None
         reader.check_unchanged()
         facts = {step.name: tensor_facts(step, [records[unit.key] for unit in units]) for step, units in _by_step(plan)}
-        output.commit(_texts(plan, facts))
-    return Result(out=out, plan=plan, tensors=facts)
+        output.commit(small_files(with_digests(plan, taken) if taken else plan, facts, taken))
+    return Result(out=out, plan=plan, tensors=facts, digests=taken)
 
 
 def tensors(recipe: Recipe | str | Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -216,17 +233,50 @@ def read_facts(out: Path) -> dict[str, TensorFacts]:
     return {name: from_json(facts) for name, facts in manifest["tensors"].items()}
 
 
+def _stretches(step: Step, unit: Unit) -> Iterator[tuple[str | Path, int]]:
+    """Yield the files that a unit reads and writes, and the offset at which it begins there."""
+    spec = step.slot.spec
+    yield step.slot.file, spec.start + unit.first * DTYPE_BITS[spec.dtype] // 8
+    for stored in (operand.stored for operand in step.operands):
+        yield stored.file, stored.spec.start + unit.first * DTYPE_BITS[stored.spec.dtype] // 8
+
+
+def _followed(
+    plan: Plan, inputs: Mapping[Path, FileIdentity], sizes: Mapping[str, int], reader: Reader, output: Output
+) -> Iterator[Followed]:
+    """Yield the files to be hashed beside a merge: what it writes, and the inputs whose digest is not known."""
+    begins: dict[str | Path, list[int]] = {}
+    for unit in units_of(plan):
+        for name, begin in _stretches(plan.steps[unit.step], unit):
+            begins.setdefault(name, []).append(begin)
+    for name, size in sizes.items():
+        yield Followed(name=name, size=size, read=partial(output.read, name), begins=begins.get(name, ()))
+    for path, identity in inputs.items():
+        if identity.sha256 is None:
+            whole = Stored(file=path, spec=Spec(dtype="U8", shape=(identity.bytes,), start=0, nbytes=identity.bytes))
+            yield Followed(
+                name=path, size=identity.bytes, read=partial(reader.read, whole), begins=begins.get(path, ())
+            )
+
+
 class _Run:
     """One attempt: workers that take units until there are none, or until one of them fails."""
 
     def __init__(
-        self, plan: Plan, reader: Reader, output: Output, scales: list[tuple[float, ...]], progress: Progress | None
+        self,
+        plan: Plan,
+        reader: Reader,
+        output: Output,
+        scales: list[tuple[float, ...]],
+        progress: Progress | None,
+        follower: Follower | None,
     ) -> None:
         self._plan = plan
         self._reader = reader
         self._output = output
         self._scales = scales
         self._progress = progress
+        self._follower = follower
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._todo = units_of(plan)
@@ -265,6 +315,8 @@ class _Run:
 
     def _finish(self, unit: Unit, record: dict[str, Any]) -> None:
         step = self._plan.steps[unit.step]
+        if self._follower:
+            self._follower.passed(_stretches(step, unit))
         with self._lock:
             self._records[unit.key] = record
             nbytes = unit.count * DTYPE_BITS[step.slot.spec.dtype] // 8
@@ -372,18 +424,3 @@ def _by_step(plan: Plan) -> Iterator[tuple[Step, list[Unit]]]:
     for unit in units_of(plan):
         units[unit.step].append(unit)
     yield from zip(plan.steps, units, strict=True)
-
-
-def _texts(plan: Plan, facts: Mapping[str, TensorFacts]) -> dict[str, bytes]:
-    """Return the small files of the output by name."""
-    texts = {file.name: file.content for file in plan.side_files}
-    if len(plan.heads) > 1:
-        weight_map = {step.name: step.slot.file for step in plan.steps}
-        total = sum(step.slot.spec.nbytes for step in plan.steps)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        texts[INDEX] = json.dumps(index, indent=2).encode() + b"\n"
-    texts["README.md"] = render_card(plan).encode()
-    texts["resta.json"] = (
-        json.dumps(describe(plan, facts), indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-    )
-    return texts

@@ -244,6 +244,7 @@ def _describe_input(plan: Plan, name: str) -> dict[str, Any]:
                 "bytes": identity.bytes,
                 "header_sha256": identity.header_sha256,
                 "sha256": identity.sha256,
+                "sha256_from": identity.sha256_from,
             }
             for path, identity in weights.files.items()
             if path.parent == weights.located.folder

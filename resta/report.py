@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 from collections import Counter
@@ -22,6 +23,7 @@ from rich.text import Text
 from resta.engine import Progress as OnProgress
 from resta.engine import Result
 from resta.manifest import Change, TensorFacts, change_warning, layer_of, total_change
+from resta.output import MARK
 from resta.plan import Plan
 from resta.printable import console, printable
 
@@ -80,6 +82,18 @@ def print_result(result: Result, seconds: float) -> None:
     if warning:
         terminal.print(Text.assemble(("warning:", "yellow"), f" {printable(warning)}"))
     terminal.print(f"check it:     {printable(audit_command(result))}", soft_wrap=True)
+
+
+def digest_line(result: Result) -> str:
+    """Say what the digests that were asked for took; of a merge that an earlier run completed, what that one wrote."""
+    if result.digests is None:
+        recorded = json.loads((result.out / MARK).read_bytes())["digests"]
+        return f"digests:      {recorded}: so an earlier run wrote, which had only its last renames left"
+    taken = result.digests
+    return (
+        f"digests:      SHA-256 of {len(taken.sha256)} files took {taken.core_s:.1f} s of one core; the merge waited "
+        f"{taken.after_s:.1f} s for them at its end"
+    )
 
 
 def audit_command(result: Result) -> str:

@@ -21,7 +21,7 @@ from resta.output import check_space, check_target
 from resta.plan import Plan, make_plan
 from resta.printable import printable, printable_lines
 from resta.recipe import SCALE_ADVICE, Recipe, dump_recipe, load_recipe, make_recipe
-from resta.report import merge_progress, print_plan, print_result
+from resta.report import digest_line, merge_progress, print_plan, print_result
 
 EPILOG = """\b
 Examples:
@@ -180,6 +180,7 @@ def _absolute(source: str) -> str:
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), required=True, help="Directory to be made.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier output, once the new one is complete.")
 @click.option("--workers", type=click.IntRange(min=1), help="Threads [default: processors, at most 8].")
+@click.option("--digests", is_flag=True, help="Record the SHA-256 of every input and output file.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and every refusal; write nothing.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
@@ -194,7 +195,7 @@ def command(ctx: click.Context, /, tuned_or_recipe: str, out: Path, **options: A
     Models stream from disk to disk: memory stays small whatever their size. A merge that was killed goes on where
     it was when the same command is run again. OUT appears when it is complete.
     """
-    overwrite, workers = options.pop("overwrite"), options.pop("workers")
+    overwrite, workers, digests = options.pop("overwrite"), options.pop("workers"), options.pop("digests")
     dry_run, quiet, as_json = options.pop("dry_run"), options.pop("quiet"), options.pop("as_json")
     recipe = _recipe(ctx, tuned_or_recipe, options)
     plan = make_plan(recipe)
@@ -203,12 +204,14 @@ def command(ctx: click.Context, /, tuned_or_recipe: str, out: Path, **options: A
         return
     began = time.perf_counter()
     with merge_progress(plan, shown=sys.stderr.isatty() and not (quiet or as_json)) as progress:
-        result = carry_out(plan, out, workers=workers, overwrite=overwrite, progress=progress)
+        result = carry_out(plan, out, workers=workers, overwrite=overwrite, progress=progress, digests=digests)
     seconds = time.perf_counter() - began
     if as_json:
         click.echo(json.dumps(_summary(result, seconds)))
     elif not quiet:
         print_result(result, seconds)
+        if digests:
+            click.echo(digest_line(result))
         click.echo(f"evaluate it:  resta redeval {printable(shlex.quote(str(result.out)))}")
 
 
@@ -244,7 +247,7 @@ def _dry_run(plan: Plan, out: Path, *, overwrite: bool, as_json: bool) -> None:
 
 
 def _summary(result: Result, seconds: float) -> dict[str, Any]:
-    change = total_change(result.tensors.values())
+    change, taken = total_change(result.tensors.values()), result.digests
     return {
         "out": str(result.out),
         "equation": result.plan.recipe.equation,
@@ -253,5 +256,6 @@ def _summary(result: Result, seconds: float) -> dict[str, Any]:
         "bytes_written": result.plan.bytes_written,
         "seconds": round(seconds, 3),
         "change": asdict(change),
+        "digests": {"files": len(taken.sha256), "core_s": taken.core_s, "after_s": taken.after_s} if taken else None,
         "warning": change_warning(change, result.plan.recipe.output.rounding),
     }
