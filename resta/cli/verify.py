@@ -101,7 +101,6 @@ def run(restored: str, tuned: str, aligned: str, out: Path, **given: Any) -> Non
     from resta.verify.policy import read_policy
     from resta.verify.report import remove_reports
     from resta.verify.run import check_budget, measure_all
-    from resta.verify.run import target_of as of_measurement
 
     with _no_verdict():
         policy = read_policy(given["policy_path"])
@@ -121,9 +120,15 @@ def run(restored: str, tuned: str, aligned: str, out: Path, **given: Any) -> Non
             models = measure_all(targets, budget, out, conditions)
             note_places(models, out)
             target = targets["aligned"]
-            reader = target if isinstance(target, Target) else of_measurement(models["aligned"], given["device"])
+            reader = target if isinstance(target, Target) else _measured(models["aligned"], given["device"])
             verdict = _decide(models, reader, out, policy, conditions, given)
     sys.exit(verdict)
+
+
+def _measured(model: Measurement, device: str) -> Target | None:
+    from resta.verify.places import find_model
+
+    return find_model(model.path, model.config["target"], device=device)
 
 
 @command.command()

@@ -22,7 +22,7 @@ import fcntl
 import json
 import os
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
@@ -297,10 +297,25 @@ def start_run(path: Path, config: dict[str, Any], questions: Iterable[Question],
             if not (path / "run.json").exists():
                 _make_run(path, config, questions, environment)
     run = load_run(path)
-    different = differences(run.config, config)
+    different = differences(_of_content(run.config), _of_content(config))
     if different:
         raise ResumeError(f"{path} holds another run; it differs in {'; '.join(different[:6])}. Choose another --out")
     return run
+
+
+def _of_content(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: content_of(value) if key == "target" else value for key, value in config.items()}
+
+
+def content_of(target: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a target's facts say of the model itself: where its directories lie is left out, for their content is
+    in the fingerprint. A recipe's is not: it names its models by their places.
+    """
+    prints = target.get("fingerprint") or {}
+    by_content = {"name": "model" in prints, "base": "files" in prints, "files": "files" in prints}
+    if str(target["name"]).endswith((".yaml", ".yml")):
+        by_content = {}
+    return {key: value for key, value in target.items() if not by_content.get(key)}
 
 
 MAKING = ("questions.jsonl", "run.json.part")  # what a crash may leave of a run that was being made

@@ -5,6 +5,7 @@ A measurement is a folder, so that what was measured once serves many comparison
     M/redeval/               a Red-Eval run (resta/redeval/records.py)
     M/utility/               utility documents (resta/verify/documents.py); absent where none were measured
     M/manifest.json          the model's resta.json as it was; absent for a served model, or one without
+    M/model.json             where the model lay (resta/verify/places.py); absent for a served model
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ from resta.redeval.asks import digest
 from resta.redeval.judges import Judge
 from resta.redeval.judging import check_judges, judge_phase, note_judges
 from resta.redeval.models import LocalModel, load_local
-from resta.redeval.records import RunLock, differences, environment, load_run, start_run
+from resta.redeval.records import RunLock, content_of, differences, environment, load_run, start_run
 from resta.redeval.run import Conditions, Plan, Request, answer_phase, make_plan, missing_asks, plan_of
-from resta.redeval.targets import Target, parse_target
+from resta.redeval.targets import Target
 from resta.verify.coherence import Losses, answer_losses, read_losses, write_losses
 from resta.verify.comparison import Comparison, compare
 from resta.verify.documents import finished_tasks
@@ -29,6 +29,7 @@ from resta.verify.measurement import (
     conditions_of,
     read_measurement,
 )
+from resta.verify.places import note_model
 from resta.verify.policy import Policy
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ def measure(
     with RunLock(run.path):
         note_judges(run, judges)
         _keep_manifest(target, path)
+        note_model(target, path)
         tasks = {task.name for task in budget.suite.tasks} if budget.suite else set()
         if missing_asks(run, plan) or tasks - finished_tasks(path / "utility"):
             if local is None and target.local is not None:
@@ -179,26 +181,13 @@ def compare_all(
     return compare(models, judge=policy.judge, level=policy.level, losses=known if len(known) == len(models) else None)
 
 
-def target_of(measured: Measurement, device: str) -> Target | None:
-    """Return the model that was measured, if it is a local one that is still what it was; else None."""
-    facts = measured.config["target"]
-    if facts["kind"] != "local":
-        return None
-    options = {key: facts[key] for key in ("base", "files", "dtype")}
-    try:
-        target = parse_target(facts["name"], None, device=device, **options)
-        return target if target.facts == facts else None
-    except (ModelError, OSError):  # it has moved
-        return None
-
-
 def measure_losses(models: Mapping[str, Measurement], aligned: Target, folder: Path, conditions: Conditions) -> None:
     """Measure every answer's loss under the aligned model into `folder`, but for those that are there already."""
     assert aligned.local is not None
     local: LocalModel | None = None
     for role, model in models.items():
         answers, path = _raw(model), folder / f"{role}.json"
-        by = digest({**aligned.facts, "rendering": model.config["rendering"]})
+        by = digest({**content_of(aligned.facts), "rendering": model.config["rendering"]})
         kept = read_losses(path, answers)
         if kept is not None and kept.aligned == by:
             continue

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,61 @@ def test_measurements_of_a_folder_that_was_moved_are_found(trio: dict[str, Path]
         main, ["verify", "report", str(tmp_path / "there"), "--policy", str(tmp_path / "policy.yaml")]
     )
     assert done.exit_code == 0, done.output
+
+
+@pytest.fixture
+def project(trio: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a folder, made the current one, in which models are named by relative paths; measured into project/out."""
+    folder = tmp_path / "project"
+    for role, path in trio.items():
+        shutil.copytree(path, folder / role)
+    monkeypatch.chdir(folder)
+    assert verify({role: Path(role) for role in ROLES}, Path("out"), "--no-utility").exit_code == 0
+    return folder
+
+
+def test_the_aligned_model_of_a_cached_measurement_is_found_from_another_directory(
+    project: Path, tmp_path: Path, loads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    cached = {"aligned": Path("../project/out/aligned"), "tuned": project / "out" / "tuned"}
+    verify({**cached, "restored": Path("../project/restored")}, Path("second"), "--no-utility")
+    assert loads == ["restored", "aligned"]
+
+
+def test_the_aligned_model_of_a_cached_measurement_is_found_after_the_whole_tree_has_moved(
+    project: Path, tmp_path: Path, loads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    project.rename(tmp_path / "moved")
+    cached = {role: Path("moved/out") / role for role in ("aligned", "tuned")}
+    verify({**cached, "restored": Path("moved/restored")}, Path("second"), "--no-utility")
+    assert loads == ["restored", "aligned"]
+
+
+def test_another_model_in_the_place_of_the_measured_one_does_not_stand_for_it(
+    project: Path, tmp_path: Path, loads: list[str]
+) -> None:
+    shutil.rmtree(project / "aligned")
+    shutil.copytree(project / "tuned", project / "aligned")
+    cached = {role: Path("out") / role for role in ("aligned", "tuned")}
+    verify({**cached, "restored": Path("restored")}, Path("second"), "--no-utility")
+    assert loads == ["restored"]
+
+
+def test_the_same_command_goes_on_from_another_directory(
+    project: Path, tmp_path: Path, loads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = answers(project / "out")
+    monkeypatch.chdir(tmp_path)
+    again = verify({role: Path("project") / role for role in ROLES}, project / "out", "--no-utility")
+    assert again.exit_code == 0, again.output
+    assert loads == []
+    assert answers(project / "out") == before
+    other = verify({role: Path("project") / "tuned" for role in ROLES}, project / "out", "--no-utility")
+    assert other.exit_code == 2
+    assert "holds another run; it differs in target.fingerprint" in other.output
 
 
 def test_three_measurements_say_themselves_which_tasks_there_are(trio: dict[str, Path], tmp_path: Path) -> None:
