@@ -286,9 +286,12 @@ def test_an_endpoint_that_fails_is_no_verdict(trio: dict[str, Path], tmp_path: P
 
     stub.answer = answer
     served = ["--base-url", stub.url, "--no-utility", "--retries", "0"]
-    done = verify(trio, tmp_path / "out", *served)
+    done = verify(trio, tmp_path / "out", *served, "--max-failures", "2")
     assert done.exit_code == 5
     assert "no verdict" in done.output
+    done = verify(trio, tmp_path / "out", *served)  # every question is tried, and none answered
+    assert done.exit_code == 4
+    assert "missing.max" in done.output
 
 
 def test_served_models_are_compared_without_their_weights(trio: dict[str, Path], tmp_path: Path, stub: Stub) -> None:
