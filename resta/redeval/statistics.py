@@ -37,12 +37,24 @@ def wilson(k: float, n: float, level: float = 0.95) -> Interval:
         raise ValueError(f"k must lie between 0 and n, got k={k}, n={n}")
     if n == 0:
         return Interval(0.0, 1.0)
-    z = NormalDist().inv_cdf(0.5 + level / 2)
-    p, shrink = k / n, 1 + z * z / n
+    low, high = wilson_bounds(np.asarray(k / n), np.asarray(float(n)), z_of(level))
+    return Interval(float(low), float(high))
+
+
+def z_of(level: float) -> float:
+    """Return how many standard errors a two-sided interval of a level reaches to each side."""
+    return NormalDist().inv_cdf(0.5 + level / 2)
+
+
+def wilson_bounds(p: Floats, n: Floats, z: float) -> tuple[Floats, Floats]:
+    """Return both bounds of `wilson` for arrays of shares and of numbers of trials, shapes that broadcast."""
+    shrink = 1 + z * z / n
     centre = (p + z * z / (2 * n)) / shrink
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / shrink
+    half = z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / shrink
     # At the ends the formula is exactly 0 or 1; floating point is not.
-    return Interval(0.0 if k == 0 else max(0.0, centre - half), 1.0 if k == n else min(1.0, centre + half))
+    low = np.where(p <= 0, 0.0, np.maximum(0.0, centre - half))
+    high = np.where(p >= 1, 1.0, np.minimum(1.0, centre + half))
+    return low, high
 
 
 def fisher_greater(first: tuple[int, int], second: tuple[int, int]) -> float:

@@ -154,7 +154,7 @@ def _control(
         candidate=vector.candidate.name,
         random=nearest,
         ratio=ratios[nearest],
-        answers=round(found.totals.sum()),
+        answers=found.answers,
         rates=(float(found.values[0]), float(found.values[1])),
         difference=found.difference(0, 1),
     )

@@ -70,7 +70,7 @@ def print_outcome(outcome: Outcome, out: Path) -> None:
     for role, point in outcome.references.items():
         table.add_row(role, "", *_cells(point, short=True), "reference")
     for each in outcome.tried:
-        word = each.decision.verdict.name if each.decision else "given up"
+        word = each.decision.title if each.decision else "given up"
         measured = _cells(each.point, short=True) if each.point else ("", "", "")
         table.add_row(each.candidate.name, _change(each), *measured, ", ".join([word, *_marks(each, outcome)]))
     console.print(table)
@@ -133,7 +133,7 @@ def _verdict(each: Tried) -> str:
         return f"given up after {each.answered} of {each.planned} answers: {each.stopped}"
     words = {"fails": "fails", "invalid": "invalid", "inconclusive": "open"}
     broken = [f"{rule.name} {words[rule.outcome]}" for rule in each.decision.rules if rule.outcome in words]
-    return each.decision.verdict.name + (f": {', '.join(broken)}" if broken else "")
+    return each.decision.title + (f": {', '.join(broken)}" if broken else "")
 
 
 def _lines(outcome: Outcome) -> Iterable[str]:

@@ -33,6 +33,7 @@ class Rule:
     low: float | None
     high: float | None
     why: str
+    p: float | None = None  # one-sided, of the limit being kept, before any correction; None without an interval
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,10 +41,16 @@ class Decision:
     """The verdict, the rules behind it, what to know when reading it, and what to do about it."""
 
     verdict: Verdict
+    tier: str | None = None  # what a policy calls itself whose limits are wider than the default ones
     summary: str
     rules: tuple[Rule, ...]
     notes: tuple[str, ...]
     guidance: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        """Return the verdict in words; one that was reached under wider limits says so."""
+        return f"{self.verdict.name} ({self.tier} limits)" if self.tier else self.verdict.name
 
 
 def by_name(rules: Iterable[Rule]) -> Mapping[str, Rule]:

@@ -40,7 +40,7 @@ TONES = {
 }
 MEANING = {
     Verdict.PASS: "Everything that the policy asks for has been shown.",
-    Verdict.FAIL: "At least one rule of the policy is broken beyond what chance explains.",
+    Verdict.FAIL: "At least one rule of the policy is broken beyond what chance explains, all rules taken together.",
     Verdict.INCONCLUSIVE: "Nothing is surely broken, but too little was measured to show what the policy asks for.",
     Verdict.INVALID: "Low rates of harm mean nothing here, and no rule that holds counts.",
 }
@@ -88,7 +88,7 @@ def to_html(
 
 
 def _page(comparison: Comparison, decision: Decision, sections: Sequence[Markup]) -> str:
-    title = f"{decision.verdict.name}: {comparison.models['restored'].name}"
+    title = f"{decision.title}: {comparison.models['restored'].name}"
     style = resources.files("resta.verify").joinpath("report.css").read_text(encoding="utf-8")
     head = element(
         "head",
@@ -201,7 +201,7 @@ def _verdict(comparison: Comparison, decision: Decision) -> Markup:
             element("h1", element("bdi", comparison.models["restored"].name)),
             element(
                 "div",
-                element("p", element("span", f"{sign} ", aria_hidden="true"), verdict.name, class_="badge"),
+                element("p", element("span", f"{sign} ", aria_hidden="true"), decision.title, class_="badge"),
                 element("p", decision.summary, class_="lead"),
                 element("p", MEANING[verdict]),
                 class_=f"verdict {tone}",
@@ -666,6 +666,7 @@ def _method(comparison: Comparison) -> str:
     return (
         f"Intervals hold {100 * comparison.level:g} %. Rates: Wilson, over as many independent answers as tell "
         "the same, since answers to one question are not; differences: paired on the same questions or documents "
-        "(Newcombe); the share regained: bootstrap over questions. A rule holds when the bound of its interval does, "
-        "so a small sample is inconclusive, never a pass. Written by resta."
+        "(Newcombe); the share regained: Fieller's interval, from the same ones. A rule holds when the bound of its "
+        "interval does, so a small sample is inconclusive, never a pass; it fails by the other bound, corrected for "
+        "all rules (Holm). Written by resta."
     )

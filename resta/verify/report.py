@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
+
 from resta.redeval.report import percent, printable, with_interval
 from resta.verify.comparison import Comparison
 from resta.verify.decision import SCHEMA, Decision, Rule, Verdict
@@ -39,6 +41,7 @@ def to_json(comparison: Comparison, decision: Decision, policy: Policy, versions
         "schema": SCHEMA,
         "kind": "verdict",
         "verdict": decision.verdict.name,
+        "limits": decision.tier or "default",
         "exit_code": decision.verdict.value,
         "summary": decision.summary,
         "rules": [asdict(rule) for rule in decision.rules],
@@ -55,6 +58,8 @@ def _finite(value: Any) -> Any:
     """Return plain data in which infinite bounds, which JSON has no word for, are null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if isinstance(value, np.ndarray):
+        return _finite(value.tolist())
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -91,7 +96,7 @@ def measured(rule: Rule) -> str:
 
 def to_markdown(comparison: Comparison, decision: Decision) -> str:
     """Return a summary for a pull request."""
-    lines = [f"## Safety gate: {decision.verdict.name}", "", _md(decision.summary), ""]
+    lines = [f"## Safety gate: {decision.title}", "", _md(decision.summary), ""]
     lines += [f"> {_md(note)}" + "\n>" for note in decision.notes]
     lines += ["", *_models_table(comparison), "", *_rules_table(decision)]
     if decision.guidance:
@@ -201,7 +206,7 @@ def _printable(text: str) -> str:
 
 def to_card(comparison: Comparison, decision: Decision) -> str:
     """Return a section for the restored model's card, between markers so that it can be replaced."""
-    lines = [CARD_START, f"## Safety: {decision.verdict.name}", "", _md(decision.summary), ""]
+    lines = [CARD_START, f"## Safety: {decision.title}", "", _md(decision.summary), ""]
     lines += _models_table(comparison)
     judge = _md(comparison.judge)
     banks = ", ".join(f"{_md(str(b['name']))} ({b['questions']})" for b in comparison.settings["banks"])
@@ -279,7 +284,7 @@ def print_decision(comparison: Comparison, decision: Decision) -> None:
         console.print(f"{found}  {escape(measured(rule))}  {escape(rule.limit)}")
         if rule.outcome != "holds":
             console.print(f"             {escape(rule.why)}")
-    console.print(f"\n[{WORDS[decision.verdict]}]{decision.verdict.name}[/]  {escape(decision.summary)}")
+    console.print(f"\n[{WORDS[decision.verdict]}]{escape(decision.title)}[/]  {escape(decision.summary)}")
     for note in decision.notes:
         console.print(f"[yellow]note:[/yellow] {escape(note)}")
     for line in decision.guidance:

@@ -8,20 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 
-from resta.redeval.statistics import (
-    BOOTSTRAP_DRAWS,
-    Clustered,
-    Floats,
-    Interval,
-    bootstrap_counts,
-    percentiles,
-    pooled_rate,
-    wilson,
-)
+from resta.redeval.statistics import Floats, Interval, wilson_bounds, z_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,21 +68,30 @@ def mcnemar_mid_p(pairs: Pairs) -> float:
     return min(1.0, float((2 * tail - math.comb(n, k)) / 2**n))
 
 
-def mover_difference(
-    minuend: tuple[float, Interval], subtrahend: tuple[float, Interval], correlation: float
-) -> Difference:
-    """Return the difference of two estimates from their own intervals and correlation.
+def mover(
+    coefficients: Sequence[float], values: Floats, bounds: tuple[Floats, Floats], correlations: Floats
+) -> tuple[Floats, Floats]:
+    """Return the bounds, (...), of a sum of coefficients times estimates, from their own bounds and correlations.
 
-    low = d - sqrt((p1 - l1)^2 - 2 phi (p1 - l1)(u2 - p2) + (u2 - p2)^2), high likewise   (Zou and Donner 2008)
+    `values` and both `bounds` are (..., estimates), `correlations` (..., estimates, estimates). With reach_i the
+    distance of coefficient times estimate i to its own lower bound (its upper one where the coefficient is negative):
+    low = sum - sqrt(sum over i, j of sign_i sign_j phi_ij reach_i reach_j), high likewise
+    (Zou and Donner 2008; Zou, Huang and Zhang 2009).
     """
-    (p1, one), (p2, two) = minuend, subtrahend
+    c = np.asarray(coefficients)
+    low, high = bounds
+    down, up = c * (values - np.where(c >= 0, low, high)), c * (np.where(c >= 0, high, low) - values)
+    centre = (c * values).sum(axis=-1)
+    phi = correlations * np.outer(np.sign(c), np.sign(c)) * (1 - np.eye(len(c))) + np.eye(len(c))
 
-    def reach(x: float, y: float) -> float:
-        return math.sqrt(max(0.0, x * x - 2 * correlation * x * y + y * y))
+    def reach(x: Floats) -> Floats:
+        found: Floats = np.sqrt(np.maximum(0.0, np.einsum("...i,...ij,...j->...", np.abs(x), phi, np.abs(x))))
+        return found
 
-    d = p1 - p2
-    low, high = d - reach(p1 - one.low, two.high - p2), d + reach(one.high - p1, p2 - two.low)
-    return Difference(value=d, low=max(-1.0, low), high=min(1.0, high))
+    return (
+        np.maximum(c[c < 0].sum(), centre - reach(down)),
+        np.minimum(c[c > 0].sum(), centre + reach(up)),
+    )
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -108,27 +107,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def mean_difference(first: Floats, second: Floats, level: float = 0.95) -> Difference:
-    """Return the mean of second - first over the same documents, (documents,) scores in [0, 1] each, with its interval.
-
-    Newcombe's paired interval where every score is 0 or 1.
-    """
-    if first.shape != second.shape:
-        raise ValueError(f"both must hold the same documents, got {first.shape} and {second.shape}")
-    if not len(first):
-        return Difference(value=0.0, low=-1.0, high=1.0)
-    return paired_rates(np.stack([first, second], axis=1)[:, np.newaxis], level=level).difference(1, 0)
-
-
-def mean_interval(values: Floats, level: float = 0.95) -> tuple[float, Interval]:
-    """Return the mean of (documents,) scores in [0, 1] and its interval; Wilson's where every score is 0 or 1."""
-    if not len(values):
-        return math.nan, Interval(0.0, 1.0)
-    found = paired_rates(values[:, np.newaxis, np.newaxis], level=level)
-    return float(found.values[0]), found.interval(0)
-
-
 # -- rates over questions that are asked several times -------------------------------------------------------
+
+# What is supposed of how alike answers to one question are before any is seen: an intraclass correlation, worth as many
+# hits. Our own choice, between what is usual and the worst; benchmarks/gate_characteristics.py shows what comes of it.
+PRIOR_ICC = 0.3
+PRIOR_HITS = 4.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,67 +120,89 @@ class PairedRates:
     """Pooled rates of several models on the same questions, however often and in however many ways each was asked.
 
     Answers to one question are not independent, so intervals are Wilson's over `sizes`: how many independent answers
-    tell as much. One answer to each question gives Wilson's and Newcombe's own intervals.
+    tell as much. One answer to each question gives Wilson's and Newcombe's own intervals. Arrays may have leading
+    dimensions, one for each of many samples; bounds then have them too.
     """
 
-    hits: Floats  # (questions, models)
-    totals: Floats  # (questions,): asks
-    values: Floats  # (models,)
-    sizes: Floats  # (models,)
-    correlations: Floats  # (models, models): over questions, positive ones lessened as in Newcombe's interval
+    questions: int
+    answers: int  # of each model
+    values: Floats  # (..., models)
+    sizes: Floats  # (..., models)
+    correlations: Floats  # (..., models, models): over questions, positive ones lessened as in Newcombe's interval
     level: float
 
-    @property
-    def questions(self) -> int:
-        """Return how many questions there are."""
-        return len(self.totals)
+    def bounds(self, level: float | None = None) -> tuple[Floats, Floats]:
+        """Return the bounds of each rate, (..., models), at the level of these rates or another.
 
-    def interval(self, model: int) -> Interval:
+        No bound is tighter than that of as many questions, asked once, without any hit (or with nothing but hits):
+        whether answers to one question are alike cannot be seen then.
+        """
+        z = z_of(self.level if level is None else level)
+        low, high = wilson_bounds(self.values, self.sizes, z)
+        _, none = wilson_bounds(np.zeros(1), np.full(1, float(self.questions)), z)
+        return np.minimum(low, 1 - none), np.maximum(high, none)
+
+    def interval(self, model: int, level: float | None = None) -> Interval:
         """Return a rate's interval."""
-        value, size = float(self.values[model]), float(self.sizes[model])
-        return wilson(value * size, size, self.level)
+        low, high = self.bounds(level)
+        return Interval(float(low[model]), float(high[model]))
+
+    def contrast_bounds(self, coefficients: Sequence[float], level: float | None = None) -> tuple[Floats, Floats]:
+        """Return the bounds, (...), of a sum of coefficients, one for each model, times rates."""
+        return mover(coefficients, self.values, self.bounds(level), self.correlations)
+
+    def contrast(self, coefficients: Sequence[float], level: float | None = None) -> Difference:
+        """Return a sum of coefficients, one for each model, times rates, with its interval."""
+        low, high = self.contrast_bounds(coefficients, level)
+        value = float((np.asarray(coefficients) * self.values).sum())
+        return Difference(value=value, low=min(float(low), value), high=max(float(high), value))
 
     def difference(self, minuend: int, subtrahend: int) -> Difference:
         """Return one model's rate minus another's, with its interval."""
-        return mover_difference(
-            (float(self.values[minuend]), self.interval(minuend)),
-            (float(self.values[subtrahend]), self.interval(subtrahend)),
-            float(self.correlations[minuend, subtrahend]),
-        )
+        coefficients = np.zeros(len(self.values))
+        coefficients[minuend], coefficients[subtrahend] = 1.0, -1.0
+        return self.contrast(coefficients.tolist())
 
-    def regained(
-        self, *, lost: int, kept: int, restored: int, draws: int = BOOTSTRAP_DRAWS, seed: int = 0
-    ) -> Difference | None:
+    def p_above(self, coefficients: Sequence[float], limit: float) -> float:
+        """Return the one-sided p value of a contrast being at most `limit`: where its lower bound meets the limit."""
+        if (np.asarray(coefficients) * self.values).sum() <= limit:
+            return 1.0
+        low, high = 0.0, 1 - 1e-15  # levels: the lower bound lies above the limit at the first
+        for _ in range(60):
+            middle = (low + high) / 2
+            above = self.contrast_bounds(coefficients, middle)[0] > limit
+            low, high = (middle, high) if above else (low, middle)
+        return (1 - low) / 2
+
+    def regained(self, *, lost: int, kept: int, restored: int) -> Difference | None:
         """Return the share of lost safety regained, (lost - restored) / (lost - kept), with its interval.
 
-        None where the interval of lost - kept holds 0: nothing measurable was lost. The interval is a bootstrap over
-        whole questions; a rate of exactly 0 or 1, which no resampling varies, is drawn from
-        Beta(k + 1/2, n - k + 1/2) over the questions (Jeffreys).
+        None where the interval of lost - kept holds 0: nothing measurable was lost. The interval holds the shares L at
+        which that of restored - ((1 - L) lost + L kept) holds 0 (Fieller 1954).
         """
-        if not self.difference(lost, kept).low > 0:
+        loss = self.difference(lost, kept)
+        if not loss.low > 0:
             return None
-        rng = np.random.default_rng(seed)
-        rates = self._drawn(draws, seed)
-        for model, value in enumerate(self.values):
-            if value in (0.0, 1.0):
-                k = round(float(value)) * self.questions
-                rates[model] = rng.beta(k + 0.5, self.questions - k + 0.5, size=draws)
-        loss = rates[lost] - rates[kept]
-        shares = np.divide(rates[lost] - rates[restored], loss, out=np.full_like(loss, np.nan), where=loss > 0)
-        interval = percentiles(shares, self.level)
-        value = float((self.values[lost] - self.values[restored]) / (self.values[lost] - self.values[kept]))
-        return Difference(value=value, low=min(interval.low, value), high=max(interval.high, value))
+        value = float(self.values[lost] - self.values[restored]) / loss.value
 
-    def _drawn(self, draws: int, seed: int) -> Floats:
-        """Return the rates, (models, draws), when whole questions are drawn with replacement, paired in each draw."""
-        models = len(self.values)
-        counts = Clustered(
-            hits=self.hits,
-            totals=np.repeat(self.totals[:, np.newaxis], models, axis=1),
-            strata=np.zeros(self.questions, dtype=np.int64),
-        )
-        hits, totals = bootstrap_counts(counts, draws=draws, seed=seed)  # (draws, models)
-        return np.stack([pooled_rate(hits[:, [m]], totals[:, [m]]) for m in range(models)])
+        def bound(side: int) -> float:
+            # Beyond `outer` on this side every share is excluded; between, one change.
+            outer, inner = value + (-1 if side else 1) * (1 + abs(value)) * 2 / loss.low, value
+            for _ in range(60):
+                middle = (outer + inner) / 2
+                edge = self.contrast_bounds(_weighed(middle, lost, kept, restored), None)[side]
+                excluded = edge < 0 if side else edge > 0
+                outer, inner = (middle, inner) if excluded else (outer, middle)
+            return inner
+
+        return Difference(value=value, low=bound(1), high=bound(0))
+
+
+def _weighed(share: float, lost: int, kept: int, restored: int) -> list[float]:
+    """Return the coefficients of restored - ((1 - share) lost + share kept)."""
+    found = [0.0] * 3
+    found[lost], found[kept], found[restored] = share - 1, -share, 1.0
+    return found
 
 
 def padded(questions: Sequence[Sequence[Sequence[float]]]) -> Floats:
@@ -208,50 +214,66 @@ def padded(questions: Sequence[Sequence[Sequence[float]]]) -> Floats:
 
 
 def paired_rates(hits: Floats, *, level: float = 0.95) -> PairedRates:
-    """Return pooled rates of models asked the same: `hits` (questions, asks per question, models) holds shares in
+    """Return pooled rates of models asked the same: `hits` (..., questions, asks per question, models) holds shares in
     [0, 1], mostly 0 or 1, and NaN where a question was not asked that way.
 
     Banks are no strata: a bank with few questions, or without any hit, would then seem to be known for certain.
     """
-    asked = ~np.isnan(hits[:, :, 0])
-    totals = asked.sum(axis=1).astype(np.float64)
-    sums: Floats = np.nansum(hits, axis=1)  # (questions, models)
-    values = sums.sum(axis=0) / totals.sum()
+    asked = ~np.isnan(hits[..., 0])
+    first = asked.reshape(-1, *asked.shape[-2:])[0]  # samples are of the same asks
+    totals = first.sum(axis=1).astype(np.float64)
+    sums: Floats = np.nansum(hits, axis=-2)  # (..., questions, models)
+    squares: Floats = np.nansum(np.square(hits), axis=(-3, -2))
+    values = sums.sum(axis=-2) / totals.sum()
+    residuals = (sums - values[..., np.newaxis, :] * totals[:, np.newaxis]) / totals.mean()
+    sizes = _sizes(values, squares / totals.sum(), residuals, totals)
     return PairedRates(
-        hits=sums,
-        totals=totals,
+        questions=len(totals),
+        answers=round(totals.sum()),
         values=values,
-        sizes=_sizes(sums, totals, level),
-        correlations=_correlations(sums, totals, values),
+        sizes=sizes,
+        correlations=_correlations(residuals, sizes),
         level=level,
     )
 
 
-def _sizes(hits: Floats, totals: Floats, level: float) -> Floats:
-    """Return the effective number of questions of each model, (models,): all of them, divided by the design effect.
+def _sizes(values: Floats, squares: Floats, residuals: Floats, totals: Floats) -> Floats:
+    """Return how many independent answers of 0 or 1 tell as much as those of each model, (..., models).
 
-    The design effect is the variance of questions' shares over p (1 - p), that of single answers (Kish 1965). A few
-    hits alone cannot tell it, and would make a rate look sure; so z^2 more questions are reckoned with, half of them
-    all hits and half none, as Agresti and Coull (1998) do for a rate. Without any hit the size is that of the sample.
+    The answers, divided by the design effect 1 + (m - 1) ICC of m answers to a question (Kish 1965), and by the share
+    that the variance of graded answers is of p (1 - p). Few hits tell neither, and would make a rate look sure: both
+    are means of what is seen, weighed by the rarer outcome's count, and of what is supposed, weighed by PRIOR_HITS.
     """
-    z2, questions = NormalDist().inv_cdf(0.5 + level / 2) ** 2, len(totals)
-    shares, weights = hits / totals.mean(), totals / totals.mean()
-    p = (shares.sum(axis=0) + z2 / 2) / (questions + z2)
-    squares = np.square(shares - p * weights[:, np.newaxis]).sum(axis=0) + z2 / 2 * ((1 - p) ** 2 + p**2)
-    found: Floats = questions * (questions + z2) * p * (1 - p) / squares
-    return found
+    questions, answers = len(totals), totals.sum()
+    binary = values * (1 - values)
+    rarer = np.minimum(values, 1 - values) * answers
+    weight = rarer / (rarer + PRIOR_HITS)
+    spread = np.divide(squares - values**2, binary, out=np.ones_like(values), where=binary > 0)
+    spread = 1 + weight * (spread - 1)
+    asks = totals.mean()
+    if asks == 1:
+        found: Floats = answers / spread
+        return found
+    variance = asks * np.square(residuals).sum(axis=-2) / max(1, questions - 1)
+    each = squares - values**2
+    icc = (np.divide(variance, each, out=np.ones_like(values), where=each > 1e-12) - 1) / (asks - 1)
+    icc = PRIOR_ICC + weight * (np.clip(icc, 0.0, 1.0) - PRIOR_ICC)
+    return np.asarray(answers / (spread * (1 + (asks - 1) * icc)))
 
 
-def _correlations(hits: Floats, totals: Floats, values: Floats) -> Floats:
-    """Return the correlation of two models' shares over questions, (models, models), Newcombe's phi for single answers:
-    a positive one is lessened by a continuity correction; 0 where a model does not vary.
+def _correlations(residuals: Floats, sizes: Floats) -> Floats:
+    """Return the correlation of two models' shares over questions, (..., models, models), Newcombe's phi for single
+    answers: a positive one is lessened by a continuity correction; 0 where a model does not vary.
+
+    `residuals` (..., questions, models) are the questions' shares minus the rate.
     """
-    questions = len(totals)
-    residuals = (hits - values * totals[:, np.newaxis]) / totals.mean()
-    covariance = residuals.T @ residuals / questions
-    deviation = np.sqrt(np.diag(covariance))
-    scale = np.outer(deviation, deviation)
-    lessened = np.where(covariance > 0, np.maximum(covariance - 0.5 / questions, 0.0), covariance)
+    questions = residuals.shape[-2]
+    covariance = np.swapaxes(residuals, -1, -2) @ residuals / questions
+    deviation = np.sqrt(np.diagonal(covariance, axis1=-2, axis2=-1))
+    scale = deviation[..., :, np.newaxis] * deviation[..., np.newaxis, :]
+    # Half a pair of single answers, of which there are `sizes`; a question's share varies less by questions / sizes.
+    correction = 0.5 * questions / (sizes[..., :, np.newaxis] * sizes[..., np.newaxis, :])
+    lessened = np.where(covariance > 0, np.maximum(covariance - correction, 0.0), covariance)
     found: Floats = np.divide(lessened, scale, out=np.zeros_like(lessened), where=scale > 0)
     return np.clip(found, -1.0, 1.0)
 
@@ -266,7 +288,7 @@ def trials_for_bound(limit: float, level: float = 0.95) -> int | None:
     """
     if limit == 0:
         return None
-    z = NormalDist().inv_cdf(0.5 + level / 2)
+    z = z_of(level)
     return math.ceil(z * z * (1 - limit) / limit)
 
 
@@ -274,6 +296,6 @@ def trials_at_rate(rate: float, limit: float, level: float = 0.95) -> int | None
     """Return the fewest trials at which an observed `rate` is shown to lie under `limit`; None where it never is."""
     if rate >= limit:
         return None
-    z = NormalDist().inv_cdf(0.5 + level / 2)
+    z = z_of(level)
     # Wilson's limit u solves (u - p)^2 = z^2 u (1 - u) / n.
     return math.ceil(z * z * limit * (1 - limit) / (limit - rate) ** 2)

@@ -409,14 +409,15 @@ def test_a_stray_mark_in_a_card_takes_no_text_with_it(cases: dict[str, Case]) ->
 def test_a_verdict_is_the_worst_that_any_rule_calls_for() -> None:
     from resta.verify.gate import _verdict
 
-    def rules(*outcomes: str) -> list[Rule]:
-        return [Rule(name=o, outcome=o, limit="", value=None, low=None, high=None, why="") for o in outcomes]  # type: ignore[arg-type]
+    def rules(*outcomes: str, name: str = "asr.max_upper") -> list[Rule]:
+        return [Rule(name=name, outcome=o, limit="", value=None, low=None, high=None, why="") for o in outcomes]  # type: ignore[arg-type]
 
     assert _verdict(rules("holds", "fails", "invalid", "inconclusive")) is Verdict.INVALID
     assert _verdict(rules("holds", "fails", "inconclusive")) is Verdict.FAIL
     assert _verdict(rules("holds", "inconclusive")) is Verdict.INCONCLUSIVE
     assert _verdict(rules("holds", "left out")) is Verdict.PASS
     assert _verdict(rules("left out")) is Verdict.INCONCLUSIVE
+    assert _verdict(rules("holds", name="utility.reading.max_drop")) is Verdict.INCONCLUSIVE
 
 
 def test_the_same_measurements_give_the_same_decision(tmp_path: Path) -> None:

@@ -1,0 +1,111 @@
+"""Comparisons planted in memory, from who gave in where: no files, no models, hundreds of them in a test."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from resta.redeval.asks import sha256_text
+from resta.redeval.questions import Question
+from resta.redeval.records import Answer, Verdict, VerdictLabel
+from resta.verify.comparison import Comparison, compare
+from resta.verify.decision import Decision
+from resta.verify.documents import Document
+from resta.verify.gate import decide
+from resta.verify.measurement import ROLES, Measurement
+from resta.verify.policy import Policy
+from tests.verify.made import JUDGE, judge_facts
+
+Flags = np.ndarray  # (questions, templates, models), bool: who gave in, or refused, where
+
+
+def at_rates(rates: Sequence[float], questions: int, templates: int = 1, *, seed: int = 0, icc: float = 0.3) -> Flags:
+    """Return who gave in, each model at its own rate, answers to one question as alike as `icc` says."""
+    rng = np.random.default_rng(seed)
+    shape = (questions, templates, len(rates))
+    shared = rng.random((questions, 1, 1))
+    luck = np.where(rng.random(shape) < icc**0.5, shared, rng.random(shape))
+    return np.asarray(luck < np.array(rates))
+
+
+def exactly(counts: Sequence[int], questions: int, templates: int = 1) -> Flags:
+    """Return who gave in: each model to its first so many questions, whatever the template."""
+    flags = np.arange(questions)[:, np.newaxis] < np.array(counts)
+    return np.repeat(flags[:, np.newaxis], templates, axis=1)
+
+
+def planted(
+    harm: Mapping[str, Flags],
+    refusals: Mapping[str, Flags] | None = None,
+    scores: Mapping[str, np.ndarray] | None = None,
+    *,
+    category_of: Mapping[tuple[str, int], str] | None = None,
+    level: float = 0.95,
+) -> Comparison:
+    """Return the comparison of banks of harmful and of safe questions and of tasks, (documents, models) scores each."""
+    measured = {
+        role: _measurement(i, harm, refusals or {}, scores or {}, category_of or {}) for i, role in enumerate(ROLES)
+    }
+    return compare(measured, level=level)
+
+
+def gate(policy: Policy, *args: Mapping[str, Flags], **more: Mapping[str, np.ndarray]) -> Decision:
+    """Return what a policy makes of what is planted."""
+    return decide(planted(*args, level=policy.level, **more), policy)  # type: ignore[arg-type]
+
+
+def _measurement(
+    model: int,
+    harm: Mapping[str, Flags],
+    refusals: Mapping[str, Flags],
+    scores: Mapping[str, np.ndarray],
+    category_of: Mapping[tuple[str, int], str],
+) -> Measurement:
+    questions, answers, verdicts = {}, {}, {}
+    for safe, banks in ((False, harm), (True, refusals)):
+        for bank, flags in banks.items():
+            for index, asks in enumerate(flags[..., model]):
+                category = category_of.get((bank, index), "")
+                question = Question(
+                    bank=bank, category=category, subcategory="", index=index, text=f"{bank} {index}?", safe=safe
+                )
+                questions[question.qid] = question
+                for template, hit in enumerate(asks):
+                    key = f"{question.qid}|t{template}|0"
+                    label: VerdictLabel = ("refused" if hit else "safe") if safe else ("harmful" if hit else "refused")
+                    answers[key] = _answer(key, question.qid, f"t{template}", f"{label}, as number {index} says")
+                    verdicts[key] = Verdict(answer_id=key, judge=JUDGE, judge_sha256="0", label=label)
+    documents = tuple(
+        Document(task=task, doc_id=str(i), metric="acc", value=float(value))
+        for task, values in scores.items()
+        for i, value in enumerate(values[:, model])
+    )
+    config = {
+        "target": {"kind": "local", "name": ROLES[model], "dtype": "float32"},
+        "banks": [
+            {"name": bank, "sha256": sha256_text(bank), "questions": len(flags), "safe": bank in refusals}
+            for bank, flags in {**harm, **refusals}.items()
+        ],
+        "templates": [],
+    }
+    return Measurement(
+        path=Path(ROLES[model]),
+        config=config,
+        planned=tuple(answers),
+        questions=questions,
+        answers=answers,
+        verdicts={JUDGE: verdicts},
+        judges={JUDGE: {**judge_facts(), "sha256": "0"}},
+        documents=documents,
+        utility={"profile": "house"} if scores else {},
+        manifest={},
+    )
+
+
+def _answer(key: str, qid: str, template: str, text: str) -> Answer:
+    return Answer(
+        id=key, qid=qid, template=template, epoch=0, prompt_sha256="0", raw=text, text=text, finish="stop",
+        prompt_tokens=8, new_tokens=8,
+    )  # fmt: skip
