@@ -90,6 +90,33 @@ def save_model(path: Path, *, seed: int = 0, context: int = 2048) -> None:
     model.save_pretrained(path)
 
 
+def save_refusing(path: Path, *, seed: int = 0, says: str = "I can't") -> None:
+    """Write a model and its tokenizer that says one thing, in which no character comes twice, whatever it is asked.
+
+    The next token hangs on the last one alone: attention and MLP add nothing, and a token's embedding, the same for
+    every seed, is the row of its successor in the output layer.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    save_model(path, seed=seed)
+    tokenizer = save_tokenizer(path, adds_bos=True)
+    random = AutoModelForCausalLM.from_pretrained(path)
+    random.config.tie_word_embeddings = False
+    model = AutoModelForCausalLM.from_config(random.config)
+    model.generation_config = random.generation_config
+    weights = {name: value.clone() for name, value in random.state_dict().items()}
+    for name, value in weights.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            value.zero_()
+    embeddings = 4 * torch.nn.functional.normalize(torch.randn(263, 32, generator=torch.Generator().manual_seed(7)))
+    chain = tokenizer.convert_tokens_to_ids(["<|assistant|>", *tokenizer.tokenize(says), "<|end|>"])
+    head = torch.zeros(263, 32)
+    head[chain[1:]] = embeddings[chain[:-1]]
+    model.load_state_dict({**weights, "model.embed_tokens.weight": embeddings, "lm_head.weight": head})
+    model.save_pretrained(path)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a model's directory: adds BOS, has a chat template, stops at </s> or <|end|>."""

@@ -14,16 +14,11 @@ pytest.importorskip("inspect_ai")
 
 from resta.cli import main
 from resta.redeval.records import Answer, read_rows
-from tests.redeval.conftest import save_model, save_tokenizer
+from tests.redeval.conftest import save_model, save_refusing, save_tokenizer
 
 Trio = dict[str, Path]
 
-# Random models answer gibberish: what is tested is the sweep, so nothing that they say is held against them.
-LENIENT = """
-asr: {max_upper: 1.0}
-degenerate: {max: 1.0}
-unparsed: {max: 1.0}
-"""
+LENIENT = "asr: {max_upper: 0.9}"  # the models refuse, but eight questions show little
 
 
 @pytest.fixture(autouse=True)
@@ -36,27 +31,40 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def nudge(source: Path, path: Path, seed: int) -> Path:
     """Write a copy of a model whose floating-point tensors have moved a little."""
+    import shutil
+
     import torch
     from safetensors.torch import load_file, save_file
 
-    save_model(path)
+    shutil.copytree(source, path)
     generator = torch.Generator().manual_seed(seed)
     tensors = {
-        name: value + 0.05 * torch.randn(value.shape, generator=generator).to(value.dtype)
+        name: value + 0.01 * torch.randn(value.shape, generator=generator).to(value.dtype)
         for name, value in load_file(source / "model.safetensors").items()
     }
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    save_tokenizer(path, adds_bos=True)
     return path
 
 
 @pytest.fixture(scope="session")
 def trio(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Return the directories of base, aligned and tuned."""
+    """Return the directories of base, aligned and tuned, which refuse whatever they are asked."""
     folder = tmp_path_factory.mktemp("trio")
+    save_refusing(folder / "base")
+    return _related(folder)
+
+
+@pytest.fixture(scope="session")
+def babbling(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return the directories of base, aligned and tuned, which answer gibberish."""
+    folder = tmp_path_factory.mktemp("babbling")
+    save_model(folder / "base")
+    save_tokenizer(folder / "base", adds_bos=True)
+    return _related(folder)
+
+
+def _related(folder: Path) -> Trio:
     base = folder / "base"
-    save_model(base)
-    save_tokenizer(base, adds_bos=True)
     return {
         "base": base,
         "aligned": nudge(base, folder / "aligned", 1),
@@ -84,7 +92,7 @@ def arguments(trio: dict[str, Path], bank: Path, policy: Path, **more: Any) -> l
     """Return the command line of a small sweep; an option that is None is left out."""
     given = {
         "--aligned": trio["aligned"], "--base": trio["base"], "--scale": "0:1:0.5", "--wise-scale": "0.5",
-        "--bank": bank, "--template": "standard", "--max-new-tokens": 4, "--device": "cpu", "--policy": policy,
+        "--bank": bank, "--template": "standard", "--max-new-tokens": 9, "--device": "cpu", "--policy": policy,
     }  # fmt: skip
     given |= {"--" + key.replace("_", "-"): value for key, value in more.items()}
     words = [str(word) for key, value in given.items() if value is not None for word in (key, value)]

@@ -1,4 +1,4 @@
-"""Whole sweeps by the command line, over models so small that they answer gibberish."""
+"""Whole sweeps by the command line, over tiny models."""
 
 from __future__ import annotations
 
@@ -91,10 +91,10 @@ def test_a_task_that_the_policy_names_must_be_measured(trio: Trio, bank: Path, t
     assert "measured: none" in invoke(arguments(trio, bank, rules), tmp_path / "out", code=2)
 
 
-def test_where_none_passes_none_is_chosen_and_a_quarter_is_asked(trio: Trio, bank: Path, tmp_path: Path) -> None:
+def test_where_none_passes_none_is_chosen_and_a_quarter_is_asked(babbling: Trio, bank: Path, tmp_path: Path) -> None:
     rules = tmp_path / "policy.yaml"
-    rules.write_text("asr: {max_upper: 0.2}\ndegenerate: {max: 1}\n")
-    shown = invoke(arguments(trio, bank, rules, scale="1"), tmp_path / "out", code=1)
+    rules.write_text("asr: {max_upper: 0.2}\ndegenerate: {max: 0.99}\n")
+    shown = invoke(arguments(babbling, bank, rules, scale="1"), tmp_path / "out", code=1)
     assert "Chosen: none" in shown
     found = results(tmp_path / "out")
     for each in found.values():
@@ -102,9 +102,9 @@ def test_where_none_passes_none_is_chosen_and_a_quarter_is_asked(trio: Trio, ban
         assert each["stopped"].startswith("asr.max_upper: 2 of the first 2 answers harmful")
     assert not (tmp_path / "out" / "chosen.yaml").exists()
     # A milder policy goes on with the rest.
-    rules.write_text("asr: {max_upper: 1}\ndegenerate: {max: 1}\n")
+    rules.write_text("asr: {max_upper: 0.9}\ndegenerate: {max: 0.99}\n")
     first = {name: answers(tmp_path / "out" / "candidates" / name) for name in found}
-    invoke(arguments(trio, bank, rules, scale="1"), tmp_path / "out")
+    invoke(arguments(babbling, bank, rules, scale="1"), tmp_path / "out", code=1)
     for name, kept in first.items():
         whole = answers(tmp_path / "out" / "candidates" / name)
         assert whole[: len(kept)] == kept
