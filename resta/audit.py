@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,7 +29,18 @@ from resta.engine import UNIT, Checksum, default_workers
 from resta.errors import AuditError, CheckpointError, RecipeError, RequestError
 from resta.header import DTYPE_BITS, FLOAT_DTYPES, read_header
 from resta.hub import Located, locate
-from resta.manifest import CHECKSUM, SCHEMA, TensorFacts, from_json, to_json, total_change
+from resta.manifest import (
+    CHECKSUM,
+    SCHEMA,
+    TensorFacts,
+    TermFacts,
+    describe_terms,
+    from_json,
+    judge,
+    result_warnings,
+    to_json,
+    total_change,
+)
 from resta.output import MARK
 from resta.plan import Plan, Step, StepTerm, make_plan
 from resta.recipe import Recipe, did_you_mean
@@ -39,6 +50,7 @@ L1_LANES = 256  # element e of a stretch belongs to partial sum e % 256; the par
 SAMPLED = 1 << 24  # of a larger tensor a sample recomputes this many elements: the first half and the last
 # The merge's norms are float32 sums over 1024 entries, added in float64: at worst 2^-14 of a sum.
 NORM_TOLERANCE = 1e-4
+LOSS_TILE, LOSS_EVERY = 2048, 13  # of several terms, the loss of each is measured on every 13th 2048 entries
 WORDS = 2**32
 WEYL = (0x9E3779B9, 0xBB67AE85)  # Philox adds these to its key after every round
 
@@ -108,6 +120,9 @@ class Manifest(_Loose):
     recipe: Recipe
     inputs: dict[str, Input]
     change: dict[str, float | None]
+    terms: list[dict[str, Any]]
+    safety: dict[str, Any]
+    warnings: list[str]
     checksum: str
     tensors: dict[str, TensorFacts]
 
@@ -144,6 +159,7 @@ def audit(
         )
     else:
         plan = _make_plan(manifest, sources, findings)
+        findings += _check_terms(manifest, plan) if plan else ()
     specs = _read_specs(out, manifest, findings)
     findings += _check_small_files(out, manifest, plan)
     tasks = list(_tasks(out, manifest, specs, plan, sample, findings))
@@ -265,6 +281,27 @@ def _make_plan(manifest: Manifest, sources: Mapping[str, Located], findings: lis
     except RequestError as error:
         findings.append(Finding(what="inputs", problem=f"the merge cannot be planned again: {error}"))
         return None
+
+
+def _check_terms(manifest: Manifest, plan: Plan) -> Iterator[Finding]:
+    """Compare what the manifest says of each term, and of safety, with what its tensors and the plan give."""
+    steps = {step.name: [term.term for term in step.terms] for step in plan.steps}
+    for name, fact in manifest.tensors.items():
+        if name in steps and steps[name] != [part.term for part in fact.terms]:
+            yield Finding(what=f"tensor {name!r}", problem="the manifest has other terms of it than the recipe gives")
+            return
+    try:
+        terms = describe_terms(plan, manifest.tensors)
+        others = {"safety": asdict(judge(plan, manifest.tensors)), "warnings": result_warnings(plan, manifest.tensors)}
+    except OverflowError:
+        yield Finding(what=MARK, problem="holds norms that no merge records")
+        return
+    said = {f"terms.{index}": term for index, term in enumerate(manifest.terms)}
+    found = {f"terms.{index}": term for index, term in enumerate(terms)} | json.loads(json.dumps(others))
+    said |= {key: getattr(manifest, key) for key in others}
+    for key in (key for key in found | said if said.get(key) != found.get(key)):
+        problem = f"{key} is {said.get(key)}, but its tensors and the inputs give {found.get(key)}"
+        yield Finding(what=MARK, problem=problem)
 
 
 def _read_specs(out: Path, manifest: Manifest, findings: list[Finding]) -> dict[str, Stored]:
@@ -434,6 +471,8 @@ class _Recomputed:
     first_difference: str = ""
     changed: int = 0
     squares: Array = field(default_factory=lambda: np.zeros(4))  # of start, intended, realised; intended * realised
+    term_sums: Array = field(init=False)  # (terms, 4): for each D^2, D e, (D + e)^2 - D^2, entries kept
+    measured: int = 0  # entries over which the second and the third are taken
     _scales: list[Any] = field(default_factory=list)
     _factors: dict[Stored, Array] = field(default_factory=dict)
 
@@ -441,6 +480,7 @@ class _Recomputed:
         self._type: Any = np.float64 if self.step.double else np.float32
         for term in self.step.terms:
             self._scales.append(self._type(term.scale * self._rescale(term)))
+        self.term_sums = np.zeros((len(self.step.terms), 4))
 
     def compare(self, first: int, count: int, data: Bytes) -> None:
         """Recompute elements first..first+count and compare them with the output's bytes."""
@@ -460,26 +500,32 @@ class _Recomputed:
             return
         if self.changed != fact.changed:
             yield f"{self.changed} entries differ from the start, but the manifest says {fact.changed}"
-        norms = np.sqrt(self.squares[:3])
         slack = 1e-18 * math.sqrt(self.elements)  # squares of smaller numbers vanish in float32
-        for key, norm in zip(("start_norm", "intended_norm", "realised_norm"), norms.tolist(), strict=True):
-            if not abs(getattr(fact, key) - norm) <= NORM_TOLERANCE * norm + slack:
-                yield f"{key} is {norm:.6g}, but the manifest says {getattr(fact, key):.6g}"
-        product = float(self.squares[3])
-        if not abs(fact.product - product) <= NORM_TOLERANCE * float(norms[1] * norms[2]) + slack:
-            yield f"product is {product:.6g}, but the manifest says {fact.product:.6g}"
+        start, intended, realised, product = self.squares.tolist()
+        yield from _compare_norm("start_norm", fact.start_norm, math.sqrt(start), slack)
+        yield from _compare_change(fact, (intended, realised, product), slack)
+        # A term's loss is a small difference of large numbers, of which the merge keeps float32.
+        slack += 2.0**-22 * (math.sqrt(intended) + math.sqrt(realised))
+        scale_up = self.step.touched / max(self.measured, 1)
+        for part, (square, loss, growth, kept) in zip(fact.terms, self.term_sums.tolist(), strict=False):
+            if part.selected != kept:
+                yield f"term {part.term} keeps {kept:.0f} entries, but the manifest says {part.selected}"
+            sums = (square, max(square + scale_up * growth, 0.0), square + scale_up * loss)
+            yield from (f"term {part.term}: {problem}" for problem in _compare_change(part, sums, slack))
 
     def _recompute(self, first: int, count: int) -> Bytes:
         step, slot = self.step, self.step.slot.spec
         touched = max(0, min(count, step.touched - first))
         start = self._values(step.operands[0], first, count)
         delta = np.full(count, -0.0, self._type)  # the neutral element of addition
-        for term, scale in zip(step.terms, self._scales, strict=True):
+        parts = np.zeros((len(step.terms), count), self._type)
+        for index, (term, scale) in enumerate(zip(step.terms, self._scales, strict=True)):
             to, frm = (self._values(step.operands[row], first, touched) for row in (term.to, term.frm))
-            added = delta[:touched] + scale * (to - frm)
-            if term.keep < WORDS:
-                added = np.where(philox_words(term.key, first, touched) < term.keep, added, delta[:touched])
-            delta[:touched] = added
+            part = scale * (to - frm)
+            kept = philox_words(term.key, first, touched) < term.keep if term.keep < WORDS else np.full(touched, True)
+            delta[:touched] = np.where(kept, delta[:touched] + part, delta[:touched])
+            parts[index, :touched] = np.where(kept, part, 0)
+            self.term_sums[index, 3] += np.count_nonzero(kept)
         words = None if step.rounding_key is None else philox_words(step.rounding_key, first, count)
         expected = round_values(start + delta, slot.dtype, words)
         # The change counts from the start as the output's dtype can hold it.
@@ -488,7 +534,17 @@ class _Recomputed:
         intended = delta.astype(np.float64)
         self.changed += int(np.count_nonzero(realised))
         self.squares += [origin @ origin, intended @ intended, realised @ realised, intended @ realised]
+        self._measure_terms(first, touched, parts.astype(np.float64), (realised - intended)[:touched])
         return expected
+
+    def _measure_terms(self, first: int, touched: int, parts: Array, loss: Array) -> None:
+        """Add to the sums of each term; of several, what rounding lost is taken from every 13th tile."""
+        tiles = np.arange(first, first + touched) // LOSS_TILE
+        taken = np.full(touched, True) if len(parts) == 1 else tiles % LOSS_EVERY == 0
+        self.measured += int(np.count_nonzero(taken))
+        for index, part in enumerate(parts[:, :touched]):
+            d, e = part[taken], loss[taken]
+            self.term_sums[index, :3] += [part @ part, d @ e, e @ (2 * d + e)]
 
     def _note(self, first: int, data: Bytes, expected: Bytes) -> None:
         spec = self.step.slot.spec
@@ -550,6 +606,20 @@ class _Recomputed:
             matrix = values.reshape(stored.spec.shape if len(stored.spec.shape) == 2 else (-1, 1))
             self._factors[stored] = matrix.T if low_rank.transposed else matrix
         return self._factors[stored]
+
+
+def _compare_change(said: TensorFacts | TermFacts, sums: Sequence[float], slack: float) -> Iterator[str]:
+    """Compare norms and product of an intended and a realised change with sums of squares found here."""
+    intended, realised = math.sqrt(sums[0]), math.sqrt(sums[1])
+    yield from _compare_norm("intended_norm", said.intended_norm, intended, slack)
+    yield from _compare_norm("realised_norm", said.realised_norm, realised, slack)
+    if not abs(said.product - sums[2]) <= NORM_TOLERANCE * intended * realised + slack * (1 + intended + realised):
+        yield f"product is {sums[2]:.6g}, but the manifest says {said.product:.6g}"
+
+
+def _compare_norm(key: str, said: float, found: float, slack: float) -> Iterator[str]:
+    if not abs(said - found) <= NORM_TOLERANCE * found + slack:
+        yield f"{key} is {found:.6g}, but the manifest says {said:.6g}"
 
 
 def _read(stored: Stored, first_byte: int, nbytes: int) -> Bytes:

@@ -6,6 +6,7 @@ result does not depend on where it begins or ends, nor on who computes it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,8 +25,27 @@ Array = NDArray[Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TermTotals:
+    """Sums over a stretch of one tensor for one term, D = scale * mask * (to - from).
+
+    With e, what rounding did to the sum of all terms: D^2, D e, (D + e)^2 - D^2, the entries that the mask keeps, and
+    whether any entry of D is not zero. Of several terms, the second and third are sums over the entries that
+    `count_measured` counts.
+    """
+
+    intended: float = 0.0
+    loss: float = 0.0
+    growth: float = 0.0
+    selected: int = 0
+    nonzero: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Totals:
-    """Sums over a stretch of one tensor; `non_finite` is above 0 if NaN or infinity was met anywhere."""
+    """Sums over a stretch of one tensor, and those of each of its terms.
+
+    `non_finite` is above 0 if NaN or infinity was met anywhere.
+    """
 
     start: float = 0.0
     intended: float = 0.0
@@ -33,6 +53,28 @@ class Totals:
     product: float = 0.0
     changed: int = 0
     non_finite: int = 0
+    terms: tuple[TermTotals, ...] = ()
+
+
+def add_totals(parts: Sequence[Totals]) -> Totals:
+    """Sum up the stretches of one tensor, in order."""
+    return Totals(
+        start=sum(part.start for part in parts),
+        intended=sum(part.intended for part in parts),
+        realised=sum(part.realised for part in parts),
+        product=sum(part.product for part in parts),
+        changed=sum(part.changed for part in parts),
+        terms=tuple(
+            TermTotals(
+                intended=sum(term.intended for term in terms),
+                loss=sum(term.loss for term in terms),
+                growth=sum(term.growth for term in terms),
+                selected=sum(term.selected for term in terms),
+                nonzero=any(term.nonzero for term in terms),
+            )
+            for terms in zip(*(part.terms for part in parts), strict=True)
+        ),
+    )
 
 
 @dataclass
@@ -55,7 +97,7 @@ class Workspace:
             first: flat index of the first element.
             count: number of elements, at most CHUNK.
             scales: what each term's difference is multiplied by, DARE's rescaling included.
-            measure: whether to sum up the intended and the realised change.
+            measure: whether to sum up the intended and the realised change; whether a term is zero is always noted.
 
         Returns:
             The output bytes, in a buffer that the next call reuses, and the sums.
@@ -69,6 +111,7 @@ class Workspace:
         work_type = np.float64 if step.double else np.float32
         raw, codes = self._load(step, first, count, work_type)
         sums = np.zeros(kernels.SUMS, np.float64)
+        term_sums = np.zeros((len(step.terms), kernels.TERM_SUMS), np.float64)
         non_finite = kernels.combine(
             raw,
             codes,
@@ -79,15 +122,9 @@ class Workspace:
             step.rounding_key is not None,
             self._array("work", (len(step.operands) + 4, kernels.TILE), work_type),
             sums,
+            term_sums,
         )
-        return out, Totals(
-            start=float(sums[kernels.START]),
-            intended=float(sums[kernels.INTENDED]),
-            realised=float(sums[kernels.REALISED]),
-            product=float(sums[kernels.PRODUCT]),
-            changed=int(sums[kernels.CHANGED]),
-            non_finite=int(non_finite),
-        )
+        return out, _totals(sums, term_sums, int(non_finite))
 
     def read_ahead(self, step: Step, first: int, count: int) -> None:
         """Ask the kernel to fetch what elements first..first+count will need."""
@@ -195,6 +232,41 @@ def _terms_of(step: Step, scales: tuple[float, ...]) -> tuple[Array, Array, Arra
         np.array([term.keep for term in step.terms], np.uint64),
         np.array([split_key(key) for key in keys], np.uint32),
     )
+
+
+def _totals(sums: Array, term_sums: Array, non_finite: int) -> Totals:
+    if len(term_sums) == 1:  # then the sum of all terms is the term
+        intended = sums[kernels.INTENDED]
+        term_sums[0, kernels.TERM_INTENDED] = intended
+        term_sums[0, kernels.TERM_LOSS] = sums[kernels.PRODUCT] - intended
+        term_sums[0, kernels.TERM_GROWTH] = sums[kernels.REALISED] - intended
+    return Totals(
+        start=float(sums[kernels.START]),
+        intended=float(sums[kernels.INTENDED]),
+        realised=float(sums[kernels.REALISED]),
+        product=float(sums[kernels.PRODUCT]),
+        changed=int(sums[kernels.CHANGED]),
+        non_finite=non_finite,
+        terms=tuple(
+            TermTotals(
+                intended=float(term[kernels.TERM_INTENDED]),
+                loss=float(term[kernels.TERM_LOSS]),
+                growth=float(term[kernels.TERM_GROWTH]),
+                selected=int(term[kernels.TERM_SELECTED]),
+                nonzero=bool(term[kernels.TERM_NONZERO]),
+            )
+            for term in term_sums
+        ),
+    )
+
+
+def count_measured(step: Step) -> int:
+    """Return over how many of a step's elements the kernel measures what rounding did to each of its terms."""
+    if len(step.terms) < 2:
+        return step.touched
+    tiles, rest = divmod(step.touched, kernels.TILE)
+    whole = -(-tiles // kernels.LOSS_EVERY) * kernels.TILE
+    return whole + (rest if tiles % kernels.LOSS_EVERY == 0 else 0)
 
 
 def _measuring(step: Step) -> int:

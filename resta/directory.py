@@ -36,7 +36,7 @@ def small_files(plan: Plan, facts: Mapping[str, TensorFacts], digests: Digests |
         total = sum(step.slot.spec.nbytes for step in plan.steps)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         texts[INDEX] = json.dumps(index, indent=2).encode() + b"\n"
-    texts[CARD] = render_card(plan).encode()
+    texts[CARD] = render_card(plan, facts).encode()
     manifest = describe(plan, facts)
     manifest["digests"] = HASHED if digests else NOT_HASHED
     manifest["outputs"] = _describe_outputs(plan, texts, digests)

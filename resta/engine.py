@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 
 from resta import kernels
 from resta.checkpoint import FileIdentity, Reader, Stored
-from resta.compute import CHUNK, Totals, Workspace
+from resta.compute import CHUNK, Totals, Workspace, add_totals, count_measured
 from resta.digests import Digests, Followed, Follower
 from resta.directory import small_files, weight_bytes, with_digests
-from resta.errors import NonFiniteError
+from resta.errors import NoChangeError, NonFiniteError
 from resta.header import DTYPE_BITS, Spec
 from resta.manifest import TensorFacts, from_json, tensor_facts
 from resta.output import Output, check_space, check_target, recover
@@ -89,6 +89,7 @@ def merge(
     Raises:
         RequestError: the request cannot be carried out; nothing was written.
         NonFiniteError: a tensor holds NaN or infinity and no rule allows it.
+        NoChangeError: a term whose scale is not 0 changes nothing, or rounding lost every change.
         RestaError: reading or writing failed; the work done is kept for the next attempt.
     """
     plan = make_plan(_as_recipe(recipe))
@@ -132,12 +133,18 @@ def carry_out(
         scales = settle_scales(plan, reader, workers)
         try:
             records = _Run(plan, reader, output, scales, progress, follower).go(workers)
-        except NonFiniteError:
+            reader.check_unchanged()
+            _check_terms(plan, _nonzero_terms(plan, records))
+            facts = {
+                step.name: tensor_facts(step, [records[unit.key] for unit in units], measured=count_measured(step))
+                for step, units in _by_step(plan)
+            }
+            _check_realised(plan, facts)
+        except (NonFiniteError, NoChangeError):
             output.discard()  # the same inputs would fail again: there is nothing to resume
             raise
         taken = follower.finish() if follower else None
         reader.check_unchanged()
-        facts = {step.name: tensor_facts(step, [records[unit.key] for unit in units]) for step, units in _by_step(plan)}
         output.commit(small_files(with_digests(plan, taken) if taken else plan, facts, taken))
     return Result(out=out, plan=plan, tensors=facts, digests=taken)
 
@@ -150,6 +157,7 @@ def tensors(recipe: Recipe | str | Path) -> Iterator[tuple[str, torch.Tensor]]:
 
     Raises:
         RequestError, NonFiniteError: as `merge` does.
+        NoChangeError: after the last tensor, where a term whose scale is not 0 is zero in all of them.
     """
     plan = make_plan(_as_recipe(recipe))
     for step, data, _ in computed(plan):
@@ -170,7 +178,12 @@ def as_tensor(step: Step, data: NDArray[np.uint8]) -> torch.Tensor:
 
 
 def computed(plan: Plan, *, measure: bool = False) -> Iterator[tuple[Step, NDArray[np.uint8], Totals]]:
-    """Yield each step, its output bytes, freshly allocated, and if `measure` the sums over its changes."""
+    """Yield each step, its output bytes, freshly allocated, and if `measure` the sums over its changes.
+
+    Raises:
+        NonFiniteError, NoChangeError: as `tensors` does.
+    """
+    nonzero: set[int] = set()
     identities = {path: identity for weights in plan.weights.values() for path, identity in weights.files.items()}
     with Reader(identities) as reader:
         workspace = Workspace(reader)
@@ -185,8 +198,11 @@ def computed(plan: Plan, *, measure: bool = False) -> Iterator[tuple[Step, NDArr
                 _check_finite(step, totals, reader)
                 data[first * width : first * width + out.size] = out
                 parts.append(totals)
-            yield step, data, _add(parts)
+            sums = add_totals(parts)
+            nonzero |= {term.term for term, part in zip(step.terms, sums.terms, strict=False) if part.nonzero}
+            yield step, data, sums
         reader.check_unchanged()
+    _check_terms(plan, nonzero)
 
 
 def settle_scales(plan: Plan, reader: Reader, workers: int) -> list[tuple[float, ...]]:
@@ -359,7 +375,7 @@ class _Run:
             self._output.write(step.slot.file, spec.start + first * width, out.data)
             checksum.add(out)
             parts.append(totals)
-        record = {"checksum": checksum.digest(), **asdict(_add(parts))}
+        record = {"checksum": checksum.digest(), **asdict(add_totals(parts))}
         del record["non_finite"]
         self._output.record(unit.key, record)
         return record
@@ -388,16 +404,6 @@ class Checksum:
         return hashlib.blake2b(text, digest_size=16).hexdigest()
 
 
-def _add(parts: list[Totals]) -> Totals:
-    return Totals(
-        start=sum(part.start for part in parts),
-        intended=sum(part.intended for part in parts),
-        realised=sum(part.realised for part in parts),
-        product=sum(part.product for part in parts),
-        changed=sum(part.changed for part in parts),
-    )
-
-
 def _check_finite(step: Step, totals: Totals, reader: Reader) -> None:
     """Raise if a stretch met NaN or infinity, naming the first model that has them and counting over its tensor."""
     if not totals.non_finite or step.allow_nonfinite:
@@ -417,6 +423,42 @@ def _check_finite(step: Step, totals: Totals, reader: Reader) -> None:
         f"tensor {step.name!r}: the inputs are finite but the result overflows {step.slot.spec.dtype}; "
         "choose a wider output dtype or a smaller scale"
     )
+
+
+def _nonzero_terms(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> set[int]:
+    """Return which terms of the recipe have an entry that is not zero, by the records of all units."""
+    return {
+        term.term
+        for unit in units_of(plan)
+        for term, part in zip(plan.steps[unit.step].terms, records[unit.key]["terms"], strict=False)
+        if part["nonzero"]
+    }
+
+
+def _check_terms(plan: Plan, nonzero: set[int]) -> None:
+    """Raise unless every term whose scale is not 0 is among those of which some entry is not zero."""
+    for index, term in enumerate(plan.recipe.terms):
+        if term.scale != 0 and index not in nonzero:
+            to, frm = term.ends
+            thinned = ", or DARE dropped each entry that differs" if term.sparsify else ""
+            raise NoChangeError(
+                f"{term.label}: {term.scale:g} * ({term.delta}) is zero in every entry, so that it would change "
+                f"nothing: {to} and {frm} hold the same values wherever the term acts (or differ by so little that "
+                f"the product with the scale vanishes{thinned}). Name two models that differ"
+            )
+
+
+def _check_realised(plan: Plan, facts: Mapping[str, TensorFacts]) -> None:
+    """Raise if terms were added and the result is nevertheless the start in every entry."""
+    merged = [fact for fact in facts.values() if fact.action == "merged"]
+    if merged and not any(fact.changed for fact in merged):
+        if not any(fact.intended_norm for fact in merged):
+            raise NoChangeError(f"{plan.recipe.equation}: the terms cancel each other out; nothing would change")
+        raise NoChangeError(
+            f"{plan.recipe.equation}: rounding to {', '.join(sorted({fact.dtype for fact in merged}))} lost every "
+            f"change, so that the result would be {plan.recipe.start} unchanged. Keep the change with output dtype "
+            "float32, or on average with rounding stochastic; or choose a larger scale"
+        )
 
 
 def _by_step(plan: Plan) -> Iterator[tuple[Step, list[Unit]]]:

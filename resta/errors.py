@@ -21,6 +21,7 @@
     │   ├── DemoError           the demo did not show that safety was lost and regained
     │   └── AuditError          a finished output is not what its manifest says
     ├── NonFiniteError          NaN or infinity in weights, where the recipe does not allow it
+    ├── NoChangeError           a merge, or one of its terms, that changes nothing
     ├── TrainingError           a training run that had to stop, such as one out of memory
     ├── EndpointError           a model server that does not answer, or not as its protocol says
     └── UnansweredError         some questions got no answer; those that did are kept
@@ -120,6 +121,10 @@ class MissingExtraError(RequestError):
 
 class NonFiniteError(RestaError):
     """NaN or infinity where the recipe does not allow it."""
+
+
+class NoChangeError(RestaError):
+    """A merge that changes nothing, or a term of one that is zero everywhere: found only by the arithmetic."""
 
 
 class ResumeError(RequestError):

@@ -33,6 +33,11 @@ _ROUNDS = 10
 # What `combine` sums over elements: squared norms of start and of the two deltas, their product, entries changed.
 START, INTENDED, REALISED, PRODUCT, CHANGED = range(5)
 SUMS = 5
+# What it sums for each term D, with e what rounding did to the sum of all terms: D^2, D e, (D + e)^2 - D^2, the entries
+# that the mask keeps; and 1 if any entry of D is not zero.
+TERM_INTENDED, TERM_LOSS, TERM_GROWTH, TERM_SELECTED, TERM_NONZERO = range(5)
+TERM_SUMS = 5
+LOSS_EVERY = 13  # of several terms D e and (D + e)^2 - D^2 are summed over one tile in so many, since all take too long
 
 
 def _compiled(function: Callable[..., Any]) -> Any:
@@ -234,22 +239,57 @@ def _finish(start, delta, result, n, out, code, begin, stochastic, words):
 
 
 @_compiled
-def _add_term(delta, to, frm, scale, keep, words, n):
-    """Add a scaled, masked difference; count its NaN and infinities, those that the mask drops included."""
+def _add_term(before, delta, to, frm, scale, keep, words, sums):
+    """Write `before` plus a scaled, masked difference to `delta`, a whole tile, and add its square to partial sums.
+
+    Returns:
+        How many NaN and infinities the mask met. Those of a term without a mask reach the result and are counted there.
+    """
     bad = np.uint32(0)
     if keep >= np.uint64(0x100000000):
-        for i in range(n):
-            difference = to[i] - frm[i]
-            bad += np.uint32(not (abs(difference) < np.float32(np.inf)))
-            delta[i] += scale * difference
+        for j in range(LANES):
+            total = sums[j]
+            for k in range(TILE // LANES):
+                i = j + k * LANES
+                value = scale * (to[i] - frm[i])
+                delta[i] = before[i] + value
+                total += value * value
+            sums[j] = total
     else:
         threshold = np.uint32(keep)
-        for i in range(n):
-            difference = to[i] - frm[i]
-            bad += np.uint32(not (abs(difference) < np.float32(np.inf)))
-            added = delta[i] + scale * difference
-            delta[i] = added if words[i] < threshold else delta[i]
+        nothing = -(scale - scale)  # -0.0 in the working dtype, which changes no sum
+        for j in range(LANES):
+            total = sums[j]
+            for k in range(TILE // LANES):
+                i = j + k * LANES
+                difference = to[i] - frm[i]
+                bad += np.uint32(not (abs(difference) < np.float32(np.inf)))
+                value = scale * difference if words[i] < threshold else nothing
+                delta[i] = before[i] + value
+                total += value * value
+            sums[j] = total
     return bad
+
+
+@_compiled
+def _count_kept(keep, words, n):
+    """Count the entries that a mask keeps."""
+    kept = np.uint32(0)
+    threshold = np.uint32(keep)
+    for i in range(n):
+        kept += np.uint32(words[i] < threshold)
+    return kept
+
+
+@_compiled
+def _has_nonzero(to, frm, scale, keep, words, n):
+    """Whether any entry of a term is not zero."""
+    whole = keep >= np.uint64(0x100000000)
+    threshold = np.uint32(keep)
+    found = False
+    for i in range(n):
+        found |= scale * (to[i] - frm[i]) != 0 and (whole or words[i] < threshold)
+    return found
 
 
 @_compiled
@@ -279,7 +319,34 @@ def _measure(start, delta, result, lanes):
 
 
 @_compiled
-def combine(raw, codes, terms, scales, keeps, keys, span, out, out_code, stochastic, work, sums):
+def _measure_loss(start, deltas, result, loss, lanes):
+    """Add what rounding did to one whole tile to the partial sums of each term.
+
+    Args:
+        start: (TILE,), as for `_measure`.
+        deltas: (terms + 1, TILE), the sums of the first 0, 1, ... all terms.
+        result: (TILE,), what the output holds.
+        loss: (TILE,), scratch.
+        lanes: (terms, TERM_SELECTED, LANES).
+    """
+    terms = deltas.shape[0] - 1
+    for i in range(TILE):
+        loss[i] = (result[i] - start[i]) - deltas[terms, i]
+    for t in range(terms):
+        for j in range(LANES):
+            product = lanes[t, TERM_LOSS, j]
+            growth = lanes[t, TERM_GROWTH, j]
+            for k in range(TILE // LANES):
+                d = deltas[t + 1, j + k * LANES] - deltas[t, j + k * LANES]
+                e = loss[j + k * LANES]
+                product += d * e
+                growth += e * (d + d + e)
+            lanes[t, TERM_LOSS, j] = product
+            lanes[t, TERM_GROWTH, j] = growth
+
+
+@_compiled
+def combine(raw, codes, terms, scales, keeps, keys, span, out, out_code, stochastic, work, sums, term_sums):
     """out = round( raw[0] + sum_t scales[t] * mask_t * (raw[terms[t, 0]] - raw[terms[t, 1]]) ), one chunk.
 
     Args:
@@ -294,6 +361,8 @@ def combine(raw, codes, terms, scales, keeps, keys, span, out, out_code, stochas
         out: uint8, the result, dtype by `out_code`; rounded to nearest even, or stochastically.
         work: (operands + 4, TILE), float32 or float64: the dtype that the arithmetic is done in.
         sums: float64 (SUMS,), added to.
+        term_sums: float64 (terms, TERM_SUMS), added to; those of the loss stay 0 where there is one term, whose loss
+            follows from `sums`, and where nothing is measured.
 
     Returns:
         How many NaN and infinities were met, in differences and in the result; 0 means that all is finite.
@@ -301,21 +370,37 @@ def combine(raw, codes, terms, scales, keeps, keys, span, out, out_code, stochas
     first, n, n_delta, measure = span
     words = np.empty(TILE, np.uint32)
     operands, count = codes.size, terms.shape[0]
-    start, delta, result = work[0], work[operands], work[operands + 1]
+    start, loss, result = work[0], work[operands], work[operands + 1]
     lanes = work[operands + 2].reshape((-1, LANES))
     reference = work[operands + 3] if measure == 2 else start  # the rounding of the start is no part of the change
     lanes[:] = 0
+    deltas = np.empty((count + 1, TILE), work.dtype)
+    deltas[0, :] = -0.0  # the neutral element: +0.0 would turn a start of -0.0 into +0.0
+    delta = deltas[count]
+    term_lanes = np.zeros((count, TERM_SELECTED, LANES), work.dtype)
     bad = 0
     for begin in range(0, n, TILE):
         size = min(TILE, n - begin)
         touched = min(max(n_delta - begin, 0), size)
         for m in range(operands):
             _load(raw[m], codes[m], begin, size if m == 0 else touched, work[m])
-        delta[:] = -0.0  # the neutral element: +0.0 would turn a start of -0.0 into +0.0
         for t in range(count):
+            to, frm = work[terms[t, 0]], work[terms[t, 1]]
             if keeps[t] < np.uint64(0x100000000):
                 philox(keys[t, 0], keys[t, 1], first + begin, words)
-            bad += _add_term(delta, work[terms[t, 0]], work[terms[t, 1]], scales[t], keeps[t], words, touched)
+                term_sums[t, TERM_SELECTED] += _count_kept(keeps[t], words, touched)
+            else:
+                term_sums[t, TERM_SELECTED] += touched
+            if touched < TILE:  # past the end, and in rows that only the start has, there is no difference
+                loss[:touched], result[:touched] = to[:touched], frm[:touched]
+                loss[touched:], result[touched:] = 0, 0
+                to, frm = loss, result
+            bad += _add_term(
+                deltas[t], deltas[t + 1], to, frm, scales[t], keeps[t], words, term_lanes[t, TERM_INTENDED]
+            )
+            deltas[t + 1, touched:] = -0.0
+            if term_sums[t, TERM_NONZERO] == 0:
+                term_sums[t, TERM_NONZERO] = _has_nonzero(to, frm, scales[t], keeps[t], words, touched)
         if stochastic:
             philox(keys[count, 0], keys[count, 1], first + begin, words)
         if measure == 2:
@@ -327,9 +412,14 @@ def combine(raw, codes, terms, scales, keeps, keys, span, out, out_code, stochas
             delta[size:] = 0
             result[size:] = 0
             sums[CHANGED] += _measure(reference, delta, result, lanes)
-    for k in range(CHANGED):
-        for j in range(LANES):
+            if count > 1 and (first + begin) // TILE % LOSS_EVERY == 0:
+                _measure_loss(reference, deltas, result, loss, term_lanes)
+    for j in range(LANES):
+        for k in range(CHANGED):
             sums[k] += lanes[k, j]
+        for t in range(count):
+            for k in range(TERM_SELECTED):
+                term_sums[t, k] += term_lanes[t, k, j]
     return bad
 
 

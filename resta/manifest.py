@@ -10,21 +10,40 @@ import hashlib
 import math
 import platform
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from typing import Any
 
 import yaml
 
+from resta.coverage import Coverage
 from resta.plan import Plan, Step
 from resta.recipe import Recipe
+from resta.safety import Safety, judge_safety
 from resta.version import VERSION
 
-SCHEMA = 1
+SCHEMA = 2  # 1 had no facts of single terms
 CHECKSUM = "resta-fold-1"  # kernels.fold over each 2^24 elements, BLAKE2b of those digests
 WARN_BELOW_COSINE = 0.9
 LAYER = re.compile(r"\.(\d+)\.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TermFacts:
+    """What one term did to one tensor; `term` is its place among the recipe's terms.
+
+    With D = scale * mask * (to - from), and e what rounding did to the sum of all terms: `intended_norm` is |D|,
+    `realised_norm` |D + e| and `product` <D, D + e>. Where a tensor has several terms, e is measured on every 13th
+    2048 entries, the first among them, and its share in the last two is scaled up to all; |D| is always exact, and
+    with one term all are. `selected` entries were kept by the mask, or all.
+    """
+
+    term: int
+    intended_norm: float = 0.0
+    realised_norm: float = 0.0
+    product: float = 0.0
+    selected: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,22 +64,51 @@ class TensorFacts:
     realised_norm: float = 0.0
     product: float = 0.0
     changed: int = 0
+    terms: tuple[TermFacts, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
-    """The intended against the realised change, over a group of tensors."""
+    """The intended against the realised change, over a group of tensors.
+
+    `norm_ratio` and `cosine` are None where nothing was intended, and `cosine` is 0 where nothing of it was realised.
+    """
 
     tensors: int
     entries: int
     changed: float
-    norm_ratio: float
-    cosine: float
+    norm_ratio: float | None
+    cosine: float | None
     relative_size: float
 
 
-def tensor_facts(step: Step, records: Iterable[Mapping[str, Any]]) -> TensorFacts:
-    """Join the records of a tensor's units, in order."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TermChange:
+    """The intended against the realised change of one term, over the tensors that it takes part in.
+
+    With D and e as in `TermFacts`, its realised change is R = D + e: what the output holds beyond the start and the
+    other terms' intended changes. `norm_ratio` is |R| / |D|, `cosine` <D, R> / (|D| |R|), `kept` <D, R> / <D, D>: the
+    share of the term that rounding left, 1 for all of it. They are None where nothing was intended. `relative_size` is
+    |D| over the norm of the start.
+    """
+
+    tensors: int
+    intended_norm: float
+    realised_norm: float
+    norm_ratio: float | None
+    cosine: float | None
+    kept: float | None
+    relative_size: float
+
+
+def tensor_facts(step: Step, records: Iterable[Mapping[str, Any]], *, measured: int) -> TensorFacts:
+    """Join the records of a tensor's units, in order.
+
+    Args:
+        step: what was computed.
+        records: the sums of `compute.Totals` by name, and each unit's checksum.
+        measured: over how many of its elements the loss of each term was measured.
+    """
     records = list(records)
     spec = step.slot.spec
     checksum = hashlib.blake2b("".join(record["checksum"] for record in records).encode(), digest_size=16)
@@ -79,6 +127,26 @@ def tensor_facts(step: Step, records: Iterable[Mapping[str, Any]]) -> TensorFact
         realised_norm=norm("realised"),
         product=sum(record["product"] for record in records),
         changed=sum(record["changed"] for record in records),
+        terms=tuple(
+            _term_facts(
+                step.terms[place].term,
+                step.touched / max(measured, 1),
+                [record["terms"][place] for record in records if record["terms"]],
+            )
+            for place in range(len(step.terms))
+        ),
+    )
+
+
+def _term_facts(term: int, scale_up: float, parts: list[Mapping[str, Any]]) -> TermFacts:
+    intended = sum(part["intended"] for part in parts)
+    realised = intended + scale_up * sum(part["growth"] for part in parts)
+    return TermFacts(
+        term=term,
+        intended_norm=math.sqrt(intended),
+        realised_norm=math.sqrt(max(realised, 0.0)) if realised == realised else math.nan,
+        product=intended + scale_up * sum(part["loss"] for part in parts),
+        selected=sum(part["selected"] for part in parts),
     )
 
 
@@ -87,18 +155,44 @@ def total_change(facts: Iterable[TensorFacts]) -> Change:
     merged = [fact for fact in facts if fact.action == "merged"]
     entries = sum(math.prod(fact.shape) for fact in merged)
     start, intended, realised = (
-        math.sqrt(sum(getattr(fact, key) ** 2 for fact in merged))
-        for key in ("start_norm", "intended_norm", "realised_norm")
+        _norm(getattr(fact, key) for fact in merged) for key in ("start_norm", "intended_norm", "realised_norm")
     )
-    product = sum(fact.product for fact in merged)
     return Change(
         tensors=len(merged),
         entries=entries,
         changed=sum(fact.changed for fact in merged) / entries if entries else 0.0,
-        norm_ratio=realised / intended if intended else 1.0,
-        cosine=min(product / (intended * realised), 1.0) if intended and realised else float(intended == realised),
+        norm_ratio=realised / intended if intended else None,
+        cosine=_cosine(sum(fact.product for fact in merged), intended, realised),
         relative_size=intended / start if start else 0.0,
     )
+
+
+def term_change(facts: Iterable[TensorFacts], term: int) -> TermChange:
+    """Sum up what one term of the recipe did."""
+    parts = [(fact, part) for fact in facts for part in fact.terms if part.term == term]
+    start = _norm(fact.start_norm for fact, _ in parts)
+    intended = _norm(part.intended_norm for _, part in parts)
+    realised = _norm(part.realised_norm for _, part in parts)
+    product = sum(part.product for _, part in parts)
+    return TermChange(
+        tensors=len(parts),
+        intended_norm=intended,
+        realised_norm=realised,
+        norm_ratio=realised / intended if intended else None,
+        cosine=_cosine(product, intended, realised),
+        kept=product / intended / intended if intended else None,
+        relative_size=intended / start if start else 0.0,
+    )
+
+
+def _norm(norms: Iterable[float]) -> float:
+    return math.sqrt(sum(norm**2 for norm in norms))
+
+
+def _cosine(product: float, intended: float, realised: float) -> float | None:
+    if not intended:
+        return None
+    return min(product / intended / realised, 1.0) if realised else 0.0
 
 
 def layer_changes(facts: Mapping[str, TensorFacts]) -> dict[str, Change]:
@@ -120,7 +214,7 @@ def change_warning(change: Change, rounding: str) -> str | None:
 
     Stochastic rounding is never warned of: it scatters the change, as its cosine shows, but keeps it on average.
     """
-    if rounding == "stochastic" or not change.entries or not change.cosine < WARN_BELOW_COSINE:
+    if rounding == "stochastic" or change.cosine is None or not change.cosine < WARN_BELOW_COSINE:
         return None
     return (
         f"rounding lost much of the change: {change.changed:.0%} of the entries moved, and the cosine between "
@@ -129,9 +223,17 @@ def change_warning(change: Change, rounding: str) -> str | None:
     )
 
 
-def to_json(facts: TensorFacts | Change) -> dict[str, Any]:
+def result_warnings(plan: Plan, facts: Mapping[str, TensorFacts]) -> list[str]:
+    """Return what whoever uses the result should know first, each in a sentence."""
+    warning = change_warning(total_change(facts.values()), plan.recipe.output.rounding)
+    return [warning] if warning else []
+
+
+def to_json(facts: TensorFacts | TermFacts | Change | TermChange) -> dict[str, Any]:
     """Return figures as plain data; JSON has no NaN or infinity, which allowed ones in weights lead to: null."""
-    plain = asdict(facts)
+    plain = {item.name: getattr(facts, item.name) for item in fields(facts)}
+    if isinstance(facts, TensorFacts):
+        plain["terms"] = [to_json(part) for part in facts.terms]
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in plain.items()
     }
@@ -139,8 +241,13 @@ def to_json(facts: TensorFacts | Change) -> dict[str, Any]:
 
 def from_json(plain: Mapping[str, Any]) -> TensorFacts:
     """Return what `to_json` was given, with NaN for null."""
-    figures: dict[str, Any] = {key: math.nan if value is None else value for key, value in plain.items()}
+    figures: dict[str, Any] = _nan_for_null(plain)
+    figures["terms"] = tuple(TermFacts(**_nan_for_null(part)) for part in plain["terms"])
     return TensorFacts(**figures)
+
+
+def _nan_for_null(plain: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: math.nan if value is None else value for key, value in plain.items()}
 
 
 def describe(plan: Plan, facts: Mapping[str, TensorFacts]) -> dict[str, Any]:
@@ -158,6 +265,9 @@ def describe(plan: Plan, facts: Mapping[str, TensorFacts]) -> dict[str, Any]:
             **{package: version(package) for package in ("numpy", "numba", "safetensors")},
         },
         "change": to_json(total_change(facts.values())),
+        "terms": describe_terms(plan, facts),
+        "safety": asdict(judge(plan, facts)),
+        "warnings": result_warnings(plan, facts),
         "checksum": CHECKSUM,
         "tensors": {name: to_json(fact) for name, fact in facts.items()},
     }
@@ -177,28 +287,75 @@ def published_recipe(plan: Plan) -> Recipe:
     return plan.recipe.model_copy(update={"models": models})
 
 
-def render_card(plan: Plan) -> str:
+def describe_terms(plan: Plan, facts: Mapping[str, TensorFacts]) -> list[dict[str, Any]]:
+    """Return what each term of the recipe reached and changed."""
+    safety = plan.recipe.safety_terms
+    return [
+        {
+            "name": term.name,
+            "delta": term.delta,
+            "scale": term.scale,
+            "safety": index in safety,
+            "coverage": {
+                "parameters": coverage.parameters,
+                "covered": coverage.covered,
+                "not_covered": coverage.not_covered,
+                "not_selected": coverage.not_selected,
+            },
+            "change": to_json(term_change(facts.values(), index)),
+        }
+        for index, (term, coverage) in enumerate(zip(plan.recipe.terms, final_coverage(plan, facts), strict=True))
+    ]
+
+
+def final_coverage(plan: Plan, facts: Mapping[str, TensorFacts]) -> list[Coverage]:
+    """Return each term's coverage with the entries that DARE dropped among those not selected."""
+    covered = [0] * len(plan.coverage)
+    for fact in facts.values():
+        for part in fact.terms:
+            covered[part.term] += part.selected
+    touched = [0] * len(plan.coverage)
+    for step in plan.steps:
+        for term in step.terms:
+            touched[term.term] += step.touched
+    return [
+        coverage.drop(before - after) for coverage, before, after in zip(plan.coverage, touched, covered, strict=True)
+    ]
+
+
+def judge(plan: Plan, facts: Mapping[str, TensorFacts]) -> Safety:
+    """Return what may be said of the safety vector in the result."""
+    changes = [term_change(facts.values(), index) for index in range(len(plan.recipe.terms))]
+    return judge_safety(plan.recipe, [change.intended_norm for change in changes], [change.kept for change in changes])
+
+
+def render_card(plan: Plan, facts: Mapping[str, TensorFacts]) -> str:
     """Return the model card of a merge, with the metadata that the Hub reads."""
     recipe = plan.recipe
+    safety = judge(plan, facts)
     names = list(dict.fromkeys(_public_name(plan, name) for name in recipe.models))
     head = {
         "base_model": names,
         "base_model_relation": "merge",
         "library_name": "transformers",
-        "tags": ["merge", "resta", "safety"],
+        "tags": ["merge", "resta", *(["safety"] if safety.restored else [])],
     }
     lines = [
         "---",
         yaml.safe_dump(head, sort_keys=False).rstrip(),
         "---",
         "",
-        f"# {recipe.files_from} with a safety vector",
+        f"# {recipe.files_from} {'with a safety vector' if safety.restored else 'after a merge'}",
+        "",
+        safety.statement,
         "",
         "Made by task arithmetic on weights (RESTA, [arXiv 2402.11746](https://arxiv.org/abs/2402.11746)):",
         "",
         f"    restored = {recipe.equation}",
         "",
         *_words(plan),
+        "",
+        *_term_table(plan, facts),
         "",
         "| model | source | revision |",
         "|---|---|---|",
@@ -218,7 +375,8 @@ def _words(plan: Plan) -> list[str]:
     lines = [f"In words: take the weights of {recipe.start};"]
     for index, term in enumerate(recipe.terms):
         to, frm = term.ends
-        words = f"add {term.scale:g} times what {to} has beyond {frm}"
+        verb = "take away" if term.scale < 0 else "add"
+        words = f"{verb} {abs(term.scale):g} times what {to} has beyond {frm}"
         if term.sparsify:
             words += (
                 f", keeping a random {term.sparsify.density:.0%} of its entries, rescaled by "
@@ -226,6 +384,18 @@ def _words(plan: Plan) -> list[str]:
             )
         lines.append(words + ("." if index == len(recipe.terms) - 1 else ";"))
     return lines
+
+
+def _term_table(plan: Plan, facts: Mapping[str, TensorFacts]) -> Iterator[str]:
+    """Yield what each term reached and changed, as a table."""
+    yield "| term | parameters covered | not covered | not selected | size relative to the weights | kept by rounding |"
+    yield "|---|---|---|---|---|---|"
+    for index, (term, coverage) in enumerate(zip(plan.recipe.terms, final_coverage(plan, facts), strict=True)):
+        change = term_change(facts.values(), index)
+        counts = (coverage.covered, coverage.not_covered, coverage.not_selected)
+        shares = " | ".join(f"{count / max(coverage.parameters, 1):.2%}" for count in counts)
+        kept = "-" if change.kept is None else f"{change.kept:.1%}"
+        yield f"| {term.name or term.delta} | {shares} | {change.relative_size:.2e} | {kept} |"
 
 
 def _public_name(plan: Plan, name: str) -> str:

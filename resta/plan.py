@@ -15,6 +15,7 @@ from pathlib import Path
 
 from resta.adapter import is_adapter, read_adapter
 from resta.checkpoint import Operand, Reader, Stored, Weights, read_weights
+from resta.coverage import Coverage, Ledger
 from resta.errors import PlanError
 from resta.header import FLOAT_DTYPES, Spec, count_bytes, lay_out
 from resta.hub import locate
@@ -38,8 +39,12 @@ _End = tuple[str, Operand]  # one side of a term: whose tensor, and the tensor
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepTerm:
-    """One term of one tensor: rows of the step's operands, and how the difference is masked and scaled."""
+    """One term of one tensor: rows of the step's operands, and how the difference is masked and scaled.
 
+    `term` is its place among the recipe's terms.
+    """
+
+    term: int
     to: int
     frm: int
     scale: float
@@ -96,6 +101,7 @@ class Plan:
     recipe: Recipe
     weights: Mapping[str, Weights]
     steps: tuple[Step, ...]
+    coverage: tuple[Coverage, ...]  # of each term of the recipe
     heads: Mapping[str, bytes]
     side_files: tuple[SideFile, ...]
     left_out: tuple[str, ...]
@@ -185,7 +191,8 @@ def make_plan(recipe: Recipe) -> Plan:
     _check_models(recipe, weights, problems)
     _check_terms(recipe, weights, problems)
     matcher = _Matcher(recipe.rules)
-    drafts = list(_draft_steps(recipe, weights, matcher, problems))
+    ledgers = [Ledger() for _ in recipe.terms]
+    drafts = list(_draft_steps(recipe, weights, matcher, problems, ledgers))
     _check_extras(recipe, weights, matcher, problems)
     _check_donor(recipe, weights, drafts, matcher, problems)
     for rule in matcher.unmatched():
@@ -193,11 +200,20 @@ def make_plan(recipe: Recipe) -> Plan:
     if recipe.output.rounding == "stochastic" and not any(step.rounding_key is not None for step in drafts):
         problems.add("rounding", "stochastic rounding needs bfloat16 or float16 output; there is none")
     problems.raise_if_any()
+    coverage = tuple(ledger.close() for ledger in ledgers)
     heads, steps = _place(drafts, recipe.output.shard_size)
     donor = weights[recipe.files_from]
     dtypes = [(step.slot.spec.dtype, step.slot.spec.nbytes) for step in steps]
     side_files, left_out = plan_side_files(donor, dtypes)
-    return Plan(recipe=recipe, weights=weights, steps=steps, heads=heads, side_files=side_files, left_out=left_out)
+    return Plan(
+        recipe=recipe,
+        weights=weights,
+        steps=steps,
+        coverage=coverage,
+        heads=heads,
+        side_files=side_files,
+        left_out=left_out,
+    )
 
 
 @dataclass
@@ -278,12 +294,16 @@ def _check_terms(recipe: Recipe, weights: Mapping[str, Weights], problems: _Prob
 
 
 def _draft_steps(
-    recipe: Recipe, weights: Mapping[str, Weights], matcher: _Matcher, problems: _Problems
+    recipe: Recipe,
+    weights: Mapping[str, Weights],
+    matcher: _Matcher,
+    problems: _Problems,
+    ledgers: list[Ledger],
 ) -> Iterator[Step]:
     files = {path: identity for model in weights.values() for path, identity in model.files.items()}
     with Reader(files) as reader:
         for name, start in weights[recipe.start].tensors.items():
-            yield _draft_step(recipe, name, start, _Draft(weights, matcher(name), problems, reader))
+            yield _draft_step(recipe, name, start, _Draft(weights, matcher(name), problems, reader, ledgers))
 
 
 @dataclass
@@ -294,40 +314,66 @@ class _Draft:
     rule: Rule | None
     problems: _Problems
     reader: Reader
+    ledgers: list[Ledger]
 
 
 def _draft_step(recipe: Recipe, name: str, start: Operand, draft: _Draft) -> Step:
     rule, floating = draft.rule, start.dtype in FLOAT_DTYPES
-    operands, owners, terms = [start], [recipe.start], []
-    if not (rule and rule.keep):
-        ends = _find_ends(recipe, name, draft)
-        if floating:
-            for index, (to, frm) in ends.items():
-                scale = recipe.terms[index].scale * _factor(rule, recipe.terms[index].name)
-                fits = [scale != 0 and _fits(name, start, end, draft) for end in (to, frm)]  # both are reported
-                if all(fits):
-                    if to[1] == frm[1]:  # an adapter does not touch this tensor: the difference is exactly zero
-                        continue
-                    rows = [_row(operands, owners, end) for end in (to, frm)]
-                    terms.append(_make_term(recipe, index, name, scale, rows))
-        else:
-            for end in {model: operand for pair in ends.values() for model, operand in pair}.items():
-                _check_equal(name, start, end, draft)
+    operands, owners = [start], [recipe.start]
+    ends = {} if rule and rule.keep else _find_ends(recipe, name, draft)
+    terms, reached = [], {}
+    for index, (to, frm) in ends.items() if floating else ():
+        scale = recipe.terms[index].scale * _factor(rule, recipe.terms[index].name)
+        fits = [scale != 0 and _fits(name, start, end, draft) for end in (to, frm)]  # both are reported
+        if all(fits) and to[1] == frm[1]:  # an adapter does not touch this tensor: the difference is exactly zero
+            reached[index] = _count_shared([start, to[1]])
+        elif all(fits):
+            rows = [_row(operands, owners, end) for end in (to, frm)]
+            terms.append(_make_term(recipe, index, name, scale, rows))
+    touched = _count_shared(operands)
+    if floating:
+        reached |= dict.fromkeys((term.term for term in terms), touched)
+        _note_coverage(recipe, name, start.stored.spec.count, reached, draft)
+    else:
+        for end in {model: operand for pair in ends.values() for model, operand in pair}.items():
+            _check_equal(name, start, end, draft)
     dtype = DTYPES.get(recipe.output.dtype, start.dtype) if floating else start.dtype
     rounds = recipe.output.rounding == "stochastic" and dtype in ("BF16", "F16")
-    count = start.stored.spec.count
-    row = count // start.shape[0] if start.shape and start.shape[0] else 0
-    rows_shared = min((operand.shape[0] for operand in operands if operand.shape), default=0)
     return Step(
         name=name,
         operands=tuple(operands),
         owners=tuple(owners),
         terms=tuple(terms),
         slot=Slot(file="", spec=Spec(dtype=dtype, shape=start.shape, start=0, nbytes=0)),
-        touched=rows_shared * row if start.shape else count,
+        touched=touched,
         rounding_key=derive_key(recipe.seed, "rounding", 0, name) if rounds else None,
         allow_nonfinite=bool(rule and rule.nonfinite),
     )
+
+
+def _count_shared(operands: list[Operand]) -> int:
+    """Return how many elements the rows hold that all operands have; the first is the start."""
+    count, shape = operands[0].stored.spec.count, operands[0].shape
+    if not shape or not shape[0]:
+        return count
+    return min(operand.shape[0] for operand in operands if operand.shape) * (count // shape[0])
+
+
+def _note_coverage(recipe: Recipe, name: str, count: int, reached: Mapping[int, int], draft: _Draft) -> None:
+    rule = draft.rule
+    for index, (term, ledger) in enumerate(zip(recipe.terms, draft.ledgers, strict=True)):
+        if term.scale == 0:
+            ledger.note_off(count)
+            continue
+        if rule and rule.keep:
+            reason = "rules keep the tensors of the start"
+        elif _factor(rule, term.name) == 0:
+            reason = "rules scale it by 0"
+        elif index in reached:
+            reason = "only the start has those rows"
+        else:
+            reason = "its models lack the tensors, and rules skip it there"
+        ledger.note(name, count, reached.get(index, 0), reason)
 
 
 def derive_key(seed: int, purpose: str, term: int, tensor: str) -> int:
@@ -339,8 +385,9 @@ def derive_key(seed: int, purpose: str, term: int, tensor: str) -> int:
 def _make_term(recipe: Recipe, index: int, name: str, scale: float, rows: list[int]) -> StepTerm:
     sparsify = recipe.terms[index].sparsify
     if sparsify is None or sparsify.density == 1:
-        return StepTerm(to=rows[0], frm=rows[1], scale=scale)
+        return StepTerm(term=index, to=rows[0], frm=rows[1], scale=scale)
     return StepTerm(
+        term=index,
         to=rows[0],
         frm=rows[1],
         scale=scale,

@@ -61,6 +61,7 @@ def _writable(value: str) -> str:
 
 
 Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_number)]
+Share = Annotated[float, Field(allow_inf_nan=False, ge=0, le=1), BeforeValidator(_number)]
 Density = Annotated[float, Field(allow_inf_nan=False, gt=0, le=1), BeforeValidator(_number)]
 Seed = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(_number)]
 Text = Annotated[str, AfterValidator(_writable)]
@@ -117,7 +118,9 @@ class Term(_Frozen):
 
     delta: Line = Field(description='A difference of two models, "aligned - base".')
     scale: Number
-    name: Line | None = Field(default=None, description="What rules call this term.")
+    name: Line | None = Field(
+        default=None, description="What rules call this term; `safety` says that it is the safety vector."
+    )
     sparsify: Sparsify | None = None
 
     @model_validator(mode="after")
@@ -125,6 +128,11 @@ class Term(_Frozen):
         if _DELTA.fullmatch(self.delta) is None:
             raise ValueError(f'delta must be "name - name" with spaces around the minus, found {self.delta!r}')
         return self
+
+    @property
+    def label(self) -> str:
+        """What messages call it: its name, else "term"."""
+        return f"term {self.name}" if self.name else "term"
 
     @property
     def ends(self) -> tuple[str, str]:
@@ -202,6 +210,10 @@ class Recipe(_Frozen):
     tokenizers: Literal["same", "ignore"] = Field(
         default="same", description="same: refuse models whose tokenizers give a shared id different tokens."
     )
+    min_coverage: Share = Field(
+        default=0.95,
+        description="Least share of the parameters that rules and missing tensors must leave to each term.",
+    )
     output: OutputChoices = OutputChoices()
     rules: tuple[Rule, ...] = ()
 
@@ -236,6 +248,19 @@ class Recipe(_Frozen):
     def files_from(self) -> str:
         """Name of the model that config, tokenizer and templates come from."""
         return self.output.files_from or ("tuned" if "tuned" in self.models else self.start)
+
+    @property
+    def safety_terms(self) -> tuple[int, ...]:
+        """Which terms are the safety vector, by index; none if the recipe does not tell.
+
+        The term named `safety`. Without one, the terms that lead to a model which is neither `tuned`, nor the start,
+        nor the one that the files come from: the others rebuild the fine-tune. If such terms lead to several models,
+        nothing tells the safe one from the rest.
+        """
+        named = tuple(index for index, term in enumerate(self.terms) if term.name == "safety")
+        mine = {"tuned", self.start, self.files_from}
+        towards = {index: term.ends[0] for index, term in enumerate(self.terms) if term.ends[0] not in mine}
+        return named or (tuple(towards) if len(set(towards.values())) == 1 else ())
 
     @property
     def digest(self) -> str:

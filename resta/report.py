@@ -123,7 +123,7 @@ def _cells(change: Change) -> tuple[str, ...]:
         str(change.tensors),
         f"{change.relative_size:.2e}",
         f"{change.changed:.1%}",
-        f"{change.cosine:.3f}",
+        "-" if change.cosine is None else f"{change.cosine:.3f}",
     )
 
 

@@ -52,6 +52,7 @@ def run(
         rounding_key is not None,
         np.zeros((len(operands) + 4, kernels.TILE), work),
         sums,
+        np.zeros((len(terms), kernels.TERM_SUMS)),
     )
     return result, sums, bad
 
