@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -503,7 +503,10 @@ class _Recomputed:
         slack = 1e-18 * math.sqrt(self.elements)  # squares of smaller numbers vanish in float32
         start, intended, realised, product = self.squares.tolist()
         yield from _compare_norm("start_norm", fact.start_norm, math.sqrt(start), slack)
-        yield from _compare_change(fact, (intended, realised, product), slack)
+        yield from _compare_norm("intended_norm", fact.intended_norm, math.sqrt(intended), slack)
+        yield from _compare_norm("realised_norm", fact.realised_norm, math.sqrt(realised), slack)
+        if not abs(fact.product - product) <= NORM_TOLERANCE * math.sqrt(intended * realised) + slack:
+            yield f"product is {product:.6g}, but the manifest says {fact.product:.6g}"
         # A term's loss is a small difference of large numbers, of which the merge keeps float32.
         slack += 2.0**-22 * (math.sqrt(intended) + math.sqrt(realised))
         scale_up = self.step.touched / max(self.measured, 1)
@@ -511,7 +514,7 @@ class _Recomputed:
             if part.selected != kept:
                 yield f"term {part.term} keeps {kept:.0f} entries, but the manifest says {part.selected}"
             sums = (square, max(square + scale_up * growth, 0.0), square + scale_up * loss)
-            yield from (f"term {part.term}: {problem}" for problem in _compare_change(part, sums, slack))
+            yield from (f"term {part.term}: {problem}" for problem in _compare_term(part, sums, slack))
 
     def _recompute(self, first: int, count: int) -> Bytes:
         step, slot = self.step, self.step.slot.spec
@@ -608,13 +611,15 @@ class _Recomputed:
         return self._factors[stored]
 
 
-def _compare_change(said: TensorFacts | TermFacts, sums: Sequence[float], slack: float) -> Iterator[str]:
-    """Compare norms and product of an intended and a realised change with sums of squares found here."""
-    intended, realised = math.sqrt(sums[0]), math.sqrt(sums[1])
-    yield from _compare_norm("intended_norm", said.intended_norm, intended, slack)
-    yield from _compare_norm("realised_norm", said.realised_norm, realised, slack)
-    if not abs(said.product - sums[2]) <= NORM_TOLERANCE * intended * realised + slack * (1 + intended + realised):
-        yield f"product is {sums[2]:.6g}, but the manifest says {said.product:.6g}"
+def _compare_term(said: TermFacts, sums: tuple[float, float, float], slack: float) -> Iterator[str]:
+    """Compare a term's facts with D^2, (D + e)^2 and D (D + e) found here; where e cancels D, D^2 sets the scale."""
+    intended, realised, product = sums
+    yield from _compare_norm("intended_norm", said.intended_norm, math.sqrt(intended), slack)
+    allowed = NORM_TOLERANCE * (intended + realised) + slack * (slack + math.sqrt(intended) + math.sqrt(realised))
+    if not abs(said.realised_norm * said.realised_norm - realised) <= allowed:
+        yield f"realised_norm is {math.sqrt(realised):.6g}, but the manifest says {said.realised_norm:.6g}"
+    if not abs(said.product - product) <= allowed:
+        yield f"product is {product:.6g}, but the manifest says {said.product:.6g}"
 
 
 def _compare_norm(key: str, said: float, found: float, slack: float) -> Iterator[str]:

@@ -235,27 +235,20 @@ def _terms_of(step: Step, scales: tuple[float, ...]) -> tuple[Array, Array, Arra
 
 
 def _totals(sums: Array, term_sums: Array, non_finite: int) -> Totals:
-    if len(term_sums) == 1:  # then the sum of all terms is the term
-        intended = sums[kernels.INTENDED]
-        term_sums[0, kernels.TERM_INTENDED] = intended
-        term_sums[0, kernels.TERM_LOSS] = sums[kernels.PRODUCT] - intended
-        term_sums[0, kernels.TERM_GROWTH] = sums[kernels.REALISED] - intended
+    start, intended, realised, product, changed = sums.tolist()
+    terms = term_sums.tolist()
+    if len(terms) == 1:  # then the sum of all terms is the term
+        terms[0][: kernels.TERM_SELECTED] = intended, product - intended, realised - intended
     return Totals(
-        start=float(sums[kernels.START]),
-        intended=float(sums[kernels.INTENDED]),
-        realised=float(sums[kernels.REALISED]),
-        product=float(sums[kernels.PRODUCT]),
-        changed=int(sums[kernels.CHANGED]),
+        start=start,
+        intended=intended,
+        realised=realised,
+        product=product,
+        changed=int(changed),
         non_finite=non_finite,
         terms=tuple(
-            TermTotals(
-                intended=float(term[kernels.TERM_INTENDED]),
-                loss=float(term[kernels.TERM_LOSS]),
-                growth=float(term[kernels.TERM_GROWTH]),
-                selected=int(term[kernels.TERM_SELECTED]),
-                nonzero=bool(term[kernels.TERM_NONZERO]),
-            )
-            for term in term_sums
+            TermTotals(intended=square, loss=loss, growth=growth, selected=int(selected), nonzero=bool(nonzero))
+            for square, loss, growth, selected, nonzero in terms
         ),
     )
 
