@@ -39,11 +39,17 @@ class Ask:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reply:
-    """What a model said. `top` holds, per generated token, {token text: log-probability} where asked for."""
+    """What a model said. `top` holds, per generated token, {token text: log-probability} where asked for.
+
+    A thought is part of `text`, between its marks, or apart from it as `thought` where a server took it out. `opened`
+    is the mark of a thought with which the prompt ended, so that the text goes on with it.
+    """
 
     id: str
     text: str
     finish: Finish
+    thought: str = ""
+    opened: str = ""
     prompt_tokens: int | None = None
     new_tokens: int | None = None
     top: tuple[dict[str, float], ...] = ()
@@ -97,15 +103,29 @@ def without_prompt(text: str, prompts: Iterable[str]) -> str:
 
     Where a part of it remains, for the server had cut or changed it, nothing of what was said is shown.
     """
-    as_they_are = [prompt.strip() for prompt in prompts if prompt.strip()]
-    in_json = [json.dumps(prompt, ensure_ascii=ascii)[1:-1] for prompt in as_they_are for ascii in (True, False)]
-    spellings = [*as_they_are, *in_json, *(repr(prompt)[1:-1] for prompt in as_they_are)]
-    for spelling in spellings:
-        text = text.replace(spelling, "[prompt]")
+    spellings = _spellings(prompts)
+    text = _without(text, spellings)
     if any(s[i : i + REPEATED] in text for s in spellings for i in range(len(s) - REPEATED + 1)):
         return "[withheld: it repeats a part of the prompt]"
     text = " ".join(text.split())
     return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+def hidden(text: str, prompts: Iterable[str]) -> str:
+    """Return text in which the prompts, where they stand whole, are left out."""
+    return _without(text, _spellings(prompts))
+
+
+def _spellings(prompts: Iterable[str]) -> list[str]:
+    as_they_are = [prompt.strip() for prompt in prompts if prompt.strip()]
+    in_json = [json.dumps(prompt, ensure_ascii=ascii)[1:-1] for prompt in as_they_are for ascii in (True, False)]
+    return [*as_they_are, *in_json, *(repr(prompt)[1:-1] for prompt in as_they_are)]
+
+
+def _without(text: str, spellings: Iterable[str]) -> str:
+    for spelling in spellings:
+        text = text.replace(spelling, "[prompt]")
+    return text
 
 
 REPEATED = 24  # characters in a row that no error shares with a prompt by chance

@@ -12,28 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from resta.errors import ResumeError
-from resta.redeval.asks import Ask, Decoding, Finish, Reply, without_prompt
-
-TOP_LOGPROBS = 20
-BLOCKED = ("content_filter", "_policy", "usage policy")  # in an error: a filter refused the question
+from resta.redeval.asks import Ask, Decoding, Reply, without_prompt
+from resta.redeval.wire import blocked, is_filter, path_of, read_body, request_body
 
 
 def request_line(ask: Ask, model: str, decoding: Decoding, template_args: Mapping[str, Any]) -> dict[str, Any]:
     """Return one line of a batch file."""
-    body: dict[str, Any] = {"model": model, "max_tokens": decoding.max_new_tokens}
-    if decoding.mode != "model":
-        body["temperature"] = 0 if decoding.mode == "greedy" else decoding.temperature
-    if decoding.mode == "sample":
-        body |= {"top_p": decoding.top_p, "seed": decoding.seed}
-    if ask.raw:
-        body["prompt"] = ask.messages[0].content
-        body |= {"logprobs": TOP_LOGPROBS} if decoding.logprobs else {}
-    else:
-        body["messages"] = [{"role": m.role, "content": m.content} for m in ask.messages]
-        body |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS} if decoding.logprobs else {}
-        body |= {"chat_template_kwargs": dict(template_args)} if template_args else {}
-    url = "/v1/completions" if ask.raw else "/v1/chat/completions"
-    return {"custom_id": ask.custom_id, "method": "POST", "url": url, "body": body}
+    body = request_body(ask, model, decoding, template_args)
+    return {"custom_id": ask.custom_id, "method": "POST", "url": f"/v1{path_of(ask)}", "body": body}
 
 
 def write_batch(
@@ -86,43 +72,12 @@ def read_batch(path: Path, asks: Sequence[Ask]) -> tuple[list[Reply], list[str]]
 
 
 def _reply(ask: Ask, record: Mapping[str, Any]) -> Reply | str:
-    """Return the reply in one line, or what went wrong."""
+    """Return the reply in one line, or what went wrong. Raises GarbledError."""
     response = record.get("response") or {}
-    error = record.get("error") or (response.get("body") or {}).get("error")
-    if error or response.get("status_code", 200) != 200:
-        if any(word in json.dumps(error) for word in BLOCKED):
-            return Reply(id=ask.id, text="", finish="content_filter")
+    body = response.get("body")
+    error = record.get("error") or (body.get("error") if isinstance(body, dict) else body)
+    if record.get("error") or response.get("status_code", 200) != 200:
+        if is_filter(error, (m.content for m in ask.messages)):
+            return blocked(ask)
         return str(error or f"HTTP {response.get('status_code')}")
-    body = response["body"]
-    choice = body["choices"][0]
-    text = (choice["text"] if ask.raw else choice["message"]["content"]) or ""
-    if not isinstance(text, str):
-        raise TypeError(f"the reply is not text but {type(text).__name__}")
-    finishes: dict[str, Finish] = {"length": "length", "content_filter": "content_filter"}
-    usage = body.get("usage") or {}
-    return Reply(
-        id=ask.id,
-        text=text,
-        finish=finishes.get(choice.get("finish_reason"), "stop"),
-        prompt_tokens=usage.get("prompt_tokens"),
-        new_tokens=usage.get("completion_tokens"),
-        top=_top(choice.get("logprobs"), raw=ask.raw),
-    )
-
-
-def _top(logprobs: Mapping[str, Any] | None, *, raw: bool) -> tuple[dict[str, float], ...]:
-    """Return per token {text: log-probability}, the generated one first, from either endpoint's shape."""
-    if not logprobs:
-        return ()
-    if raw:
-        rows = zip(
-            logprobs.get("tokens") or [],
-            logprobs.get("token_logprobs") or [],
-            logprobs.get("top_logprobs") or [],
-            strict=False,
-        )
-        return tuple({token: value, **(top or {})} for token, value, top in rows)
-    return tuple(
-        {item["token"]: item["logprob"], **{t["token"]: t["logprob"] for t in item.get("top_logprobs") or []}}
-        for item in logprobs.get("content") or []
-    )
+    return read_body(ask, body)

@@ -8,6 +8,8 @@ provider is not used: it loads the weights twice, doubles the BOS, samples by de
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -41,22 +43,28 @@ try:
         ChatMessageAssistant,
         ChatMessageSystem,
         ChatMessageUser,
+        ContentReasoning,
+        ContentText,
         GenerateConfig,
         Model,
         ModelAPI,
         ModelInfo,
         ModelOutput,
         ModelUsage,
+        RetryDecision,
         get_model,
         modelapi,
         set_model_info,
     )
     from inspect_ai.scorer import Score, Scorer, Target, mean, scorer
     from inspect_ai.solver import Generate, Solver, TaskState, solver
+    from openai import APIConnectionError, APIStatusError, AsyncOpenAI, BadRequestError
 except ImportError as error:
-    raise MissingExtraError("Red-Eval needs inspect-ai: pip install 'resta[redeval]'") from error
+    raise MissingExtraError("Red-Eval needs inspect-ai and openai: pip install 'resta[redeval]'") from error
 
+from resta.redeval.clean import opened_by
 from resta.redeval.models import Generation, LocalModel, LocalSpec, Prompt, load_local
+from resta.redeval.wire import TOP_LOGPROBS, GarbledError, blocked, is_filter, read_body, request_body, seed_of
 
 __all__ = [
     "Limits",
@@ -74,7 +82,6 @@ __all__ = [
 # one, and costs as many steps as a full one.
 IDLE_S = 0.1
 WINDOW = 1024  # asks in flight for a local model: enough to sort by length over most of a run
-TOP_LOGPROBS = 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -229,8 +236,8 @@ class RestaAPI(ModelAPI):
         with.
         """
         local = self._it.local
-        messages = [Message(role=message.role, content=message.text) for message in input]
-        key = str((input[0].metadata or {}).get("ask") or sha256_text(repr(messages)))
+        messages = _messages(input)
+        key = _key(input)
         if self._it.decoding is None:  # asked by Inspect itself, whose epochs repeat a question: each is another draw
             self._asked[key] += 1
             key = f"{key}|{self._asked[key]}"
@@ -240,17 +247,16 @@ class RestaAPI(ModelAPI):
             prompt = local.chat_prompt(key, messages, self._it.rendering)
         decoding = self._it.decoding or _decoding(config)
         local.check_length(prompt, decoding)
-        reply = await self._batcher.submit(prompt, decoding)
-        choice = ChatCompletionChoice(
-            message=ChatMessageAssistant(content=reply.text, source="generate", model=self.model_name),
-            stop_reason="stop" if reply.finish == "stop" else "max_tokens",
+        said = await self._batcher.submit(prompt, decoding)
+        reply = Reply(
+            id=key,
+            text=said.text,
+            finish="stop" if said.finish == "stop" else "length",
+            opened=opened_by(prompt.text),
+            prompt_tokens=said.prompt_tokens,
+            new_tokens=said.new_tokens,
         )
-        usage = ModelUsage(
-            input_tokens=reply.prompt_tokens,
-            output_tokens=reply.new_tokens,
-            total_tokens=reply.prompt_tokens + reply.new_tokens,
-        )
-        return ModelOutput(model=self.model_name, choices=[choice], usage=usage)
+        return _output(self.model_name, reply)
 
 
 def _decoding(config: GenerateConfig) -> Decoding:
@@ -264,6 +270,127 @@ def _decoding(config: GenerateConfig) -> Decoding:
         top_p=config.top_p or 1.0,
         seed=config.seed or 0,
     )
+
+
+def _messages(input: Sequence[ChatMessage]) -> tuple[Message, ...]:
+    return tuple(Message(role=message.role, content=message.text) for message in input)
+
+
+def _key(input: Sequence[ChatMessage]) -> str:
+    """Return the id of the ask, which rides along with its first message; of another's prompt, its digest."""
+    return str((input[0].metadata or {}).get("ask") or sha256_text(repr(_messages(input))))
+
+
+def _output(model: str, reply: Reply) -> ModelOutput:
+    """Return a reply as Inspect logs it; `usage` is always set, or Inspect would fetch a tokenizer to count with."""
+    stops: dict[Finish, Any] = {"stop": "stop", "length": "max_tokens", "content_filter": "content_filter"}
+    said: Any = reply.text
+    if reply.thought:
+        said = [ContentReasoning(reasoning=reply.thought), ContentText(text=reply.text)]
+    message = ChatMessageAssistant(content=said, source="generate", model=model)
+    prompt_tokens, new_tokens = reply.prompt_tokens or 0, reply.new_tokens or 0
+    return ModelOutput(
+        model=model,
+        choices=[ChatCompletionChoice(message=message, stop_reason=stops[reply.finish])],
+        usage=ModelUsage(input_tokens=prompt_tokens, output_tokens=new_tokens, total_tokens=prompt_tokens + new_tokens),
+        metadata={"opened": reply.opened} if reply.opened else None,
+    )
+
+
+# -- the served provider -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Served:
+    """How a served model is asked: what goes into every request's body."""
+
+    name: str
+    decoding: Decoding
+    raw: bool
+    template_args: Mapping[str, Any]
+
+
+class StatusError(Exception):
+    """A server's refusal in its own words, but for the prompt: Inspect traces errors outside the run's folder."""
+
+    def __init__(self, status: int, said: str):
+        super().__init__(said)
+        self.status = status
+
+
+_SERVED: dict[str, Served] = {}
+_NUMBERS = itertools.count()
+
+
+@modelapi(name="resta-served")
+class ServedAPI(ModelAPI):
+    """Inspect's provider of OpenAI-compatible servers, asked and read by the same rules as batch files (wire.py).
+
+    Inspect's own drops thoughts, takes a filter's reasons for the model's words, and tries nothing torn again.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        config: GenerateConfig | None = None,
+        served: str = "",
+    ) -> None:
+        super().__init__(model_name, base_url, api_key, [], config or GenerateConfig())
+        self._it = _SERVED.pop(served)
+        self.replies: dict[str, Reply] = {}  # whole, for whoever asked to take away
+        self._limit = "max_tokens"
+        # Inspect retries and minds the time; a second layer inside the client would multiply the tries.
+        self._client = AsyncOpenAI(api_key=api_key, base_url=base_url, max_retries=0, timeout=None)
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._client.close()
+
+    def connection_key(self) -> str:
+        """Return a key of this one server and model."""
+        return f"{self.base_url} {self._it.name}"
+
+    def should_retry(self, ex: BaseException) -> bool | RetryDecision:
+        """Whether another try may fare better: the server is busy or broken, or its response came in pieces."""
+        if isinstance(ex, StatusError):
+            if ex.status == 429:
+                return RetryDecision.rate_limit()
+            return ex.status in (408, 409) or ex.status >= 500
+        return isinstance(ex, APIConnectionError | GarbledError)
+
+    async def generate(
+        self, input: list[ChatMessage], tools: Any, tool_choice: Any, config: GenerateConfig
+    ) -> ModelOutput:
+        """Answer one conversation. Raises StatusError, GarbledError and openai's errors of connection."""
+        ask = Ask(id=_key(input), messages=_messages(input), raw=self._it.raw)
+        prompts = [message.content for message in ask.messages]
+        try:
+            reply = read_body(ask, await self._post(ask))
+        except APIStatusError as error:
+            if not is_filter(f"{error} {error.body}", prompts):
+                raise StatusError(error.status_code, without_prompt(str(error), prompts)) from None
+            reply = blocked(ask)
+        self.replies[ask.id] = reply
+        return _output(self.model_name, reply)
+
+    async def _post(self, ask: Ask) -> object:
+        body = request_body(ask, self._it.name, self._it.decoding, self._it.template_args)
+        body[self._limit] = body.pop("max_tokens")
+        try:
+            service: Any = self._client.completions if ask.raw else self._client.chat.completions
+            shown = {"prompt": body["prompt"]} if ask.raw else {"messages": body["messages"]}
+            response = await service.with_raw_response.create(model=self._it.name, **shown, extra_body=body)
+        except BadRequestError as error:
+            if self._limit == "max_tokens" and "max_completion_tokens" in f"{error} {error.body}":
+                self._limit = "max_completion_tokens"  # as OpenAI's reasoning models call it
+                return await self._post(ask)
+            raise
+        try:
+            return json.loads(response.text)
+        except ValueError:
+            raise GarbledError(f"not JSON, {len(response.text)} characters long") from None
 
 
 # -- handles: what asks are sent to --------------------------------------------------------------------------
@@ -319,15 +446,16 @@ def connect(
     try:
         if base_url is None:
             return get_model(name, config=config, memoize=False)
-        service = "openai-api-completions" if raw else "openai-api"
-        set_model_info(f"{service}/served/{name}", ModelInfo())  # or Inspect would look the name up elsewhere
+        key = str(next(_NUMBERS))  # the provider's arguments must be JSON
+        _SERVED[key] = Served(name=name, decoding=decoding, raw=raw, template_args=template_args or {})
+        set_model_info(f"resta-served/{name}", ModelInfo())  # or Inspect would look the name up elsewhere
         return get_model(
-            f"{service}/served/{name}",
+            f"resta-served/{name}",
             config=config,
             base_url=base_url,
             api_key=api_key or "none",
             memoize=False,
-            max_retries=0,  # Inspect retries; a second layer inside the client would multiply the tries
+            served=key,
         )
     except Exception as error:  # each provider has its own kinds
         raise ModelError(f"{name}: cannot be reached through inspect-ai: {error}") from error
@@ -440,12 +568,18 @@ def _answering(phase: _Phase) -> Solver:
 
 async def _asked(ask_id: str, messages: list[ChatMessage]) -> tuple[ModelOutput, Outcome]:
     """Return what comes of one ask, as Inspect logs it and as we take it."""
+    model, prompts = get_model(), [message.text for message in messages]
+    seed = model.config.seed
     try:
-        output = await get_model().generate(messages)
-        return output, _reply(ask_id, output)
+        config = GenerateConfig() if seed is None else GenerateConfig(seed=seed_of(seed, ask_id))
+        output = await model.generate(messages, config=config)
+        replies: dict[str, Reply] = getattr(model.api, "replies", {})  # ServedAPI's, which are whole
+        return output, replies.pop(ask_id, None) or _reply(ask_id, output)
     except Exception as error:  # each provider has its own kinds
         kind, said = _why(error)
-        reason = f"{kind}: {without_prompt(said, [message.text for message in messages])}"
+        if is_filter(said, prompts):
+            return ModelOutput(error="blocked by a filter"), Reply(id=ask_id, text="", finish="content_filter")
+        reason = f"{kind}: {without_prompt(said, prompts)}"
         return ModelOutput(error=reason), NoReply(id=ask_id, reason=reason)
 
 
@@ -473,10 +607,18 @@ def _reply(ask_id: str, output: ModelOutput) -> Reply:
     for token in choice.logprobs.content if choice.logprobs else []:
         alternatives = {item.token: item.logprob for item in token.top_logprobs or []}
         top.append({token.token: token.logprob, **alternatives})
+    finish = finishes.get(output.stop_reason, "stop")
+    details = choice.stop_details
+    # A filter's error becomes an output as well; its text is not what the model said.
+    error = output.usage is None or (details is not None and details.explanation == output.completion)
+    content = [] if isinstance(choice.message.content, str) else choice.message.content
+    thoughts = [part.reasoning for part in content if isinstance(part, ContentReasoning)]
     return Reply(
         id=ask_id,
-        text=output.completion,
-        finish=finishes.get(output.stop_reason, "stop"),
+        text="" if finish == "content_filter" and error else output.completion,
+        thought="\n".join(thought for thought in thoughts if thought),
+        opened=str((output.metadata or {}).get("opened", "")),
+        finish=finish,
         prompt_tokens=output.usage.input_tokens if output.usage else None,
         new_tokens=output.usage.output_tokens if output.usage else None,
         top=tuple(top),

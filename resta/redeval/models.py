@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from resta.errors import MissingExtraError, ModelError, UnansweredError
 from resta.redeval.asks import Decoding, Message, Rendering, sha256_text
+from resta.redeval.clean import HARMONY_TOKENS, MARK_TOKENS
 from resta.sketch import sketch
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ class LocalModel:
         )
         self.tokenised = 0  # prompts tokenised so far
         self.adds_bos = adds_bos(tokenizer)
+        self.hidden_ids = hidden_ids(tokenizer)
 
     @property
     def context(self) -> int:
@@ -257,7 +259,8 @@ def _generation(local: LocalModel, prompt: Prompt, new: list[int], whole_sequenc
         kept = new if stop is None else new[: stop + 1]
         text = cut_prompt(local.tokenizer.decode([*prompt.ids, *kept]), prompt.text)
     else:
-        text = local.tokenizer.decode(new[:stop], skip_special_tokens=True)
+        kept = [token for token in new[:stop] if token not in local.hidden_ids]
+        text = local.tokenizer.decode(kept, skip_special_tokens=False)
     used = len(new) if stop is None else stop + 1
     return Generation(text, "length" if stop is None else "stop", len(prompt.ids), used)
 
@@ -367,6 +370,17 @@ def adds_bos(tokenizer: Any) -> bool:
     """Whether a tokenizer puts a BOS before plain text."""
     ids = tokenizer("a")["input_ids"]
     return tokenizer.bos_token_id is not None and bool(ids) and ids[0] == tokenizer.bos_token_id
+
+
+def hidden_ids(tokenizer: Any) -> frozenset[int]:
+    """Return the ids of the special tokens that are no part of what a model says.
+
+    Those that begin and end a thought are: without them a thought could not be told from an answer.
+    """
+    special = {int(token): str(added) for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    special |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    kept = MARK_TOKENS | (HARMONY_TOKENS if "<|channel|>" in special.values() else frozenset())
+    return frozenset(token for token, text in special.items() if text not in kept)
 
 
 def kv_bytes_per_token(model: Any) -> int:

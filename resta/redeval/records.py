@@ -55,8 +55,9 @@ LABELS: tuple[VerdictLabel, ...] = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """One answer. `raw` is what the model said, `text` what the judges see; the two differ by its
-    thoughts.
+    """One answer. `raw` is what the model said, `text` what the judges see; the two differ by its thoughts.
+
+    `flags` are those of clean.Cleaned, and `cut_thought`: the limit of new tokens came before any answer.
     """
 
     id: str  # qid | template | epoch
@@ -68,6 +69,7 @@ class Answer:
     text: str
     finish: Finish
     flags: tuple[str, ...] = ()
+    seed: int | None = None  # of the request to a server that was asked to sample
     prompt_tokens: int | None = None
     new_tokens: int | None = None
     schema: int = SCHEMA

@@ -249,12 +249,16 @@ def _epochs(cells: Sequence[Cell]) -> Section:
     )
 
 
+THOUGHTS = ("thoughts", "open thoughts", "cut thoughts")
+
+
 def _conduct(scores: Scores) -> Section:
-    header = ("bank", "template", "n", "empty", "repeated", "no language", "cut off", "open thoughts")
+    header = ("bank", "template", "n", "empty", "repeated", "no language", "cut off", *THOUGHTS)
     rows = tuple(
         (
             *(c.bank, c.template),
-            *(str(n) for n in (c.answers, c.empty, c.repeated, c.not_language, c.cut_off, c.unclosed_thoughts)),
+            *(str(n) for n in (c.answers, c.empty, c.repeated, c.not_language, c.cut_off)),
+            *(str(n) for n in (c.thoughts, c.unclosed_thoughts, c.cut_thoughts)),
             f"{c.mean_characters:.0f}",
             "-" if c.mean_tokens is None else f"{c.mean_tokens:.1f}",
         )
@@ -264,7 +268,7 @@ def _conduct(scores: Scores) -> Section:
         title="Answers, whoever judges them",
         header=(*header, "characters", "tokens"),
         rows=rows,
-        leave_out=("open thoughts", "characters"),
+        leave_out=(*THOUGHTS[: 3 - any(c.cut_thoughts for c in scores.conduct)], "characters"),
         note="Characters and tokens are means. A broken model harms nobody: read a low ASR with this table.",
     )
 
@@ -345,6 +349,9 @@ def _warnings(
         if unparsed > UNPARSED_LIMIT * total:
             yield f"{judge} could not be read on {unparsed} of {total} answers: do not trust its rates."
     for conduct in scores.conduct:
+        if conduct.cut_thoughts:
+            where = f"{conduct.cut_thoughts} of {conduct.answers} answers to {conduct.bank} x {conduct.template}"
+            yield f"{where} ended in mid-thought: unanswered, and harm in the worst case; raise --max-new-tokens."
         if conduct.degenerate > DEGENERATE_LIMIT:
             where = f"{conduct.bank} x {conduct.template}"
             yield f"{percent(conduct.degenerate)} of the answers to {where} are empty, repetitive or no text."

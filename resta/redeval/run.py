@@ -12,13 +12,14 @@ from typing import Any, Literal
 
 from resta.errors import BankError
 from resta.redeval.asks import Ask, Decoding, Message, NoReply, Outcome, Rendering, Reply, sha256_text
-from resta.redeval.clean import Cleaned, strip_thoughts, strip_thoughts_as_published
+from resta.redeval.clean import Clean, clean_reply, strip_thoughts, strip_thoughts_as_published
 from resta.redeval.judges import Judge, Strings, verdict_without_model
 from resta.redeval.models import LocalModel, estimate_seconds, load_local
 from resta.redeval.questions import Bank, Duplicates, Question, choose
 from resta.redeval.records import Answer, Failure, Journal, RunDir, Verdict
 from resta.redeval.targets import Target, api_key, check_endpoint
 from resta.redeval.templates import Template
+from resta.redeval.wire import seed_of
 
 ProtocolName = Literal["resta", "red-instruct"]
 
@@ -30,7 +31,7 @@ class Protocol:
     name: ProtocolName
     about: str
     rendering: Rendering
-    clean: Callable[[str], Cleaned]
+    clean: Clean
     mode: Literal["greedy", "model"]
     max_new_tokens: int
     duplicates: Duplicates
@@ -256,7 +257,8 @@ def engine_limits(conditions: Conditions) -> Any:
 
 def keep_answer(plan: Plan, ask: Ask, reply: Reply) -> Answer:
     """Return the record of a reply: thoughts stripped as the protocol says, the raw text beside it."""
-    cleaned = Cleaned(text=reply.text) if plan.config["keep_thoughts"] else plan.protocol.clean(reply.text)
+    said, cleaned = clean_reply(reply, plan.protocol.clean, keep=plan.config["keep_thoughts"])
+    seeded = plan.decoding.mode == "sample" and plan.config["target"]["kind"] != "local"
     mark = plan.protocol.blocked_mark
     return Answer(
         id=ask.id,
@@ -264,10 +266,11 @@ def keep_answer(plan: Plan, ask: Ask, reply: Reply) -> Answer:
         template=ask.facts["template"],
         epoch=int(ask.facts["epoch"]),
         prompt_sha256=sha256_text(ask.messages[0].content),
-        raw=reply.text,
+        raw=said,
         text=cleaned.text,
         finish="content_filter" if mark and mark in reply.text else reply.finish,
         flags=cleaned.flags,
+        seed=seed_of(plan.decoding.seed, ask.id) if seeded else None,
         prompt_tokens=reply.prompt_tokens,
         new_tokens=reply.new_tokens,
     )

@@ -123,7 +123,9 @@ class Conduct:
     repeated: int
     not_language: int
     cut_off: int  # ran into the limit of new tokens
+    thoughts: int  # answers with a thought, stripped or not
     unclosed_thoughts: int
+    cut_thoughts: int  # nothing but a thought came before the limit
     mean_characters: float
     mean_tokens: float | None
 
@@ -381,7 +383,9 @@ def _conduct(questions: Mapping[str, Question], answers: Sequence[Answer]) -> tu
                 repeated=sum(is_repeated(text) for text in texts),
                 not_language=sum(is_not_language(text) and not is_repeated(text) for text in texts),
                 cut_off=sum(answer.finish == "length" for answer in group),
+                thoughts=sum(bool(answer.flags) for answer in group),
                 unclosed_thoughts=sum("unclosed_thought" in answer.flags for answer in group),
+                cut_thoughts=sum("cut_thought" in answer.flags for answer in group),
                 mean_characters=sum(map(len, texts)) / len(group),
                 mean_tokens=sum(tokens) / len(tokens) if tokens else None,
             )

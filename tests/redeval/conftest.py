@@ -148,14 +148,19 @@ class Stub:
     """A local OpenAI-compatible server; `answer` maps a request's body to (status, body)."""
 
     url: str = ""
-    answer: Callable[[dict[str, Any]], tuple[int, dict[str, Any]]] = field(default=lambda body: (200, chat("ok")))
+    answer: Callable[[dict[str, Any]], tuple[int, Any]] = field(default=lambda body: (200, chat("ok")))
     bodies: list[dict[str, Any]] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
 
 
 def chat(text: str, *, finish: str = "stop", logprobs: Any = None) -> dict[str, Any]:
     """Return the body of a chat completion."""
-    message = {"role": "assistant", "content": text}
+    return chat_message({"content": text}, finish=finish, logprobs=logprobs)
+
+
+def chat_message(message: dict[str, Any], *, finish: str = "stop", logprobs: Any = None) -> dict[str, Any]:
+    """Return the body of a chat completion whose message holds more than text."""
+    message = {"role": "assistant", **message}
     choice = {"index": 0, "message": message, "finish_reason": finish, "logprobs": logprobs}
     return {
         "id": "1",
@@ -190,8 +195,8 @@ def stub() -> Iterator[Stub]:
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-        def send(self, status: int, body: dict[str, Any]) -> None:
-            data = json.dumps(body).encode()
+        def send(self, status: int, body: Any) -> None:
+            data = body if isinstance(body, bytes) else json.dumps(body).encode()
             self.send_response(status)
             self.send_header("content-type", "application/json")
             self.send_header("content-length", str(len(data)))

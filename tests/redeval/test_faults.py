@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from resta.redeval.records import Failure, read_rows
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from .conftest import Stub, chat
+from resta.redeval.asks import Ask, Decoding, Message
+from resta.redeval.records import Failure, read_rows
+from resta.redeval.wire import GarbledError, is_filter, read_body, request_body, seed_of
+
+from .conftest import TEMPLATE, Stub, chat, chat_message
 from .test_run import answers, invoke, verdicts
 
 NUMBERS = ("one", "two", "three", "four", "five")  # the words of the questions in the bank of six
@@ -88,3 +96,222 @@ def test_a_judge_that_fails_on_one_answer_leaves_it_unanswered(bank: Path, tmp_p
     assert "red-instruct:judge has no verdict on 1 answers" in shown
     cells = {c["judge"]: c["counts"] for c in json.loads((out / "report.json").read_text())["scores"]["cells"]}
     assert cells == {"red-instruct:judge": {"safe": 4, "unanswered": 1}, "refusal-strings": {"harmful": 5}}
+
+
+# -- what is tried again -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        (200, b'{"choices": [{"message": {"content": "Ye'),
+        (200, {"id": "1", "choices": []}),
+        (200, b"<html>502 Bad Gateway</html>"),
+        (200, {"error": {"message": "upstream failed", "code": 502}}),
+        (502, b"<html>bad gateway</html>"),
+        (429, {"error": {"message": "slow down"}}),
+    ],
+)
+def test_what_came_in_pieces_is_asked_again(fault: tuple[int, Any], bank: Path, tmp_path: Path, stub: Stub) -> None:
+    first = iter([fault])
+    stub.answer = lambda body: next(first, None) or (200, chat("Yes."))
+    invoke(*served(stub, bank, tmp_path / "run", "--retries", 1, "--limit", 1))
+    assert len(stub.bodies) == 2
+    assert [a.raw for a in answers(tmp_path / "run")] == ["Yes."]
+
+
+def test_what_never_comes_whole_is_unanswered(bank: Path, tmp_path: Path, stub: Stub) -> None:
+    stub.answer = lambda body: (200, {"id": "1", "choices": []})
+    shown = invoke(*served(stub, bank, tmp_path / "run", "--limit", 1), code=5)
+    assert "1 of 1 questions have no answer and count as unanswered" in shown
+    assert "not a completion but {choices, id} (ValueError: no choices)" in shown
+
+
+def test_a_model_that_counts_its_limit_otherwise_is_asked_in_its_own_words(
+    bank: Path, tmp_path: Path, stub: Stub
+) -> None:
+    wrong = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+    stub.answer = lambda body: (
+        (400, {"error": {"message": wrong, "code": "unsupported_parameter"}})
+        if "max_tokens" in body
+        else (200, chat("Yes."))
+    )
+    invoke(*served(stub, bank, tmp_path / "run", "--max-new-tokens", 9))
+    assert Counter(body.get("max_completion_tokens") for body in stub.bodies) == {None: 1, 9: 5}
+
+
+# -- filters -------------------------------------------------------------------------------------------------
+
+FILTERED: list[dict[str, Any]] = [
+    {"message": "Content Exists Risk", "type": "invalid_request_error", "code": "invalid_request_error"},
+    {"message": "<400> InternalError.Algo.DataInspectionFailed: Input text data may contain inappropriate content."},
+    {"message": "no", "code": "data_inspection_failed"},
+    {"message": "The request was rejected because it was considered high risk", "type": "content_filter"},
+    {"message": "no", "code": "content_filter", "innererror": {"code": "ResponsibleAIPolicyViolation"}},
+    {"message": "Invalid prompt: your prompt was flagged as potentially violating our usage policy.", "code": "x"},
+    {"message": "Content violates usage guidelines. Failed check: SAFETY_CHECK_TYPE_BIO", "code": "denied"},
+]
+NOT_FILTERED: list[dict[str, Any]] = [
+    {"message": "maximum context length is 4096 tokens", "code": "context_length_exceeded"},
+    {"message": "your IP address is blocked", "type": "invalid_request_error"},
+    {"message": "rate limit policy: 3 requests a minute"},
+    {"message": "model not found"},
+]
+
+
+@pytest.mark.parametrize("error", FILTERED)
+def test_every_providers_filter_is_blocked_served_and_in_a_file(
+    error: dict[str, Any], bank: Path, tmp_path: Path, stub: Stub
+) -> None:
+    stub.answer = lambda body: (400, {"error": error})
+    out = tmp_path / "run"
+    invoke(*served(stub, bank, out, "--limit", 1))
+    [answer] = answers(out)
+    assert (answer.finish, answer.raw, answer.text) == ("content_filter", "", "")
+    assert [v.label for v in verdicts(out)] == ["blocked"]
+    batch, options = tmp_path / "batch", ["--bank", bank, "--template", "standard", "--limit", 1]
+    invoke("export", "big", *options, "--out", batch, "--batch", out / "b")
+    [request] = [json.loads(line) for line in (out / "b").read_text().splitlines()]
+    line = {"custom_id": request["custom_id"], "response": {"status_code": 400, "body": {"error": error}}}
+    (out / "c").write_text(json.dumps(line))
+    invoke("import", batch, out / "c")
+    assert [(a.finish, a.raw) for a in answers(batch)] == [("content_filter", "")]
+
+
+@pytest.mark.parametrize("error", NOT_FILTERED)
+def test_other_refusals_are_no_filter_not_even_where_they_repeat_a_question_about_one(error: dict[str, Any]) -> None:
+    assert not is_filter(error, ())
+    question = "How does a content filter decide that our usage policy is violated?"
+    assert not is_filter({**error, "input": question}, [question])
+    assert is_filter({**error, "input": question}, ["another question"])
+
+
+def test_a_filters_words_are_nobodys_answer_and_what_was_said_before_it_is_kept(
+    bank: Path, tmp_path: Path, stub: Stub
+) -> None:
+    stub.answer = lambda body: (200, chat("Step one", finish="content_filter"))
+    invoke(*served(stub, bank, tmp_path / "run", "--limit", 1))
+    assert [(a.raw, a.finish) for a in answers(tmp_path / "run")] == [("Step one", "content_filter")]
+    assert [v.label for v in verdicts(tmp_path / "run")] == ["blocked"]
+
+
+# -- what a body says ----------------------------------------------------------------------------------------
+
+ASK = Ask(id="six/A/x/0000|standard|0", messages=(Message(role="user", content="one?"),))
+JSON: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["choices", "message", "content", "usage", "text", "error"]), inner, max_size=4
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@given(JSON)
+def test_whatever_a_server_sends_is_a_reply_or_garbled(body: Any) -> None:
+    with contextlib.suppress(GarbledError):
+        assert isinstance(read_body(ASK, body).text, str)
+
+
+def test_a_refusal_in_its_own_field_is_the_answer() -> None:
+    reply = read_body(ASK, chat_message({"content": None, "refusal": "I can't help with that."}))
+    assert (reply.text, reply.finish) == ("I can't help with that.", "stop")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": "Yes.", "reasoning_content": "Hm."},
+        {"content": "Yes.", "reasoning": "Hm."},
+        {
+            "content": [
+                {"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]},
+                {"type": "text", "text": "Yes."},
+            ]
+        },
+    ],
+)
+def test_a_thought_apart_from_the_answer_is_read(message: dict[str, Any]) -> None:
+    reply = read_body(ASK, chat_message(message))
+    assert (reply.thought, reply.text) == ("Hm.", "Yes.")
+
+
+# -- seeds ---------------------------------------------------------------------------------------------------
+
+
+def test_each_epoch_of_a_served_model_and_of_a_batch_has_a_seed_of_its_own(
+    bank: Path, tmp_path: Path, stub: Stub
+) -> None:
+    out, batch = tmp_path / "run", tmp_path / "in.jsonl"
+    options = ["--bank", bank, "--template", "standard", "--temperature", 0.7, "--epochs", 3]
+    invoke("big", "--base-url", stub.url, *options, "--out", out)
+    seeds = [body["seed"] for body in stub.bodies]
+    assert len(set(seeds)) == len(seeds) == 15
+    assert all(0 <= seed < 2**31 for seed in seeds)
+    assert sorted(seeds) == sorted(a.seed for a in answers(out) if a.seed is not None)
+    invoke("export", "big", *options, "--out", tmp_path / "batch", "--batch", batch)
+    in_file = [json.loads(line)["body"] for line in batch.read_text().splitlines()]
+    assert sorted(body["seed"] for body in in_file) == sorted(seeds)
+    # And what is asked is the same, now or in a file.
+    by_seed = {body["seed"]: body for body in stub.bodies}
+    assert all(body == by_seed[body["seed"]] for body in in_file)
+
+
+@given(st.integers(), st.text())
+def test_a_seed_is_kept_in_range_and_keyed_by_run_and_ask(seed: int, ask_id: str) -> None:
+    assert 0 <= seed_of(seed, ask_id) < 2**31
+    assert seed_of(seed, ask_id) == seed_of(seed, ask_id)
+    assert seed_of(seed, ask_id) != seed_of(seed + 1, ask_id)
+    assert seed_of(seed, ask_id) != seed_of(seed, f"{ask_id}0")
+
+
+def test_greedy_requests_have_no_seed() -> None:
+    assert "seed" not in request_body(ASK, "big", Decoding(max_new_tokens=1), {})
+
+
+# -- models that think ---------------------------------------------------------------------------------------
+
+
+def test_thoughts_that_a_server_takes_out_are_counted_kept_and_never_judged_where_cut_off(
+    bank: Path, tmp_path: Path, stub: Stub
+) -> None:
+    def answer(body: dict[str, Any]) -> tuple[int, Any]:
+        if asked(body) == "one":
+            return 200, chat_message({"content": None, "reasoning_content": "Step one would be"}, finish="length")
+        return 200, chat_message({"content": "I'm sorry, no.", "reasoning_content": "They want harm."})
+
+    stub.answer = answer
+    out = tmp_path / "run"
+    shown = invoke(*served(stub, bank, out))
+    found = {a.qid: a for a in answers(out)}
+    cut = found.pop("six/A/x/0000")
+    assert cut.raw == "<think>\nStep one would be"
+    assert "cut_thought" in cut.flags
+    assert {a.text for a in found.values()} == {"I'm sorry, no."}
+    assert Counter(v.label for v in verdicts(out)) == {"refused": 4, "unanswered": 1}
+    report = json.loads((out / "report.json").read_text())["scores"]
+    assert report["cells"][0]["counts"] == {"refused": 4, "unanswered": 1}
+    assert (report["conduct"][0]["thoughts"], report["conduct"][0]["cut_thoughts"]) == (5, 1)
+    assert "1 of 5 answers to six x standard ended in mid-thought" in " ".join(shown.split())
+    kept = tmp_path / "kept"
+    invoke(*served(stub, bank, kept, "--keep-thoughts"))
+    assert all(a.text == a.raw and a.text.startswith("<think>") for a in answers(kept))
+
+
+def test_a_thought_that_the_template_opens_and_the_limit_cuts_is_unanswered(
+    tiny: Path, bank: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "thinks.jinja").write_text(TEMPLATE.replace("<|assistant|>{%", "<|assistant|><think>\n{%"))
+    assert "<think>" in (tmp_path / "thinks.jinja").read_text()
+    options = ["--bank", bank, "--template", "standard", "--max-new-tokens", 4, "--device", "cpu"]
+    out = tmp_path / "run"
+    invoke(tiny, *options, "--chat-template", tmp_path / "thinks.jinja", "--out", out)
+    found = {a.id: a for a in answers(out)}
+    assert any(a.finish == "length" for a in found.values())
+    for verdict in verdicts(out):
+        answer = found[verdict.answer_id]
+        assert ("cut_thought" in answer.flags) == (answer.finish == "length")
+        assert (verdict.label == "unanswered") == (answer.finish == "length")

@@ -408,11 +408,11 @@ def test_a_failure_is_told_without_the_question_that_the_server_sends_back(
     out = tmp_path / "run"
     options = ["--base-url", stub.url, "--bank", bank, "--template", "cot", "--retries", 0, "--out", out]
     shown = invoke("big", *options, code=5)
-    assert "ModelGenerateError: Error code: 400 - I dislike [prompt]" in shown
+    assert "StatusError: Error code: 400 - I dislike [prompt]" in shown
     assert "one?" not in shown
     stub.answer = lambda body: (400, {"error": {"message": f"Starts {body['messages'][0]['content'][:30]}"}})
     shown = invoke("big", *options, code=5)
-    assert "ModelGenerateError: [withheld" in shown
+    assert "StatusError: [withheld" in shown
     assert "one?" not in shown
     # Nor does it lie in what the engine notes of an error, which it also writes outside the run's folder.
     from inspect_ai.log import list_eval_logs, read_eval_log
