@@ -13,37 +13,39 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from resta.adapter import base_name, is_adapter
-from resta.checkpoint import INDEX, PICKLES, LowRank, Operand, Stored, identify, read_json
+from resta.checkpoint import LowRank, Operand, Stored, identify
+from resta.claims import (
+    Finding,
+    Manifest,
+    check_claims,
+    check_files,
+    check_heads,
+    check_manifest,
+    entries,
+    has_verdict,
+    lay_out_again,
+    not_proved,
+    read_manifest,
+)
+from resta.digests import hash_files
 from resta.engine import UNIT, Checksum, default_workers
 from resta.errors import AuditError, CheckpointError, RecipeError, RequestError
 from resta.header import DTYPE_BITS, FLOAT_DTYPES, read_header
 from resta.hub import Located, locate
-from resta.manifest import (
-    CHECKSUM,
-    SCHEMA,
-    TensorFacts,
-    TermFacts,
-    describe_terms,
-    from_json,
-    judge,
-    result_warnings,
-    to_json,
-    total_change,
-)
+from resta.manifest import TensorFacts, TermFacts
 from resta.output import MARK
 from resta.plan import Plan, Step, StepTerm, make_plan
-from resta.recipe import Recipe, did_you_mean
+from resta.recipe import did_you_mean
 
 PIECE = 1 << 18  # elements at a time; also the stretch over which the L1 norms are summed in working precision
 L1_LANES = 256  # element e of a stretch belongs to partial sum e % 256; the partial sums are added in float64
@@ -60,20 +62,16 @@ NUMPY_NAMES = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 
 Array = NDArray[Any]
 Bytes = NDArray[np.uint8]
-Progress = Callable[[str, int, int], None]  # tensor name, bytes of the output now checked, of how many in all
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Finding:
-    """One thing that is not as it should be: the file or tensor, and what differs."""
-
-    what: str
-    problem: str
+Progress = Callable[[str, int, int], None]  # tensor or file, its bytes, which are now checked, of how many in all
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What an audit checked and found. `elements` and `tensors` count what was recomputed."""
+    """What an audit checked and found, and in `not_proved` what it leaves open, each as the end of a sentence.
+
+    `elements` and `tensors` count what was recomputed. `sha256` is of every file of the output, and of every input
+    unless a sample was asked for, by "NAME/file"; they took `hashing_s` of one core.
+    """
 
     out: Path
     files: int
@@ -82,7 +80,10 @@ class Report:
     inputs: int
     tensors: int
     elements: int
+    sha256: dict[str, str]
+    hashing_s: float = field(compare=False)
     findings: tuple[Finding, ...]
+    not_proved: tuple[str, ...]
 
     def raise_if_any(self) -> None:
         """Raise AuditError with every finding, if there are any."""
@@ -90,41 +91,6 @@ class Report:
             count = f"{len(self.findings)} finding" + ("s" if len(self.findings) > 1 else "")
             lines = [f"{finding.what}: {finding.problem}" for finding in self.findings]
             raise AuditError("\n  ".join([f"{self.out}: the audit failed with {count}:", *lines]))
-
-
-class _Loose(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class InputFile(_Loose):
-    """An input file as the manifest knew it."""
-
-    bytes: int
-    header_sha256: str | None
-    sha256: str | None
-
-
-class Input(_Loose):
-    """An input model as the manifest knew it."""
-
-    source: str
-    commit: str | None
-    files: dict[str, InputFile]
-
-
-class Manifest(_Loose):
-    """The parts of `resta.json` that can be checked."""
-
-    equation: str
-    recipe_digest: str
-    recipe: Recipe
-    inputs: dict[str, Input]
-    change: dict[str, float | None]
-    terms: list[dict[str, Any]]
-    safety: dict[str, Any]
-    warnings: list[str]
-    checksum: str
-    tensors: dict[str, TensorFacts]
 
 
 def audit(
@@ -135,14 +101,14 @@ def audit(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Check a finished merge: headers, layout, index, checksums, inputs, and tensors by recomputing them.
+    """Check a finished merge: every file, every claim of its manifest, inputs, and tensors by recomputing them.
 
     Args:
         out: the directory that a merge made.
         sample: recompute this many tensors, chosen by a fixed rule, the largest among them; by default all.
         moved: where inputs lie, by model name: every local one, and those of the Hub that are not to be fetched.
         workers: threads.
-        progress: called when a tensor has been checked.
+        progress: called when a tensor or a file has been checked.
 
     Raises:
         RequestError: `out` is no finished merge, or inputs are not there; the message names all of them.
@@ -151,7 +117,7 @@ def audit(
     out = Path(out)
     manifest = read_manifest(out)
     sources = _find_inputs(manifest, moved or {})
-    findings = [*_check_manifest(manifest), *_check_inputs(manifest, sources)]
+    findings = [*check_manifest(manifest), *_check_inputs(manifest, sources)]
     plan = None
     if findings:
         findings.append(
@@ -159,11 +125,14 @@ def audit(
         )
     else:
         plan = _make_plan(manifest, sources, findings)
-        findings += _check_terms(manifest, plan) if plan else ()
     specs = _read_specs(out, manifest, findings)
-    findings += _check_small_files(out, manifest, plan)
     tasks = list(_tasks(out, manifest, specs, plan, sample, findings))
-    elements = _check_tensors(tasks, workers or default_workers(), progress, findings)
+    outputs = _output_files(out, manifest)
+    named = outputs | (_input_files(plan) if plan and sample is None else {})
+    report, workers = _reporter(progress, named, tasks), workers or default_workers()
+    digests, hashing_s = hash_files(named, workers, lambda path: report(named[path], path.stat().st_size))
+    findings += _check_directory(out, manifest, plan, {outputs.get(p, p): d for p, d in digests.items()})
+    elements = _check_tensors(tasks, workers, report, findings)
     return Report(
         out=out,
         files=len({fact.file for fact in manifest.tensors.values()}),
@@ -172,33 +141,13 @@ def audit(
         inputs=len(sources),
         tensors=sum(task.step is not None for task in tasks),
         elements=elements,
+        sha256={named[path]: digest for path, digest in digests.items()},
+        hashing_s=hashing_s,
         findings=tuple(findings),
+        not_proved=tuple(
+            not_proved(manifest, moved=moved or {}, is_sample=sample is not None, has_verdict=has_verdict(out))
+        ),
     )
-
-
-def read_manifest(out: Path) -> Manifest:
-    """Read `resta.json`.
-
-    Raises:
-        CheckpointError: there is none, so `out` is not the output of a merge.
-        AuditError: it is not one that this version writes.
-    """
-    path = out / MARK
-    if not path.is_file():
-        raise CheckpointError(f"{out}: has no {MARK}; expected the output directory of `resta merge`")
-    try:
-        parsed = json.loads(path.read_bytes())
-        kind = (parsed["schema"], parsed["kind"], parsed["checksum"])
-        if kind != (SCHEMA, "merge", CHECKSUM):
-            raise AuditError(f"{path}: is {kind}; this version audits {(SCHEMA, 'merge', CHECKSUM)}")
-        parsed["tensors"] = {name: asdict(from_json(plain)) for name, plain in parsed["tensors"].items()}
-        return Manifest.model_validate(parsed)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise AuditError(f"{path}: {place}: {first['msg']}; the manifest was altered") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise AuditError(f"{path}: cannot be read as a manifest: {error!r}") from error
 
 
 def choose_tensors(manifest: Manifest, sample: int | None) -> set[str]:
@@ -212,26 +161,6 @@ def choose_tensors(manifest: Manifest, sample: int | None) -> set[str]:
     largest = max(manifest.tensors, key=lambda name: (math.prod(manifest.tensors[name].shape), name), default="")
     rest = sorted(manifest.tensors.keys() - {largest}, key=lot)
     return {largest, *rest[: max(sample - 1, 0)]}
-
-
-def _check_manifest(manifest: Manifest) -> Iterator[Finding]:
-    """Compare the manifest with itself."""
-    if manifest.recipe_digest != manifest.recipe.digest:
-        problem = f"recipe_digest is {manifest.recipe_digest}, but its recipe gives {manifest.recipe.digest}"
-        yield Finding(what=MARK, problem=problem)
-    if manifest.equation != manifest.recipe.equation:
-        yield Finding(what=MARK, problem=f"equation is {manifest.equation!r}, not {manifest.recipe.equation!r}")
-    if manifest.inputs.keys() != manifest.recipe.models.keys():
-        yield Finding(what=MARK, problem="its inputs are not the models of its recipe")
-    try:
-        change = to_json(total_change(manifest.tensors.values()))
-    except OverflowError:
-        yield Finding(what=MARK, problem="holds norms that no merge records")
-        return
-    for key, value in change.items():
-        if manifest.change.get(key) != value:
-            problem = f"change.{key} is {manifest.change.get(key)}, but its tensors give {value}"
-            yield Finding(what=MARK, problem=problem)
 
 
 def _find_inputs(manifest: Manifest, moved: Mapping[str, str]) -> dict[str, Located]:
@@ -283,25 +212,15 @@ def _make_plan(manifest: Manifest, sources: Mapping[str, Located], findings: lis
         return None
 
 
-def _check_terms(manifest: Manifest, plan: Plan) -> Iterator[Finding]:
-    """Compare what the manifest says of each term, and of safety, with what its tensors and the plan give."""
+def _other_terms(manifest: Manifest, plan: Plan) -> str | None:
+    """Return the name of a tensor in which other terms take part than the manifest says, or None."""
     steps = {step.name: [term.term for term in step.terms] for step in plan.steps}
-    for name, fact in manifest.tensors.items():
-        if name in steps and steps[name] != [part.term for part in fact.terms]:
-            yield Finding(what=f"tensor {name!r}", problem="the manifest has other terms of it than the recipe gives")
-            return
-    try:
-        terms = describe_terms(plan, manifest.tensors)
-        others = {"safety": asdict(judge(plan, manifest.tensors)), "warnings": result_warnings(plan, manifest.tensors)}
-    except OverflowError:
-        yield Finding(what=MARK, problem="holds norms that no merge records")
-        return
-    said = {f"terms.{index}": term for index, term in enumerate(manifest.terms)}
-    found = {f"terms.{index}": term for index, term in enumerate(terms)} | json.loads(json.dumps(others))
-    said |= {key: getattr(manifest, key) for key in others}
-    for key in (key for key in found | said if said.get(key) != found.get(key)):
-        problem = f"{key} is {said.get(key)}, but its tensors and the inputs give {found.get(key)}"
-        yield Finding(what=MARK, problem=problem)
+    others = (
+        name
+        for name, fact in manifest.tensors.items()
+        if name in steps and steps[name] != [part.term for part in fact.terms]
+    )
+    return next(others, None)
 
 
 def _read_specs(out: Path, manifest: Manifest, findings: list[Finding]) -> dict[str, Stored]:
@@ -328,36 +247,36 @@ def _read_specs(out: Path, manifest: Manifest, findings: list[Finding]) -> dict[
     return stored
 
 
-def _check_small_files(out: Path, manifest: Manifest, plan: Plan | None) -> Iterator[Finding]:
-    """Check the index, the copied files, and that nothing is there that a reader would load besides."""
-    files = {fact.file for fact in manifest.tensors.values()}
-    expected = {name: fact.file for name, fact in manifest.tensors.items()}
-    index = out / INDEX
-    if len(files) > 1:
-        try:
-            found = read_json(index).get("weight_map")
-        except CheckpointError as error:
-            yield Finding(what=str(index), problem=str(error).removeprefix(f"{index}: "))
+def _output_files(out: Path, manifest: Manifest) -> dict[Path, str]:
+    """Return the files that the merge says it wrote, as far as they are there, and their names."""
+    written = {MARK, *manifest.outputs, *(fact.file for fact in manifest.tensors.values())}
+    return {out / name: name for name in entries(out) if name in written and (out / name).is_file()}
+
+
+def _input_files(plan: Plan) -> dict[Path, str]:
+    """Return the files of every input and what reports call them."""
+    return {
+        path: f"{name}/{path.name}"
+        for name, weights in plan.weights.items()
+        for path in weights.files
+        if path.parent == weights.located.folder
+    }
+
+
+def _check_directory(
+    out: Path, manifest: Manifest, plan: Plan | None, taken: Mapping[str | Path, str]
+) -> Iterator[Finding]:
+    """Compare everything but tensors with what the merge would write; `taken` as `lay_out_again` has it."""
+    texts = None
+    if plan:
+        yield from check_heads(out, plan)
+        if other := _other_terms(manifest, plan):
+            yield Finding(what=f"tensor {other!r}", problem="the manifest has other terms of it than the recipe gives")
+        elif texts := lay_out_again(manifest, plan, taken):
+            yield from check_claims(manifest, json.loads(texts[MARK]))
         else:
-            listed = found if isinstance(found, dict) else {}
-            for name in sorted(n for n in expected.keys() | listed.keys() if expected.get(n) != listed.get(n)):
-                problem = f"says {listed.get(name)!r} holds the tensor {name!r}; it is {expected.get(name)!r}"
-                yield Finding(what=str(index), problem=problem)
-    patterns = ("*.safetensors", "adapter_config.json", *PICKLES, *(() if len(files) > 1 else (INDEX,)))
-    for path in sorted({path for pattern in patterns for path in out.glob(pattern)}):
-        if path.name not in files:
-            yield Finding(what=str(path), problem="was not written by the merge, and a reader may load it")
-    for side in plan.side_files if plan else ():
-        path = out / side.name
-        if not path.is_file():
-            yield Finding(what=str(path), problem="is not there; the merge copied it from an input")
-        elif path.read_bytes() != side.content:
-            yield Finding(what=str(path), problem="differs from what the merge takes from its input")
-    for file, head in plan.heads.items() if plan else ():
-        if (out / file).is_file():
-            with (out / file).open("rb") as handle:
-                if handle.read(len(head)) != head:
-                    yield Finding(what=str(out / file), problem="its header is not the one that the merge lays out")
+            yield Finding(what=MARK, problem="holds norms that no merge records")
+    yield from check_files(out, manifest, texts)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -415,17 +334,23 @@ def _action(step: Step) -> str:
     return "copied" if step.copies else "merged" if step.terms else "converted"
 
 
-def _check_tensors(tasks: list[_Task], workers: int, progress: Progress | None, findings: list[Finding]) -> int:
+def _reporter(progress: Progress | None, files: Iterable[Path], tasks: Iterable[_Task]) -> Callable[[str, int], None]:
+    """Return what is to be called with each file that was hashed and each tensor that was checked, and its bytes."""
+    total = sum(path.stat().st_size for path in files) + sum(task.stored.spec.nbytes for task in tasks)
+    return lambda name, nbytes: progress(name, nbytes, total) if progress else None
+
+
+def _check_tensors(
+    tasks: list[_Task], workers: int, report: Callable[[str, int], None], findings: list[Finding]
+) -> int:
     """Check the data of every tensor; return how many elements were recomputed."""
-    total = sum(task.stored.spec.nbytes for task in tasks)
     elements = 0
     with ThreadPoolExecutor(workers) as pool:
         for task, (problems, count) in zip(tasks, pool.map(_check_tensor, tasks), strict=True):
             what = f"tensor {task.name!r} in {task.stored.file.name}"
             findings += [Finding(what=what, problem=problem) for problem in problems]
             elements += count
-            if progress:
-                progress(task.name, task.stored.spec.nbytes, total)
+            report(task.name, task.stored.spec.nbytes)
     return elements
 
 

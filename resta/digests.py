@@ -10,6 +10,7 @@ import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -35,16 +36,6 @@ def sha256_of(path: Path) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Followed:
-    """A file whose content others are still reading or writing, in stretches that begin at these offsets."""
-
-    name: str | Path
-    size: int
-    read: Read
-    begins: Iterable[int]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Digests:
     """SHA-256 by file, and what taking them cost.
 
@@ -54,6 +45,41 @@ class Digests:
     sha256: dict[str | Path, str]
     core_s: float
     after_s: float
+
+
+def hash_files(
+    paths: Iterable[Path], workers: int, progress: Callable[[Path], None] | None = None
+) -> tuple[dict[Path, str], float]:
+    """Return the SHA-256 of files, several at a time, and the seconds of processor time that they took.
+
+    `progress` is called with each file that is done.
+
+    Raises:
+        RestaError: a file cannot be read.
+    """
+
+    def timed(path: Path) -> tuple[Path, str, float]:
+        before = time.thread_time()
+        return path, sha256_of(path), time.thread_time() - before
+
+    taken, core_s = {}, 0.0
+    with ThreadPoolExecutor(workers) as pool:
+        for path, digest, seconds in pool.map(timed, dict.fromkeys(paths)):
+            taken[path] = digest
+            core_s += seconds
+            if progress:
+                progress(path)
+    return taken, core_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class Followed:
+    """A file whose content others are still reading or writing, in stretches that begin at these offsets."""
+
+    name: str | Path
+    size: int
+    read: Read
+    begins: Iterable[int]
 
 
 class Follower:

@@ -251,9 +251,9 @@ def test_a_manifest_whose_terms_or_safety_were_altered_is_found(tmp_path: Path) 
         return str(caught.value)
 
     name = "model.layers.0.mlp.up_proj.weight"
-    assert "terms.1 is" in findings("terms", 1, "change", "kept", value=1.0)
-    assert "terms.0 is" in findings("terms", 0, "coverage", "not_selected", value=0)
-    assert "safety is" in findings("safety", "statement", value="certified safe")
+    assert "terms.1.change.kept is" in findings("terms", 1, "change", "kept", value=1.0)
+    assert "terms.0.coverage.not_selected is" in findings("terms", 0, "coverage", "not_selected", value=0)
+    assert "safety.statement is" in findings("safety", "statement", value="certified safe")
     assert "warnings is" in findings("warnings", value=["none"])
     assert "the manifest has other terms" in findings("tensors", name, "terms", value=[])
     part = json.loads(sane)["tensors"][name]["terms"]

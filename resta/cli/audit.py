@@ -40,20 +40,30 @@ SCHEMA = 1
 def command(out: Path, sample: int | None, moved: tuple[str, ...], workers: int | None, as_json: bool) -> None:
     """Re-read the finished merge OUT and recompute its tensors, independently of the merge.
 
-    Checks headers, index, checksums, the inputs' identities and, from the inputs, the value of every element.
-    Exit code 1 and a list of findings if anything differs.
+    Checks every file of OUT, every claim of its resta.json, the inputs' identities and, from the inputs, the value of
+    every element. Exit code 1 and a list of findings if anything differs. What an audit does not prove is printed too.
     """
     with byte_progress("tensors", shown=sys.stderr.isatty()) as progress:
         report = audit(out, sample=sample, moved=_parse_moved(moved), workers=workers, progress=progress)
     if as_json:
         click.echo(json.dumps(describe(report), indent=1, ensure_ascii=False))
-    elif not report.findings:
-        click.echo(
-            f"{printable(out)}: {report.files} weight files, {report.checksums} checksums over "
-            f"{report.checked_bytes:,} bytes and {report.inputs} inputs are as the manifest says; "
-            f"{report.elements:,} elements of {report.tensors} tensors were recomputed and equal"
-        )
+    else:
+        _print(report)
     report.raise_if_any()
+
+
+def _print(report: Report) -> None:
+    """Print the verdict if it is a good one, what it rests on, and in any case what it does not prove."""
+    if not report.findings:
+        click.echo(
+            f"{printable(report.out)}: every file is as the merge writes it ({report.files} of them weights, "
+            f"{report.checksums} checksums over {report.checked_bytes:,} bytes) and {report.inputs} inputs are as the "
+            f"manifest says; {report.elements:,} elements of {report.tensors} tensors of {report.checksums} were "
+            "recomputed and equal"
+        )
+    click.echo(f"SHA-256 of {len(report.sha256)} files took {report.hashing_s:.1f} s of one core; --json lists them")
+    for item in report.not_proved:
+        click.echo(f"not proved: {printable(item)}")
 
 
 def describe(report: Report) -> dict[str, Any]:
