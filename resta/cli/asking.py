@@ -228,6 +228,10 @@ def request_of(given: dict[str, Any], model: str) -> Request:
     where = {"bank_dirs": given["bank_dirs"], "download": given["download"]}
     banks = [read_bank(name, **where) for name in profile.banks]
     banks += [read_bank(name, **where, safe=True) for name in profile.safe_banks]
+    for bank in banks:
+        if bank.left_out:
+            marked = f"{bank.left_out} questions of {bank.name} are marked as unsafe"
+            click.echo(f"note: {marked} and left out of --safe-bank", err=True)
     return Request(
         target=parse_target(
             model,

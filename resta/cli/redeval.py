@@ -82,20 +82,27 @@ SHOW = options(
 @SHOW
 def run(**given: Any) -> None:
     """Ask, judge and report. The same command goes on with what is missing."""
-    from resta.redeval.judging import check_judges, note_judges
-    from resta.redeval.records import RunLock
-    from resta.redeval.run import answer_phase
+    from resta.redeval.judging import check_judges, make_ready, note_judges
+    from resta.redeval.records import RunLock, environment, find_run, start_run
+    from resta.redeval.run import answer_phase, missing_asks, ready_target
 
     request, plan = plan_of_run(given)
     judges = check_judges(judges_of(given), request.target, allow_self=given["allow_self_judge"])
-    folder = _open(given, request, plan)
+    path = _place(given, request, plan)
+    there = find_run(path, plan.config)
+    asking = there is None or bool(missing_asks(there, plan))
+    make_ready(judges, None if asking else there, given["judge_device"])
+    local = ready_target(request.target, plan) if asking else None
+    private()
+    folder = start_run(path, plan.config, plan.questions, environment())
     with RunLock(folder.path):
         _say_plan(folder, plan)
         note_judges(folder, judges)
         stopped: list[str] = []
         with conditions_of(given) as conditions:
             with _borne(stopped, UnansweredError):
-                answer_phase(folder, plan, request.target, conditions, judges=judges)
+                answer_phase(folder, plan, request.target, conditions, judges=judges, local=local)
+            del local  # judges come next, and need the memory
             _judge(folder, judges, conditions, stopped)
         _report(folder, **_show(given))
         _end(folder, judges, stopped, answers_too=True)
@@ -108,11 +115,12 @@ def run(**given: Any) -> None:
 @SHOW
 def judge_run(path: Path, **given: Any) -> None:
     """Set more judges on the answers of the run in PATH."""
-    from resta.redeval.judging import check_judges, note_judges
+    from resta.redeval.judging import check_judges, make_ready, note_judges
     from resta.redeval.records import RunLock, load_run
 
     folder = load_run(path)
     judges = check_judges(judges_of(given), _target_of(folder), allow_self=given["allow_self_judge"])
+    make_ready(judges, folder, given["judge_device"])
     private()
     with RunLock(path):
         note_judges(folder, judges)
@@ -142,14 +150,16 @@ def report(path: Path, **given: Any) -> None:
 @click.option("--batch", type=click.Path(path_type=Path), required=True, help="The batch file to write.")
 def export(batch: Path, **given: Any) -> None:
     """Write what is to be asked as an OpenAI batch file, to be run elsewhere (`vllm run-batch`)."""
-    from resta.redeval.batchfile import write_batch
-    from resta.redeval.records import RunLock
+    from resta.redeval.batchfile import check_new, write_batch
+    from resta.redeval.records import RunLock, environment, start_run
     from resta.redeval.run import missing_asks
     from resta.redeval.targets import BATCH
 
     given["base_url"] = given["base_url"] or BATCH
     request, plan = plan_of_run(given)
-    folder = _open(given, request, plan)
+    check_new(batch)
+    private()
+    folder = start_run(_place(given, request, plan), plan.config, plan.questions, environment())
     with RunLock(folder.path):
         count = write_batch(batch, missing_asks(folder, plan), request.target.name, plan.decoding)
     click.echo(f"{count} requests in {batch}; import the replies with: resta redeval import {folder.path} FILE")
@@ -161,7 +171,7 @@ def export(batch: Path, **given: Any) -> None:
 def import_batch(path: Path, batch: Path) -> None:
     """Take the replies in BATCH, the output of a batch, into the run in PATH."""
     from resta.redeval.batchfile import read_batch
-    from resta.redeval.records import Journal, RunLock, load_run
+    from resta.redeval.records import Failure, Journal, RunLock, load_run
     from resta.redeval.run import keep_answer, missing_asks, plan_of
 
     folder = load_run(path)
@@ -174,9 +184,17 @@ def import_batch(path: Path, batch: Path) -> None:
         with Journal(folder.path / "answers.jsonl") as journal:
             for reply in new:
                 journal.append(keep_answer(plan, missing[reply.id], reply))
-    for line in failures[:5]:
-        click.echo(f"note: {line}", err=True)
-    click.echo(f"{len(new)} answers taken in, {len(failures)} requests failed, {len(missing) - len(new)} missing")
+        with Journal(folder.path / "failures.jsonl") as journal:
+            for failure in failures:
+                if failure.id in missing:
+                    journal.append(Failure(ask_id=failure.id, asked="model", reason=failure.reason))
+    for failure in failures[:5]:
+        click.echo(f"note: {failure.id}: {failure.reason}", err=True)
+    left = len(missing) - len(new)
+    said = f"{len(new)} answers taken in, {len(failures)} requests failed, {left} missing"
+    if left and not new:
+        raise UnansweredError(f"{batch}: {said}; export what is missing again, or judge what is there")
+    click.echo(said)
 
 
 @command.command()
@@ -239,15 +257,13 @@ def _target_of(folder: RunDir) -> Target:
     return Target(name=facts["name"], local=LocalSpec(model=facts["name"]) if facts["kind"] == "local" else None)
 
 
-def _open(given: dict[str, Any], request: Request, plan: Plan) -> RunDir:
+def _place(given: dict[str, Any], request: Request, plan: Plan) -> Path:
+    """Return the run's folder, whether it is there or not."""
     from resta.redeval.asks import digest
-    from resta.redeval.records import environment, start_run
 
-    private()
     place = request.target.identity  # of a folder its whole path, so that "." has a name, too
     short = place.rstrip("/").split("/")[-1].removesuffix(".yaml")
-    path = given["out"] or Path("redeval-runs") / f"{short}-{digest(plan.config)[:12]}"
-    return start_run(path, plan.config, plan.questions, environment())
+    return given["out"] or Path("redeval-runs") / f"{short}-{digest(plan.config)[:12]}"
 
 
 def _say_plan(folder: RunDir, plan: Plan) -> None:

@@ -12,14 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from resta.errors import ResumeError
-from resta.redeval.asks import Ask, Decoding, Reply, without_prompt
-from resta.redeval.wire import blocked, is_filter, path_of, read_body, request_body
+from resta.redeval.asks import Ask, Decoding, NoReply, Reply, without_prompt
+from resta.redeval.wire import GarbledError, blocked, is_filter, path_of, read_body, request_body
 
 
 def request_line(ask: Ask, model: str, decoding: Decoding, template_args: Mapping[str, Any]) -> dict[str, Any]:
     """Return one line of a batch file."""
     body = request_body(ask, model, decoding, template_args)
     return {"custom_id": ask.custom_id, "method": "POST", "url": f"/v1{path_of(ask)}", "body": body}
+
+
+def check_new(path: Path) -> None:
+    """Raise ResumeError where a batch file cannot be made: it is there, or its folder is not."""
+    if path.exists():
+        raise ResumeError(f"{path} exists; choose another file")
+    if not path.parent.is_dir():
+        raise ResumeError(f"{path} cannot be written: there is no folder {path.parent}")
 
 
 def write_batch(
@@ -41,34 +49,48 @@ def write_batch(
     return len(lines)
 
 
-def read_batch(path: Path, asks: Sequence[Ask]) -> tuple[list[Reply], list[str]]:
-    """Return the replies in a batch's output, and one line per request that failed. Raises ResumeError.
+def read_batch(path: Path, asks: Sequence[Ask]) -> tuple[list[Reply], list[NoReply]]:
+    """Return the replies in a batch's output, and the requests that failed or whose line is torn.
 
-    A filter's refusal is a reply (blocked), any other error a failure, to be asked again.
+    A filter's refusal is a reply (blocked), any other error a failure, to be asked again. Raises ResumeError where
+    nothing in the file belongs to these asks.
     """
     by_id = {ask.custom_id: ask for ask in asks}
     replies: dict[str, Reply] = {}
-    failures, strangers = [], 0
+    failures: list[NoReply] = []
+    strange: list[str] = []
+    strangers = 0
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
             ask = by_id.get(record["custom_id"])
-            if ask is None:
-                strangers += 1
-                continue
-            found = _reply(ask, record)
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            failures.append(f"line {number}: not a line of a batch's output ({type(error).__name__}: {error})")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            strange.append(f"line {number}: not a line of a batch's output ({type(error).__name__}: {error})")
             continue
+        if ask is None:
+            strangers += 1
+            continue
+        found = _outcome(ask, record)
         if isinstance(found, Reply):
             replies.setdefault(ask.id, found)
         else:
-            failures.append(f"line {number}: {ask.id}: {without_prompt(found, (m.content for m in ask.messages))}")
-    if strangers and not replies:
-        raise ResumeError(f"{path}: none of its {strangers} replies belongs to this run")
-    return list(replies.values()), failures
+            failures.append(found)
+    if not replies and not failures:
+        why = strange[0] if strange else f"{strangers} are to those of another"
+        raise ResumeError(f"{path} holds no reply to a request of this run: {why}")
+    return list(replies.values()), [*failures, *(NoReply(id=path.name, reason=line) for line in strange)]
+
+
+def _outcome(ask: Ask, record: Mapping[str, Any]) -> Reply | NoReply:
+    try:
+        found = _reply(ask, record)
+    except (GarbledError, AttributeError, TypeError) as error:
+        found = f"not a response: {error}"
+    if isinstance(found, Reply):
+        return found
+    return NoReply(id=ask.id, reason=without_prompt(found, (m.content for m in ask.messages)))
 
 
 def _reply(ask: Ask, record: Mapping[str, Any]) -> Reply | str:

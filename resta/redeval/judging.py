@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from resta.errors import JudgeError
+from resta.errors import JudgeError, UnansweredError
 from resta.redeval.asks import Ask, NoReply, Outcome, Reply
 from resta.redeval.control import OWN, Known, known_answers, languages_of, read_control, record_of
 from resta.redeval.judges import (
+    Chat,
     Classifier,
     Digits,
     Judge,
@@ -31,11 +32,13 @@ from resta.redeval.judges import (
 from resta.redeval.models import (
     LocalModel,
     Prompt,
-    classifier_tokenizer,
     classify,
     clip_text,
     fingerprint,
     load_local,
+    pick_device,
+    read_tokenizer,
+    token_id,
 )
 from resta.redeval.questions import Question
 from resta.redeval.records import Answer, Journal, RunDir, Verdict
@@ -73,6 +76,35 @@ def check_judges(judges: Sequence[Judge], target: Target | None, *, allow_self: 
     if len({judge.id for judge in checked}) < len(checked):
         raise JudgeError(f"two judges share a name: {', '.join(judge.id for judge in checked)}")
     return checked
+
+
+def make_ready(judges: Sequence[Judge], run: RunDir | None, device: str) -> None:
+    """Find out, before an answer is paid for, whether the judges that will be needed can judge at all.
+
+    A server must answer, and take such a judge; a local model's tokenizer must be there and fit. `run` is None where
+    answers are still to come. Raises UnansweredError, JudgeError, ModelError.
+    """
+    for judge in judges:
+        if judge.model is not None and (run is None or pending(run, judge) or untested(run, judge)):
+            try:
+                _try_out(judge, judge_target(judge, device))
+            except UnansweredError as error:
+                raise UnansweredError(
+                    f"judge {judge.id}: {error}. Start it, or leave it out for now and set it on the answers later "
+                    "(resta redeval judge RUN --judge ...)"
+                ) from error
+
+
+def _try_out(judge: Judge, target: Target) -> None:
+    if target.local is None:
+        _handle(judge, Conditions(), None)
+        return
+    pick_device(target.local.device)
+    tokenizer = read_tokenizer(target.local)
+    if isinstance(judge.spec.render, Chat) and not tokenizer.chat_template:
+        raise JudgeError(f"judge {judge.id}: {judge.model} has no chat template, by which this judge is asked")
+    if isinstance(judge.spec.read, Tokens | Digits):
+        candidate_tokens(judge, tokenizer)
 
 
 def note_judges(run: RunDir, judges: Sequence[Judge]) -> None:
@@ -275,7 +307,7 @@ def _prompt(judge: Judge, local: LocalModel, key: str, messages: Any) -> Prompt:
 
 def _read_next_token(judge: Judge, local: LocalModel, pairs: Pairs, keep: Keep) -> None:
     clip = clip_for(judge, pairs, local)
-    tokens = candidate_tokens(judge, local)
+    tokens = candidate_tokens(judge, local.tokenizer)
     for start in range(0, len(pairs), CHUNK):
         asks = [
             (pair, ask)
@@ -289,7 +321,7 @@ def _read_next_token(judge: Judge, local: LocalModel, pairs: Pairs, keep: Keep) 
             collect(Reply(id=ask.id, text="", finish="stop", top=(top,), new_tokens=0))
 
 
-def candidate_tokens(judge: Judge, local: LocalModel) -> dict[str, int]:
+def candidate_tokens(judge: Judge, tokenizer: Any) -> dict[str, int]:
     """Return {spelling: token id} of all that the judge may say, with and without a space before it.
 
     Raises JudgeError where one of them is not a single token of this judge's vocabulary.
@@ -302,10 +334,10 @@ def candidate_tokens(judge: Judge, local: LocalModel) -> dict[str, int]:
         words = [str(digit) for digit in range(read.lowest, read.highest + 1)]
     tokens: dict[str, int] = {}
     for word in words:
-        found = {text: local.token_id(text) for text in (word, f" {word}")}
+        found = {text: token_id(tokenizer, text) for text in (word, f" {word}")}
         known = {text: token for text, token in found.items() if token is not None}
         if not known:
-            raise JudgeError(f"judge {judge.id}: {word!r} is not a single token of {local.name}")
+            raise JudgeError(f"judge {judge.id}: {word!r} is not a single token of {judge.model}")
         # Some tokenizers give both spellings one id; its probability must count once.
         tokens.update({text: token for text, token in known.items() if token not in tokens.values()})
     return tokens
@@ -315,7 +347,7 @@ def _classify(judge: Judge, target: Target, pairs: Pairs, keep: Keep) -> None:
     read = judge.spec.read
     assert isinstance(read, Classifier)
     assert target.local is not None
-    tokenizer = classifier_tokenizer(target.local)
+    tokenizer = read_tokenizer(target.local)
     texts = [
         judge_asks(judge, q.text, a, lambda text: clip_text(tokenizer, text, judge.spec.clip_tokens))[0]
         .messages[0]

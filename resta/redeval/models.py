@@ -154,11 +154,6 @@ class LocalModel:
         """Return the first `tokens` tokens of text, as text."""
         return clip_text(self.tokenizer, text, tokens)
 
-    def token_id(self, text: str) -> int | None:
-        """Return the id of text that is a single token, else None."""
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return int(ids[0]) if len(ids) == 1 else None
-
     def check_length(self, prompt: Prompt, decoding: Decoding) -> None:
         """Raise ModelError where a prompt and its answer do not fit the model's context."""
         if len(prompt.ids) + decoding.max_new_tokens > self.context:
@@ -269,6 +264,12 @@ def clip_text(tokenizer: Any, text: str, tokens: int) -> str:
     """Return the first `tokens` tokens of text, as text; a text that is short enough comes back as it is."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return text if len(ids) <= tokens else str(tokenizer.decode(ids[:tokens], skip_special_tokens=False))
+
+
+def token_id(tokenizer: Any, text: str) -> int | None:
+    """Return the id of text that is a single token, else None."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return int(ids[0]) if len(ids) == 1 else None
 
 
 def cut_prompt(sequence: str, prompt: str) -> str:
@@ -633,9 +634,9 @@ def _directory_digest(path: Path) -> str:
 # -- sequence classifiers ------------------------------------------------------------------------------------
 
 
-def classifier_tokenizer(spec: LocalSpec) -> Any:
-    """Return a sequence classifier's tokenizer, without its weights. Raises ModelError."""
-    name, revision = split_revision(spec.model)
+def read_tokenizer(spec: LocalSpec) -> Any:
+    """Return a model's tokenizer, without its weights. Raises ModelError."""
+    name, revision = split_revision(files_of(spec))
     try:
         return import_transformers().AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -656,7 +657,7 @@ def classify(
 
     transformers = import_transformers()
     name, revision = split_revision(spec.model)
-    tokenizer = classifier_tokenizer(spec)
+    tokenizer = read_tokenizer(spec)
     try:
         model = transformers.AutoModelForSequenceClassification.from_pretrained(
             name, revision=revision, trust_remote_code=False

@@ -91,6 +91,7 @@ class Bank:
     sha256: str
     published: bool  # byte for byte the file that red-instruct published
     questions: tuple[Question, ...]
+    left_out: int = 0  # questions that the file marks as unsafe, of a bank read for its safe ones
 
     @property
     def repeats(self) -> tuple[Question, ...]:
@@ -109,7 +110,8 @@ def read_bank(spec: str, *, bank_dirs: Sequence[Path] = (), download: bool = Fal
     hf://OWNER/NAME@COMMIT/FILE.
 
     A published name is looked up in `bank_dirs`, $RESTA_BANKS and the cache; `download` allows the network.
-    `safe` states whether all questions are safe ones; None leaves it to the file. Raises BankError.
+    `safe=True` takes what is safe to answer: all but what the file itself marks as unsafe, as XSTest does its
+    contrasts. None leaves it to the file. Raises BankError.
     """
     name, source, data = _find(spec, bank_dirs, download)
     rows = list(_rows(_parse(data, source), source))
@@ -118,13 +120,24 @@ def read_bank(spec: str, *, bank_dirs: Sequence[Path] = (), download: bool = Fal
     if safe is None and name in BUILT_IN:
         safe = BUILT_IN[name]
     digest = hashlib.sha256(data).hexdigest()
-    questions = tuple(replace(row, bank=name, safe=row.safe if safe is None else safe) for row in _numbered(rows))
+    # Numbered before any is left out, so that a question has the same id however its bank is read.
+    taken = [(row, marked) for row, marked in _numbered(rows) if not (safe and marked is False)]
+    if not taken:
+        raise BankError(f"{source}: all its {len(rows)} questions are marked as unsafe; it holds no safe ones")
+    questions = tuple(replace(row, bank=name, safe=bool(marked if safe is None else safe)) for row, marked in taken)
     ids = [question.qid for question in questions]
     if len(set(ids)) < len(ids):
         twice = next(qid for qid in ids if ids.count(qid) > 1)
         raise BankError(f"{source}: two questions would both be {twice}; rename a category")
     published = any(digest == sha for _, sha in PUBLISHED.values())
-    return Bank(name=name, source=source, sha256=digest, published=published, questions=questions)
+    return Bank(
+        name=name,
+        source=source,
+        sha256=digest,
+        published=published,
+        questions=questions,
+        left_out=len(rows) - len(taken),
+    )
 
 
 def choose(bank: Bank, *, duplicates: Duplicates, limit: int | None = None, spread: bool = True) -> list[Question]:
@@ -231,7 +244,10 @@ def _object(pairs: list[tuple[str, Any]], source: str) -> dict[str, Any]:
     return found
 
 
-def _rows(data: Any, source: str) -> Iterator[Question]:
+Marked = tuple[Question, bool | None]  # a question, and whether the file says that it is safe to answer
+
+
+def _rows(data: Any, source: str) -> Iterator[Marked]:
     """Yield questions, not yet numbered or named, from any of the schemas."""
     if isinstance(data, list):
         for i, item in enumerate(data):
@@ -260,7 +276,7 @@ def _keys(data: dict[str, Any], where: str) -> Iterator[tuple[str, Any]]:
         yield plain, value
 
 
-def _leaf(items: Any, category: str, subcategory: str, source: str) -> Iterator[Question]:
+def _leaf(items: Any, category: str, subcategory: str, source: str) -> Iterator[Marked]:
     where = f"{source}: {category}" + (f" > {subcategory}" if subcategory else "")
     if not isinstance(items, list):
         raise BankError(f"{where}: expected a list of questions, found {type(items).__name__}")
@@ -268,41 +284,42 @@ def _leaf(items: Any, category: str, subcategory: str, source: str) -> Iterator[
         yield _row(item, category, subcategory, f"{where}: item {i}")
 
 
-def _row(item: Any, category: str, subcategory: str, where: str) -> Question:
-    text, safe = item, False
+def _row(item: Any, category: str, subcategory: str, where: str) -> Marked:
+    text, marked = item, None
     if isinstance(item, dict):
         text = _first(item, QUESTION_KEYS)
         if text is None:
             raise BankError(f"{where}: no question; expected one of the keys {', '.join(QUESTION_KEYS)}")
         category = str(_first(item, CATEGORY_KEYS) or category)
         subcategory = str(_first(item, SUBCATEGORY_KEYS) or subcategory)
-        safe = _is_safe(item, where)
+        marked = _is_safe(item, where)
     if not isinstance(text, str) or not text.strip():
         found = "an empty one" if isinstance(text, str) else type(text).__name__
         raise BankError(f"{where}: expected a question (text), found {found}")
     if re.search("[\ud800-\udfff]", text):
         raise BankError(f"{where}: half a surrogate pair, which no model can be asked; mend the text")
-    return Question(bank="", category=category, subcategory=subcategory, index=0, text=text.strip(), safe=safe)
+    question = Question(bank="", category=category, subcategory=subcategory, index=0, text=text.strip(), safe=False)
+    return question, marked
 
 
 def _first(item: dict[str, Any], keys: Sequence[str]) -> Any:
     return next((item[key] for key in keys if item.get(key) not in (None, "")), None)
 
 
-def _is_safe(item: dict[str, Any], where: str) -> bool:
-    """Read `safe: true/false` or XSTest's `label: safe/unsafe`; absent means harmful."""
+def _is_safe(item: dict[str, Any], where: str) -> bool | None:
+    """Read `safe: true/false` or XSTest's `label: safe/unsafe`; None where the file says nothing."""
     value = item.get("safe", item.get("label"))
     if value in (None, ""):
-        return False
+        return None
     words = {"true": True, "safe": True, "1": True, "false": False, "unsafe": False, "0": False}
     if str(value).lower() not in words:
         raise BankError(f"{where}: `safe` must be true or false (or `label` safe or unsafe), found {value!r}")
     return words[str(value).lower()]
 
 
-def _numbered(rows: Sequence[Question]) -> Iterator[Question]:
+def _numbered(rows: Sequence[Marked]) -> Iterator[Marked]:
     counts: dict[tuple[str, str], int] = {}
-    for row in rows:
+    for row, marked in rows:
         key = (row.category, row.subcategory)
         counts[key] = counts.get(key, -1) + 1
-        yield replace(row, index=counts[key])
+        yield replace(row, index=counts[key]), marked

@@ -22,6 +22,7 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
@@ -283,26 +284,41 @@ class RunLock:
         self._file.close()
 
 
-def start_run(path: Path, config: dict[str, Any], questions: Iterable[Question], environment: dict[str, str]) -> RunDir:
-    """Create a run's folder, or return the one that is there if it is the same run. Raises ResumeError."""
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise ResumeError(f"{path} cannot be a run's folder: {error}; choose another --out") from error
+def find_run(path: Path, config: dict[str, Any]) -> RunDir | None:
+    """Return the run in a folder, or None where it can be made; nothing is written. Raises ResumeError.
+
+    Another run in which nothing was answered is no run: most likely its request was wrong.
+    """
+    if path.exists() and not path.is_dir():
+        raise ResumeError(f"{path} cannot be a run's folder: it is a file; choose another --out")
     if not (path / "run.json").exists():
-        strangers = sorted(p.name for p in path.iterdir() if p.name not in (".lock", *MAKING))
+        strangers = sorted(p.name for p in path.iterdir() if p.name not in (".lock", *MAKING)) if path.is_dir() else []
         if strangers:
             raise ResumeError(
                 f"{path} is not empty and holds no run ({', '.join(strangers[:5])}); choose another --out"
             )
-        with RunLock(path):  # another process may be making the same run at this moment
-            if not (path / "run.json").exists():
-                _make_run(path, config, questions, environment)
+        return None
     run = load_run(path)
     different = differences(_of_content(run.config), _of_content(config))
-    if different:
+    if different and any((path / name).exists() and (path / name).stat().st_size for name in WORK):
         raise ResumeError(f"{path} holds another run; it differs in {'; '.join(different[:6])}. Choose another --out")
-    return run
+    return None if different else run
+
+
+def start_run(path: Path, config: dict[str, Any], questions: Iterable[Question], environment: dict[str, str]) -> RunDir:
+    """Create a run's folder, or return the one that is there if it is the same run. Raises ResumeError."""
+    run = find_run(path, config)
+    if run is not None:
+        return run
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ResumeError(f"{path} cannot be a run's folder: {error}; choose another --out") from error
+    with RunLock(path):  # another process may be making the same run at this moment
+        run = find_run(path, config)
+        if run is None:
+            _make_run(path, config, questions, environment)
+    return run or load_run(path)
 
 
 def _of_content(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -320,13 +336,15 @@ def content_of(target: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in target.items() if not by_content.get(key)}
 
 
+WORK = ("answers.jsonl", "verdicts.jsonl", "labels.jsonl")  # what was paid for
 MAKING = ("questions.jsonl", "run.json.part")  # what a crash may leave of a run that was being made
 
 
 def _make_run(path: Path, config: dict[str, Any], questions: Iterable[Question], environment: dict[str, str]) -> None:
     path.chmod(0o700)
-    for name in MAKING:
+    for name in (*MAKING, *WORK, "run.json", "judges.jsonl", "control.jsonl", "failures.jsonl"):
         (path / name).unlink(missing_ok=True)
+    shutil.rmtree(path / "logs", ignore_errors=True)
     with Journal(path / "questions.jsonl") as journal:
         for question in questions:
             journal.append({"qid": question.qid, **asdict(question), "schema": SCHEMA})

@@ -360,10 +360,8 @@ def _target_handle(
 ) -> Any:
     from resta.redeval import engine
 
-    if target.local is not None:
-        local = local or load_local(target.local)
-        # Checked on one prompt before anything is spent: a missing chat template, or one that refuses.
-        local.chat_prompt("check", [Message(role="user", content="?")], plan.protocol.rendering)
+    local = local or ready_target(target, plan)
+    if local is not None:
         seconds = estimate_seconds(local, [len(ask.messages[0].content) for ask in asks], plan.decoding)
         conditions.note(
             f"{len(asks)} prompts, at most {plan.decoding.max_new_tokens} new tokens each, {local.device}: "
@@ -374,14 +372,33 @@ def _target_handle(
         f"{len(asks)} requests, at most {plan.decoding.max_new_tokens} new tokens each; "
         "how long they take is up to the server, and the bar will tell after the first ones"
     )
+    return _connect(target, plan, engine_limits(conditions))
+
+
+def ready_target(target: Target, plan: Plan) -> LocalModel | None:
+    """Return a local target, loaded and tried on one prompt; of any other, see that it is there and takes our key.
+
+    Nothing is written or paid for. Raises ModelError, UnansweredError.
+    """
+    if target.local is not None:
+        local = load_local(target.local)
+        local.chat_prompt("check", [Message(role="user", content="?")], plan.protocol.rendering)
+        return local
     if target.base_url is not None:
         check_endpoint(target.base_url, judge=False)
+    _connect(target, plan, None)
+    return None
+
+
+def _connect(target: Target, plan: Plan, limits: Any) -> Any:
+    from resta.redeval import engine
+
     return engine.connect(
         target.name,
         base_url=target.base_url,
         api_key=api_key(judge=False),
         decoding=plan.decoding,
-        limits=engine_limits(conditions),
+        limits=limits,
     )
 
 

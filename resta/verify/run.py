@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from resta.errors import CompareError, ModelError
 from resta.redeval.asks import digest
 from resta.redeval.judges import Judge
-from resta.redeval.judging import check_judges, judge_phase, note_judges
+from resta.redeval.judging import check_judges, judge_phase, make_ready, note_judges
 from resta.redeval.models import LocalModel, load_local
-from resta.redeval.records import RunLock, content_of, differences, environment, load_run, start_run
-from resta.redeval.run import Conditions, Plan, Request, answer_phase, make_plan, missing_asks, plan_of
+from resta.redeval.records import RunLock, content_of, differences, environment, find_run, load_run, start_run
+from resta.redeval.run import Conditions, Plan, Request, answer_phase, make_plan, missing_asks, plan_of, ready_target
 from resta.redeval.targets import Target
 from resta.verify.coherence import Losses, answer_losses, read_losses, write_losses
 from resta.verify.comparison import Comparison, compare
@@ -106,8 +106,13 @@ def measure(
     UnansweredError where something could not be asked; what was answered is kept.
     """
     plan = budget.plan(target)
-    run = start_run(path / "redeval", plan.config, plan.questions, environment())
     judges = check_judges(budget.judges, target, allow_self=budget.allow_self_judge)
+    there = find_run(path / "redeval", plan.config)
+    asking = there is None or bool(missing_asks(there, plan))
+    make_ready(judges, None if asking else there, conditions.judge_device)
+    if asking and local is None:  # before anything is written: a model that cannot be asked leaves nothing behind
+        local = ready_target(target, plan)
+    run = start_run(path / "redeval", plan.config, plan.questions, environment())
     with RunLock(run.path):
         note_judges(run, judges)
         _keep_manifest(target, path)

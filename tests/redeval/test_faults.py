@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resta.redeval.asks import Ask, Decoding, Message
-from resta.redeval.records import Failure, read_rows
+from resta.redeval.records import Failure, load_run, read_rows
 from resta.redeval.wire import GarbledError, is_filter, read_body, request_body, seed_of
 
 from .conftest import TEMPLATE, Stub, chat, chat_message
@@ -315,3 +315,92 @@ def test_a_thought_that_the_template_opens_and_the_limit_cuts_is_unanswered(
         answer = found[verdict.answer_id]
         assert ("cut_thought" in answer.flags) == (answer.finish == "length")
         assert (verdict.label == "unanswered") == (answer.finish == "length")
+
+
+# -- before anything is paid for -----------------------------------------------------------------------------
+
+
+def test_a_request_that_cannot_be_carried_out_leaves_nothing_behind(
+    tiny: Path, bank: Path, tmp_path: Path, stub: Stub
+) -> None:
+    from .conftest import save_model, save_tokenizer
+
+    save_model(tmp_path / "base")
+    save_tokenizer(tmp_path / "base", adds_bos=True, chat_template=None)
+    (tmp_path / "bad.yaml").write_text("models: {}\n")
+    common = ["--bank", bank, "--template", "standard", "--max-new-tokens", 2, "--out", tmp_path / "run"]
+    for words, code in (
+        ([tiny, "--device", "cuda"], 2),
+        ([tmp_path / "base", "--device", "cpu"], 2),
+        ([tmp_path / "bad.yaml", "--files", tiny, "--device", "cpu"], 2),
+        (["big", "--base-url", "http://127.0.0.1:9/v1"], 5),
+        (["inspect:nobody/m"], 2),
+        (["export", "big", "--batch", tmp_path / "nowhere" / "in.jsonl"], 2),
+        (["export", "big", "--batch", bank], 2),
+    ):
+        invoke(*words, *common, code=code)
+        assert not (tmp_path / "run").exists(), words
+
+
+@pytest.mark.parametrize(
+    ("judge", "code", "message"),
+    [
+        ("red-instruct=judge@http://127.0.0.1:9/v1", 5, "Start it, or leave it out for now"),
+        ("granite-guardian=nobody/has-this", 2, "its tokenizer cannot be loaded"),
+        ("harmbench=inspect:openai-api/stub/m", 2, "needs its prompt sent as plain text"),
+    ],
+)
+def test_a_judge_that_is_not_there_is_found_before_the_first_answer_is_paid_for(
+    judge: str, code: int, message: str, bank: Path, tmp_path: Path, stub: Stub
+) -> None:
+    out = tmp_path / "run"
+    assert message in invoke(*served(stub, bank, out, "--judge", judge), code=code)
+    assert stub.bodies == []
+    assert not out.exists()
+    invoke(*served(stub, bank, out))
+    assert message in invoke("judge", out, "--judge", judge, code=code)
+    assert len(load_run(out).judges()) == 1
+
+
+def test_a_judge_whose_work_is_done_need_not_be_there(bank: Path, tmp_path: Path, stub: Stub) -> None:
+    stub.answer = lambda body: (200, chat("[[A]]"))
+    judge = ["--judge", f"red-instruct=judge@{stub.url}"]
+    invoke(*served(stub, bank, tmp_path / "run", *judge))
+    gone = ["--judge", "red-instruct=judge@http://127.0.0.1:9/v1"]
+    invoke(*served(stub, bank, tmp_path / "run", *gone))
+
+
+# -- imports -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "rubbish", [b"\x00\xff\n\x93\n", b"", b"[1, 2]\n", b"[" * 100_000, b'{"custom_id": "stranger"}\n', b"null\n"]
+)
+def test_a_file_that_is_no_batch_output_is_refused(rubbish: bytes, bank: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    invoke("export", "big", "--bank", bank, "--template", "standard", "--out", out, "--batch", tmp_path / "in")
+    (tmp_path / "out").write_bytes(rubbish)
+    assert "holds no reply to a request of this run" in invoke("import", out, tmp_path / "out", code=2)
+
+
+def test_an_import_keeps_refusals_and_thoughts_and_its_exit_code_says_whether_it_brought_anything(
+    bank: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    invoke("export", "big", "--bank", bank, "--template", "standard", "--out", out, "--batch", tmp_path / "in")
+    ids = [json.loads(line)["custom_id"] for line in (tmp_path / "in").read_text().splitlines()]
+
+    def write(*bodies: Any) -> Path:
+        lines = [
+            {"custom_id": key, "response": {"status_code": 200 if body else 500, "body": body}}
+            for key, body in zip(ids, bodies, strict=False)
+        ]
+        (tmp_path / "out").write_text("\n".join(map(json.dumps, lines)))
+        return tmp_path / "out"
+
+    assert "0 answers taken in, 5 requests failed, 5 missing" in invoke("import", out, write(*[None] * 5), code=5)
+    refusal = chat_message({"content": None, "refusal": "I can't help with that."})
+    invoke("import", out, write(refusal, chat_message({"content": "Yes.", "reasoning_content": "Hm."})))
+    first, second = answers(out)
+    assert (first.text, second.text, second.flags) == ("I can't help with that.", "Yes.", ("thought",))
+    assert "unanswered" in invoke("report", out)

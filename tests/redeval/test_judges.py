@@ -26,7 +26,7 @@ from resta.redeval.judges import (
     verdict_of,
     verdict_without_model,
 )
-from resta.redeval.models import LocalSpec, classifier_tokenizer
+from resta.redeval.models import LocalSpec, read_tokenizer
 from resta.redeval.questions import Question
 from resta.redeval.records import Answer
 from resta.redeval.targets import parse_target
@@ -373,6 +373,6 @@ def test_a_classifier_reads_the_answer_clipped_by_its_own_tokens(tiny: Path, mon
     target = parse_target(str(tiny), None, device="cpu")
     judging._classify(Judge(spec=spec, model=str(tiny)), target, [(question, answer(said))], lambda *_: None)
     [[before, after]] = [text.split("|") for text in seen]
-    tokenizer = classifier_tokenizer(LocalSpec(model=str(tiny)))
+    tokenizer = read_tokenizer(LocalSpec(model=str(tiny)))
     assert before == question.text
     assert after == tokenizer.decode(tokenizer(said, add_special_tokens=False)["input_ids"][:16])

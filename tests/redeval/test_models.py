@@ -16,7 +16,6 @@ from resta.redeval.models import (
     LocalModel,
     LocalSpec,
     Prompt,
-    classifier_tokenizer,
     classify,
     clip_text,
     cut_prompt,
@@ -24,6 +23,7 @@ from resta.redeval.models import (
     fingerprint,
     is_out_of_memory,
     load_local,
+    read_tokenizer,
     why_not,
 )
 
@@ -354,7 +354,7 @@ def test_a_classifier_gives_the_shares_of_its_own_head(tiny: Path, tmp_path: Pat
 
 
 def test_a_classifiers_answer_is_clipped_by_its_own_tokens(tiny: Path) -> None:
-    tokenizer = classifier_tokenizer(LocalSpec(model=str(tiny), device="cpu"))
+    tokenizer = read_tokenizer(LocalSpec(model=str(tiny), device="cpu"))
     text = "0123456789 " * 20  # far fewer than four characters per token
     clipped = clip_text(tokenizer, text, 16)
     assert (

@@ -72,9 +72,21 @@ def test_the_same_configuration_goes_on_and_another_is_refused(tmp_path: Path, b
     questions = read_bank(str(bank)).questions
     run = start_run(tmp_path / "run", CONFIG, questions, {})
     assert start_run(tmp_path / "run", CONFIG, questions, {"torch": "9"}).run_id == run.run_id
+    (run.path / "answers.jsonl").write_text('{"torn')
     with pytest.raises(ResumeError, match=r"differs in limit: null there, 3 now"):
         start_run(tmp_path / "run", CONFIG | {"limit": 3}, questions, {})
     assert run.questions() == {question.qid: question for question in questions}
+
+
+def test_a_run_in_which_nothing_was_answered_gives_way_to_the_corrected_request(tmp_path: Path, bank: Path) -> None:
+    questions = read_bank(str(bank)).questions
+    run = start_run(tmp_path / "run", CONFIG, questions, {})
+    run.add_judge("j", "s", {})
+    (run.log_dir("answers") / "x.eval").write_text("x")
+    found = start_run(tmp_path / "run", CONFIG | {"limit": 3}, questions[:3], {})
+    assert found.config["limit"] == 3
+    assert list(found.questions().values()) == list(questions[:3])
+    assert (found.judges(), (found.path / "logs").exists()) == ({}, False)
 
 
 @pytest.mark.parametrize("left", [[], ["questions.jsonl"], ["questions.jsonl", "run.json.part"]])

@@ -505,12 +505,12 @@ def test_a_batch_goes_out_and_its_replies_come_back(bank: Path, tmp_path: Path) 
     assert "9 answers taken in, 2 requests failed, 1 missing" in shown
     assert "too long" in shown
     assert "one?" not in shown
-    assert "0 answers taken in" in invoke("import", out, tmp_path / "out.jsonl")
+    assert "0 answers taken in" in invoke("import", out, tmp_path / "out.jsonl", code=5)
     shown = invoke("judge", out)
     assert "Incomplete: 9 of 10 answers" in shown
     assert sorted({v.label for v in verdicts(out)}) == ["blocked", "harmful"]
     (tmp_path / "other.jsonl").write_text('{"custom_id": "stranger"}\n')
-    assert "none of its 1 replies belongs" in invoke("import", out, tmp_path / "other.jsonl", code=2)
+    assert "holds no reply to a request of this run" in invoke("import", out, tmp_path / "other.jsonl", code=2)
     assert "exists; choose another" in invoke(
         "export", "org/big", "--bank", bank, *COMMON, "--out", out, "--batch", batch, code=2
     )
