@@ -40,8 +40,8 @@ def command(folder: Path, instruct: str | None, seed: int) -> None:
 
     shown = run_demo(folder, instruct=instruct, seed=seed, note=note)
     print_outcome(shown.outcome, folder / "sweep")
-    if shown.comparison is not None and shown.decision is not None:
-        print_decision(shown.comparison, shown.decision)
+    if shown.comparison is not None and shown.decision is not None and shown.ruling is not None:
+        print_decision(shown.comparison, shown.decision, shown.ruling)
         click.echo(f"report: {folder / 'verify' / 'report.html'}")
     note("done")
     if found := failures(shown):

@@ -99,8 +99,8 @@ def run(restored: str, tuned: str, aligned: str, out: Path, **given: Any) -> Non
     from resta.verify.gate import check_tasks
     from resta.verify.measurement import note_places, read_measurement
     from resta.verify.policy import read_policy
-    from resta.verify.report import remove_reports
     from resta.verify.run import check_budget, measure_all
+    from resta.verify.views import remove_reports
 
     with _no_verdict():
         policy = read_policy(given["policy_path"])
@@ -209,16 +209,18 @@ def _decide(
     """Write every report, print the short one and return the verdict's exit code."""
     from resta.redeval.records import environment
     from resta.verify.gate import decide
-    from resta.verify.report import print_decision, to_card, write_reports
+    from resta.verify.report import print_decision, to_card
     from resta.verify.run import compare_all
+    from resta.verify.trace import make_ruling, with_earlier
+    from resta.verify.views import write_reports
 
     comparison = compare_all(models, aligned, out, policy, conditions)
-    decision = decide(comparison, policy)
-    include_text = given["include_text"]
-    write_reports(out, comparison, decision, policy=policy, versions=environment(), include_text=include_text)
+    ruling = make_ruling(out, policy, given["policy_path"], environment())
+    decision = with_earlier(comparison, decide(comparison, policy), ruling)
+    write_reports(out, comparison, decision, ruling, include_text=given["include_text"])
     if given["card"]:
-        _update_card(_card_of(models["restored"].name), to_card(comparison, decision))
-    print_decision(comparison, decision)
+        _update_card(_card_of(models["restored"].name), to_card(comparison, decision, ruling))
+    print_decision(comparison, decision, ruling)
     click.echo(f"report: {out / 'report.html'}")
     return int(decision.verdict.value)
 

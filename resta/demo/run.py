@@ -36,9 +36,10 @@ from resta.verify.decision import Decision, Verdict
 from resta.verify.gate import decide
 from resta.verify.measurement import note_places
 from resta.verify.policy import Policy, read_policy
-from resta.verify.report import write_reports as write_verdict
 from resta.verify.run import Budget, compare_all, measure_all
+from resta.verify.trace import Ruling, make_ruling, with_earlier
 from resta.verify.utility import read_suite
+from resta.verify.views import write_reports as write_verdict
 
 SCALES = (0.25, 0.5, 0.75, 1.0)
 WISE_SCALES = (0.5,)
@@ -56,11 +57,12 @@ utility: {helpdesk: {max_drop: 0.15}}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shown:
-    """What a demo came to. `comparison` and `decision` are None where the sweep found nothing to restore by."""
+    """What a demo came to. All but `outcome` are None where the sweep found nothing to restore by."""
 
     outcome: Outcome
     comparison: Comparison | None
     decision: Decision | None
+    ruling: Ruling | None
 
 
 def run_demo(
@@ -85,11 +87,11 @@ def run_demo(
     policy = read_policy(folder / "policy.yaml")
     outcome = sweep(folder, models, files, policy, note)
     if outcome.choice.name is None:
-        return Shown(outcome=outcome, comparison=None, decision=None)
+        return Shown(outcome=outcome, comparison=None, decision=None, ruling=None)
     note(f"restored: {outcome.choice.name}, merged by the streaming engine")
     write_merge(make_plan(load_recipe(folder / "sweep" / "chosen.yaml")), folder / "restored")
-    comparison, decision = verify(folder, models, files, policy, note)
-    return Shown(outcome=outcome, comparison=comparison, decision=decision)
+    comparison, decision, ruling = verify(folder, models, files, policy, note)
+    return Shown(outcome=outcome, comparison=comparison, decision=decision, ruling=ruling)
 
 
 def sweep(folder: Path, models: Mapping[str, str], files: CorpusFiles, policy: Policy, note: Note) -> Outcome:
@@ -123,7 +125,7 @@ def sweep(folder: Path, models: Mapping[str, str], files: CorpusFiles, policy: P
 
 def verify(
     folder: Path, models: Mapping[str, str], files: CorpusFiles, policy: Policy, note: Note
-) -> tuple[Comparison, Decision]:
+) -> tuple[Comparison, Decision, Ruling]:
     """Hold the restored model against the policy on questions that the sweep has not asked; write FOLDER/verify."""
     names = {"aligned": models["aligned"], "tuned": models["tuned"], "restored": str(folder / "restored")}
     targets = {role: parse_target(name, None, device="cpu") for role, name in names.items()}
@@ -133,9 +135,10 @@ def verify(
     measured = measure_all(targets, budget(names["aligned"], files, "verifying"), out, conditions)
     note_places(measured, out)
     comparison = compare_all(measured, targets["aligned"], out, policy, conditions)
-    decision = decide(comparison, policy)
-    write_verdict(out, comparison, decision, policy=policy, versions=environment(), include_text=False)
-    return comparison, decision
+    ruling = make_ruling(out, policy, folder / "policy.yaml", environment())
+    decision = with_earlier(comparison, decide(comparison, policy), ruling)
+    write_verdict(out, comparison, decision, ruling, include_text=False)
+    return comparison, decision, ruling
 
 
 def budget(model: str, files: CorpusFiles, part: str) -> Budget:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from importlib import resources
 from typing import Annotated, Literal
 
@@ -21,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from resta.redeval.asks import digest
 from resta.redeval.questions import Question
-from resta.redeval.records import Answer, Tested, Verdict, VerdictLabel
+from resta.redeval.records import Answer, Tested, Verdict, VerdictLabel, utc_now
 from resta.redeval.statistics import fisher_greater
 
 Kind = Literal["compliance", "refusal", "benign", "needless"]
@@ -165,7 +164,7 @@ def record_of(known: Known, verdict: Verdict) -> Tested:
         judge=verdict.judge,
         judge_sha256=verdict.judge_sha256,
         label=verdict.label,
-        at=datetime.now(UTC).isoformat(timespec="seconds"),
+        at=utc_now(),
     )
 
 

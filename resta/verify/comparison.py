@@ -48,6 +48,7 @@ class Model:
     name: str
     target: Mapping[str, Any]
     manifest: Mapping[str, Any]
+    measured_at: str | None  # ISO 8601, UTC; None where it was not noted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -199,7 +200,9 @@ def compare(
         settings={key: value for key, value in aligned.config.items() if key != "target"},
         suite=aligned.utility,
         models={
-            role: Model(role=role, name=m.name, target=m.config["target"], manifest=m.manifest)
+            role: Model(
+                role=role, name=m.name, target=m.config["target"], manifest=m.manifest, measured_at=m.measured_at
+            )
             for role, m in models.items()
         },
         level=level,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from itertools import pairwise
 
@@ -23,8 +23,9 @@ from resta.verify.measurement import ROLES
 from resta.verify.plots import Caption, forest, layer_bars, require_plots, trade_off
 from resta.verify.policy import Policy
 from resta.verify.provenance import provenance
-from resta.verify.report import signed
 from resta.verify.statistics import Difference
+from resta.verify.trace import Ruling
+from resta.verify.words import signed
 
 # verdict or outcome -> (sign, class of its colours)
 TONES = {
@@ -59,17 +60,17 @@ POLICY_OF_CONTENT = "default-src 'none'; style-src 'unsafe-inline'; img-src data
 def to_html(
     comparison: Comparison,
     decision: Decision,
+    ruling: Ruling,
     *,
     include_text: bool,
-    versions: Mapping[str, str],
-    policy: Policy,
 ) -> str:
-    """Return the whole report. `include_text` shows questions and answers; `versions` are {package: version}.
+    """Return the whole report. `include_text` shows questions and answers.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
     require_plots()
+    policy = ruling.policy
     sections = (
         _section("rules", "Rules", _rules(decision)),
         _section("guidance", "What to try", _guidance(decision)),
@@ -82,12 +83,12 @@ def to_html(
         _section("conduct", "Conduct", _conduct(comparison)),
         _section("examples", "Examples", _examples(comparison, include_text=include_text)),
         _section("layers", "Size of the safety vector", _layers(comparison)),
-        _section("provenance", "Provenance", provenance(comparison, policy, versions)),
+        _section("provenance", "Provenance", provenance(comparison, policy, ruling.versions)),
     )
-    return _page(comparison, decision, [section for section in sections if section])
+    return _page(comparison, decision, ruling, [section for section in sections if section])
 
 
-def _page(comparison: Comparison, decision: Decision, sections: Sequence[Markup]) -> str:
+def _page(comparison: Comparison, decision: Decision, ruling: Ruling, sections: Sequence[Markup]) -> str:
     title = f"{decision.title}: {comparison.models['restored'].name}"
     style = resources.files("resta.verify").joinpath("report.css").read_text(encoding="utf-8")
     head = element(
@@ -102,7 +103,7 @@ def _page(comparison: Comparison, decision: Decision, sections: Sequence[Markup]
     body = element(
         "body",
         element("a", "Skip to the rules", href="#rules", class_="skip"),
-        element("header", _verdict(comparison, decision), _contents(comparison, decision)),
+        element("header", _verdict(comparison, decision, ruling), _contents(comparison, decision)),
         element("main", *sections),
         element("footer", element("p", _method(comparison), class_="quiet")),
     )
@@ -191,7 +192,7 @@ def _chip(outcome: str) -> Markup:
 # -- verdict and rules ---------------------------------------------------------------------------------------
 
 
-def _verdict(comparison: Comparison, decision: Decision) -> Markup:
+def _verdict(comparison: Comparison, decision: Decision, ruling: Ruling) -> Markup:
     verdict = decision.verdict
     sign, tone = TONES[verdict.name]
     notes = [element("li", note) for note in decision.notes]
@@ -204,6 +205,7 @@ def _verdict(comparison: Comparison, decision: Decision) -> Markup:
                 element("p", element("span", f"{sign} ", aria_hidden="true"), decision.title, class_="badge"),
                 element("p", decision.summary, class_="lead"),
                 element("p", MEANING[verdict]),
+                element("p", _when(comparison, ruling), class_="quiet"),
                 class_=f"verdict {tone}",
                 role="group",
                 aria_label="Verdict",
@@ -212,6 +214,13 @@ def _verdict(comparison: Comparison, decision: Decision) -> Markup:
             element("div", "Read with care:", element("ul", *notes), class_="warning") if notes else Markup(""),
         )
     )
+
+
+def _when(comparison: Comparison, ruling: Ruling) -> str:
+    """Return when and under which policy the models were measured and decided on."""
+    times = {role: comparison.models[role].measured_at for role in ROLES}
+    known = ", ".join(f"{role} {at}" for role, at in times.items() if at is not None)
+    return f"{ruling.words}. " + (f"Measured: {known}." if known else "When the models were measured was not noted.")
 
 
 def _tiles(comparison: Comparison) -> Markup:

@@ -5,7 +5,7 @@ A measurement is a folder, so that what was measured once serves many comparison
     M/redeval/               a Red-Eval run (resta/redeval/records.py)
     M/utility/               utility documents (resta/verify/documents.py); absent where none were measured
     M/manifest.json          the model's resta.json as it was; absent for a served model, or one without
-    M/model.json             where the model lay (resta/verify/places.py); absent for a served model
+    M/model.json             when it was measured, and where the model lay (resta/verify/places.py)
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from resta.redeval.questions import Question
 from resta.redeval.records import Answer, RunDir, Verdict, differences, load_run
 from resta.redeval.run import plan_of
 from resta.verify.documents import Document, read_documents, read_facts
+from resta.verify.places import read_place
 
 ROLES = ("aligned", "tuned", "restored")
 PLACES = "measurements.json"
@@ -40,6 +41,7 @@ class Measurement:
     documents: tuple[Document, ...]
     utility: Mapping[str, Any]  # the suite's facts; empty where none was measured
     manifest: Mapping[str, Any]
+    measured_at: str | None  # ISO 8601, UTC; None where it was not noted
 
     @property
     def name(self) -> str:
@@ -67,6 +69,7 @@ def read_measurement(path: Path) -> Measurement:
         documents=read_documents(path / "utility"),
         utility=read_facts(path / "utility"),
         manifest=json.loads(manifest.read_text()) if manifest.is_file() else {},
+        measured_at=read_place(path).measured_at,
     )
 
 

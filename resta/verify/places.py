@@ -1,4 +1,4 @@
-"""Where a measured model lies: noted beside its measurement, looked for again from any directory, known by content.
+"""When a model was measured and where it lies: noted beside its measurement, found from any directory by content.
 
 Of each directory and file that a model was made of, M/model.json holds its name as it was given, its absolute path, and
 its path from M, so that it is found from elsewhere and after the whole tree has moved. What is found there counts only
@@ -10,13 +10,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from resta.errors import ModelError
-from resta.redeval.models import LocalSpec
-from resta.redeval.records import content_of
+from resta.errors import ModelError, ResumeError
+from resta.redeval.records import content_of, utc_now
 from resta.redeval.targets import Target, parse_target
 
 PLACE = "model.json"
@@ -24,15 +23,35 @@ PATHS = ("model", "base", "files", "chat_template")  # the fields of a LocalSpec
 KINDS = ("from_here", "absolute", "name")  # in the order in which they are tried
 
 
-def note_model(target: Target, folder: Path) -> None:
-    """Note in a measurement's folder where a local model's directories and files lie."""
-    if target.local is None:
-        return
-    given = {field.name: getattr(target.local, field.name) for field in fields(LocalSpec) if field.name in PATHS}
-    places = {role: _place(name, folder) for role, name in given.items() if name is not None}
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """When a model was measured (ISO 8601, UTC; None where it was not noted), and {what of it: {kind: path}}."""
+
+    measured_at: str | None
+    paths: Mapping[str, Mapping[str, str]]
+
+
+def note_model(target: Target, folder: Path, *, anew: bool) -> None:
+    """Note in a measurement's folder where the model lies, and where it was measured `anew` that this was now."""
+    given = {} if target.local is None else {name: getattr(target.local, name) for name in PATHS}
+    place = Place(
+        measured_at=utc_now() if anew else read_place(folder).measured_at,
+        paths={role: _place(name, folder) for role, name in given.items() if name is not None},
+    )
     part = folder / f"{PLACE}.part"
-    part.write_text(json.dumps(places, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.write_text(json.dumps(asdict(place), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     part.replace(folder / PLACE)
+
+
+def read_place(folder: Path) -> Place:
+    """Return what was noted in a measurement's folder. Raises ResumeError."""
+    path = folder / PLACE
+    if not path.is_file():
+        return Place(measured_at=None, paths={})
+    try:
+        return Place(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ResumeError(f"{path}: not a note of where a model lies ({error}); remove it") from error
 
 
 def _place(name: str, folder: Path) -> dict[str, str]:
@@ -49,7 +68,8 @@ def find_model(folder: Path, facts: Mapping[str, Any], *, device: str) -> Target
     """
     if facts["kind"] != "local":
         return None
-    places = _read_places(folder, facts)
+    named = {"model": facts["name"], "base": facts["base"], "files": facts["files"]}
+    places = read_place(folder).paths or {role: {"name": name} for role, name in named.items() if name is not None}
     for kind in KINDS:
         paths = {role: _path(place, kind, folder) for role, place in places.items()}
         name = paths.pop("model")
@@ -60,15 +80,6 @@ def find_model(folder: Path, facts: Mapping[str, Any], *, device: str) -> Target
         except (ModelError, OSError):  # not there
             continue
     return None
-
-
-def _read_places(folder: Path, facts: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Return what note_model wrote, or of a measurement without it the names alone."""
-    path = folder / PLACE
-    if path.is_file():
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    named = {"model": facts["name"], "base": facts["base"], "files": facts["files"]}
-    return {role: {"name": name} for role, name in named.items() if name is not None}
 
 
 def _path(place: Mapping[str, str], kind: str, folder: Path) -> str:

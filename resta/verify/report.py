@@ -1,6 +1,6 @@
-"""A decision in the forms that machines and pull requests read: JSON, Markdown, JUnit XML, and a section of a card.
+"""A decision as text: JSON, Markdown for a pull request, a section of a card, and the terminal.
 
-The page for people is html.py. Questions and answers are in none of these.
+The page for people is html.py, a CI's report junit.py. Questions and answers are in none of these.
 """
 
 from __future__ import annotations
@@ -10,25 +10,21 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import numpy as np
 
 from resta.redeval.report import percent, printable, with_interval
 from resta.verify.comparison import Comparison
-from resta.verify.decision import SCHEMA, Decision, Rule, Verdict
+from resta.verify.decision import SCHEMA, Decision, Verdict
 from resta.verify.measurement import ROLES
-from resta.verify.policy import Policy
-from resta.verify.statistics import Difference
+from resta.verify.trace import Ruling
+from resta.verify.words import measured, points, share
 
-BAD = ("fails", "inconclusive", "invalid")  # outcomes that keep a verdict from being PASS
-VIEWS = ("report.md", "report.html", "junit.xml", "card.md", "verdict.json")
 CARD_START, CARD_END = "<!-- resta verify: start -->", "<!-- resta verify: end -->"
 
 
-def to_json(comparison: Comparison, decision: Decision, policy: Policy, versions: Mapping[str, str]) -> str:
+def to_json(comparison: Comparison, decision: Decision, ruling: Ruling) -> str:
     """Return everything but questions and answers, as JSON of schema `SCHEMA`."""
     facts = asdict(comparison)
     del facts["examples"]
@@ -47,9 +43,13 @@ def to_json(comparison: Comparison, decision: Decision, policy: Policy, versions
         "rules": [asdict(rule) for rule in decision.rules],
         "notes": decision.notes,
         "guidance": decision.guidance,
-        "policy": policy.model_dump(mode="json"),
+        "decided_at": ruling.decided_at,
+        "policy_name": ruling.policy_name,
+        "policy_sha256": ruling.policy_sha256,
+        "policy": ruling.policy.model_dump(mode="json"),
+        "earlier": list(ruling.earlier),
         "comparison": facts,
-        "versions": dict(versions),
+        "versions": dict(ruling.versions),
     }
     return json.dumps(_finite(content), indent=2, ensure_ascii=False) + "\n"
 
@@ -67,36 +67,9 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def points(difference: Difference) -> str:
-    """Return a difference of shares in percentage points, with its interval."""
-    value, low, high = (signed(100 * share) for share in (difference.value, difference.low, difference.high))
-    return f"{value} [{low}, {high}]"
-
-
-def signed(value: float) -> str:
-    """Return a number with its sign and one decimal; nothing is -0.0."""
-    return f"{round(value, 1) + 0.0:+.1f}"
-
-
-def share(difference: Difference) -> str:
-    """Return a share in per cent, with its interval; a dash where nothing was measured."""
-    if math.isnan(difference.value):
-        return "-"
-    return f"{100 * difference.value:.1f} % [{100 * difference.low:.1f}-{100 * difference.high:.1f}]"
-
-
-def measured(rule: Rule) -> str:
-    """Return what a rule found, as a number with its interval where it has one."""
-    if rule.value is None:
-        return "-"
-    if rule.low is None or rule.high is None:
-        return f"{rule.value:.3f}"
-    return f"{rule.value:.3f} [{rule.low:.3f}, {rule.high:.3f}]"
-
-
-def to_markdown(comparison: Comparison, decision: Decision) -> str:
+def to_markdown(comparison: Comparison, decision: Decision, ruling: Ruling) -> str:
     """Return a summary for a pull request."""
-    lines = [f"## Safety gate: {decision.title}", "", _md(decision.summary), ""]
+    lines = [f"## Safety gate: {decision.title}", "", _md(decision.summary), "", f"{_md(ruling.words)}.", ""]
     lines += [f"> {_md(note)}" + "\n>" for note in decision.notes]
     lines += ["", *_models_table(comparison), "", *_rules_table(decision)]
     if decision.guidance:
@@ -166,51 +139,18 @@ def _code(text: str) -> str:
     return f"`{plain}`"
 
 
-def to_junit(decision: Decision) -> str:
-    """Return JUnit XML: one test case per rule, for a CI's own report.
-
-    Where no rule is to blame for a verdict other than PASS, the verdict itself is a case, so that no CI shows green.
-    """
-    rules = list(decision.rules)
-    if decision.verdict is not Verdict.PASS and not any(rule.outcome in BAD for rule in rules):
-        rules.append(
-            Rule(
-                name="verdict", outcome="inconclusive", limit=Verdict.PASS.name, value=None, low=None, high=None,
-                why=decision.summary,
-            )
-        )  # fmt: skip
-    outcomes = [rule.outcome for rule in rules]
-    suite = ElementTree.Element(
-        "testsuite",
-        name="resta verify",
-        tests=str(len(rules)),
-        failures=str(outcomes.count("fails")),
-        errors=str(sum(outcome in BAD and outcome != "fails" for outcome in outcomes)),
-        skipped=str(outcomes.count("left out")),
-    )
-    for rule in rules:
-        case = ElementTree.SubElement(suite, "testcase", classname="resta.verify", name=_printable(rule.name))
-        text = _printable(f"{rule.limit}; measured {measured(rule)}; {rule.why}")
-        if rule.outcome == "holds":
-            ElementTree.SubElement(case, "system-out").text = text
-        else:
-            kind = {"fails": "failure", "left out": "skipped"}.get(rule.outcome, "error")
-            ElementTree.SubElement(case, kind, message=f"{rule.outcome}: {text}")
-    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n"
-
-
-def _printable(text: str) -> str:
-    """Return text without the control characters that XML has no way to hold."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)
-
-
-def to_card(comparison: Comparison, decision: Decision) -> str:
+def to_card(comparison: Comparison, decision: Decision, ruling: Ruling) -> str:
     """Return a section for the restored model's card, between markers so that it can be replaced."""
     lines = [CARD_START, f"## Safety: {decision.title}", "", _md(decision.summary), ""]
     lines += _models_table(comparison)
     judge = _md(comparison.judge)
     banks = ", ".join(f"{_md(str(b['name']))} ({b['questions']})" for b in comparison.settings["banks"])
-    lines += ["", f"Judge: {judge}. Banks: {banks}. Intervals: {100 * comparison.level:g} %."]
+    lines += [
+        "",
+        f"Judge: {judge}. Banks: {banks}. Intervals: {100 * comparison.level:g} %.",
+        "",
+        f"{_md(ruling.words)}.",
+    ]
     lines += [_md(note) for note in decision.notes]
     return "\n".join([*lines, CARD_END]) + "\n"
 
@@ -224,37 +164,6 @@ def with_section(card: str, section: str) -> str:
     return card.rstrip("\n") + "\n\n" + section
 
 
-def write_reports(
-    out: Path,
-    comparison: Comparison,
-    decision: Decision,
-    *,
-    policy: Policy,
-    versions: Mapping[str, str],
-    include_text: bool,
-) -> None:
-    """Write report.md, report.html, junit.xml, card.md and last verdict.json, each whole. Raises MissingExtraError."""
-    from resta.verify.html import to_html
-
-    texts = (
-        to_markdown(comparison, decision),
-        to_html(comparison, decision, include_text=include_text, versions=versions, policy=policy),
-        to_junit(decision),
-        to_card(comparison, decision),
-        to_json(comparison, decision, policy, versions),
-    )
-    for name, text in zip(VIEWS, texts, strict=True):
-        part = out / f"{name}.part"
-        part.write_text(text, encoding="utf-8")
-        part.replace(out / name)
-
-
-def remove_reports(out: Path) -> None:
-    """Remove what an earlier run wrote, so that one that breaks off leaves no old verdict to be taken for its own."""
-    for name in VIEWS:
-        (out / name).unlink(missing_ok=True)
-
-
 WORDS = {
     Verdict.PASS: "bold green",
     Verdict.FAIL: "bold red",
@@ -266,7 +175,7 @@ WORDS = {
 COLOURS = {"holds": "green", "fails": "red", "inconclusive": "yellow", "invalid": "magenta", "left out": "dim"}
 
 
-def print_decision(comparison: Comparison, decision: Decision) -> None:
+def print_decision(comparison: Comparison, decision: Decision, ruling: Ruling) -> None:
     """Print the verdict, the three models, the rules and the guidance to stdout."""
     from rich import box
     from rich.console import Console
@@ -285,6 +194,7 @@ def print_decision(comparison: Comparison, decision: Decision) -> None:
         if rule.outcome != "holds":
             console.print(f"             {escape(rule.why)}")
     console.print(f"\n[{WORDS[decision.verdict]}]{escape(decision.title)}[/]  {escape(decision.summary)}")
+    console.print(escape(f"{ruling.words}."))
     for note in decision.notes:
         console.print(f"[yellow]note:[/yellow] {escape(note)}")
     for line in decision.guidance:

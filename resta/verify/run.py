@@ -116,9 +116,9 @@ def measure(
     with RunLock(run.path):
         note_judges(run, judges)
         _keep_manifest(target, path)
-        note_model(target, path)
         tasks = {task.name for task in budget.suite.tasks} if budget.suite else set()
-        if missing_asks(run, plan) or tasks - finished_tasks(path / "utility"):
+        unfinished = bool(missing_asks(run, plan) or tasks - finished_tasks(path / "utility"))
+        if unfinished:
             if local is None and target.local is not None:
                 local = load_local(target.local)
             answer_phase(run, plan, target, conditions, judges=judges, local=local)
@@ -127,6 +127,7 @@ def measure(
         gc.collect()
         for judge in judges:
             judge_phase(run, judge, conditions)
+        note_model(target, path, anew=unfinished)
     return read_measurement(path)
 
 

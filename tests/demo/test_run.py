@@ -39,7 +39,7 @@ def shown(verdict: Verdict | None, *, tuned: float, aligned: float) -> run.Shown
         guidance=(),
     )
     decision = Decision(verdict=verdict, summary="", rules=(), notes=(), guidance=()) if verdict else None
-    return run.Shown(outcome=outcome, comparison=None, decision=decision)
+    return run.Shown(outcome=outcome, comparison=None, decision=decision, ruling=None)
 
 
 def test_only_safety_that_was_lost_and_regained_shows_the_point() -> None:

@@ -26,6 +26,7 @@ from resta.verify.documents import Document, start_suite, write_documents
 from resta.verify.gate import decide
 from resta.verify.measurement import ROLES, read_measurement
 from resta.verify.policy import Policy, read_policy
+from resta.verify.trace import Ruling
 
 CATEGORIES = (
     "Trespassing", "Petty theft", "Cheating", "Bullying", "Nuisance software", "Vandalism", "Tax tricks", "Forgery",
@@ -270,6 +271,18 @@ class Case:
     comparison: Comparison
     decision: Decision
     policy: Policy
+    ruling: Ruling
+
+
+def a_ruling(policy: Policy, *, earlier: Sequence[Mapping[str, Any]] = ()) -> Ruling:
+    """Return the circumstances of a decision."""
+    return Ruling(
+        policy=policy,
+        policy_name="release.yaml",
+        decided_at="2026-11-24T12:00:00+00:00",
+        versions={"resta": "0.1.0", "python": "3.12.0"},
+        earlier=tuple(earlier),
+    )
 
 
 def make_case(
@@ -293,7 +306,7 @@ def make_case(
         for role, model in models.items()
     }
     comparison = compare(models, judge=policy.judge, level=policy.level, losses=losses)
-    return Case(comparison=comparison, decision=decide(comparison, policy), policy=policy)
+    return Case(comparison=comparison, decision=decide(comparison, policy), policy=policy, ruling=a_ruling(policy))
 
 
 def make_named_case(folder: Path, name: str) -> Case:

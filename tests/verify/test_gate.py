@@ -16,9 +16,10 @@ from resta.verify.comparison import compare
 from resta.verify.decision import Decision, Rule, Verdict, by_name
 from resta.verify.gate import decide
 from resta.verify.guidance import layer_sizes
+from resta.verify.junit import to_junit
 from resta.verify.measurement import ROLES, Measurement, pick_judges, read_measurement
 from resta.verify.policy import Policy, default_policy, read_policy
-from resta.verify.report import CARD_START, to_card, to_json, to_junit, to_markdown, with_section
+from resta.verify.report import CARD_START, to_card, to_json, to_markdown, with_section
 from tests.verify.made import (
     ALIGNED,
     HOSTILE,
@@ -328,7 +329,7 @@ def test_a_passing_model_gets_no_advice(cases: dict[str, Case]) -> None:
 
 def test_the_json_is_strict_and_holds_no_question_and_no_answer(cases: dict[str, Case]) -> None:
     case = cases["FAIL"]
-    text = to_json(case.comparison, case.decision, case.policy, {"resta": "1"})
+    text = to_json(case.comparison, case.decision, case.ruling)
     content = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert (content["schema"], content["verdict"], content["exit_code"]) == (1, "FAIL", 1)
     assert {rule["name"] for rule in content["rules"]} == {rule.name for rule in case.decision.rules}
@@ -340,8 +341,8 @@ def test_the_json_is_strict_and_holds_no_question_and_no_answer(cases: dict[str,
 
 def test_junit_has_one_case_per_rule(cases: dict[str, Case]) -> None:
     for case in cases.values():
-        suite = ElementTree.fromstring(to_junit(case.decision))
-        assert [c.get("name") for c in suite] == [rule.name for rule in case.decision.rules]
+        suite = ElementTree.fromstring(to_junit(case.comparison, case.decision, case.ruling))
+        assert [c.get("name") for c in suite.findall("testcase")] == [rule.name for rule in case.decision.rules]
         bad = sum(rule.outcome in ("fails", "inconclusive", "invalid") for rule in case.decision.rules)
         assert int(suite.get("failures", 0)) + int(suite.get("errors", 0)) == bad
         assert len(suite.findall("testcase/failure")) + len(suite.findall("testcase/error")) == bad
@@ -350,16 +351,16 @@ def test_junit_has_one_case_per_rule(cases: dict[str, Case]) -> None:
 def test_junit_is_never_green_without_a_pass(cases: dict[str, Case]) -> None:
     found = decide(cases["PASS"].comparison, policy("{}"))
     assert found.verdict is Verdict.INCONCLUSIVE
-    suite = ElementTree.fromstring(to_junit(found))
-    assert [c.get("name") for c in suite if c.find("error") is not None] == ["verdict"]
-    assert (suite.get("errors"), suite.get("tests")) == ("1", str(len(suite)))
+    suite = ElementTree.fromstring(to_junit(cases["PASS"].comparison, found, cases["PASS"].ruling))
+    assert [c.get("name") for c in suite.findall("testcase") if c.find("error") is not None] == ["verdict"]
+    assert (suite.get("errors"), suite.get("tests")) == ("1", str(len(suite.findall("testcase"))))
 
 
 @pytest.mark.parametrize("name", ["![x](http://example.org/x.png)", "a\\| b | c", "*a* `b` ~~c~~", "\x1b[31m\u202e"])
 def test_a_name_is_text_in_markdown_and_nothing_else(cases: dict[str, Case], name: str) -> None:
     case = cases["PASS"]
     models = {**case.comparison.models, "tuned": replace(case.comparison.models["tuned"], name=name)}
-    text = to_markdown(replace(case.comparison, models=models), case.decision)
+    text = to_markdown(replace(case.comparison, models=models), case.decision, case.ruling)
     [row] = [line for line in text.splitlines() if line.startswith("| model |")]
     assert row.count("|") == 5
     assert not set(row) & set("\\`*[]~\x1b\u202e")
@@ -368,26 +369,29 @@ def test_a_name_is_text_in_markdown_and_nothing_else(cases: dict[str, Case], nam
 
 def test_reports_survive_hostile_names(tmp_path: Path) -> None:
     case = make_hostile_case(tmp_path)
-    for text in (to_markdown(case.comparison, case.decision), to_card(case.comparison, case.decision)):
+    for text in (
+        to_markdown(case.comparison, case.decision, case.ruling),
+        to_card(case.comparison, case.decision, case.ruling),
+    ):
         assert HOSTILE[0] not in text
         assert all(
             line.count(" | ") + 2 == line.count("|") - line.count("\\|")
             for line in text.splitlines()
             if line.startswith("| ")
         )
-    ElementTree.fromstring(to_junit(case.decision))
+    ElementTree.fromstring(to_junit(case.comparison, case.decision, case.ruling))
 
 
 def test_markdown_names_every_rule_and_the_verdict(cases: dict[str, Case]) -> None:
     for name, case in cases.items():
-        text = to_markdown(case.comparison, case.decision)
+        text = to_markdown(case.comparison, case.decision, case.ruling)
         assert text.startswith(f"## Safety gate: {name}")
         assert all(f"`{rule.name}`" in text for rule in case.decision.rules)
 
 
 def test_a_cards_section_is_replaced_and_never_doubled(cases: dict[str, Case]) -> None:
-    old = to_card(cases["FAIL"].comparison, cases["FAIL"].decision)
-    new = to_card(cases["PASS"].comparison, cases["PASS"].decision)
+    old = to_card(cases["FAIL"].comparison, cases["FAIL"].decision, cases["FAIL"].ruling)
+    new = to_card(cases["PASS"].comparison, cases["PASS"].decision, cases["PASS"].ruling)
     card = with_section("# Model\n\nText.\n", old)
     again = with_section(card, new)
     assert "Safety: FAIL" in card
@@ -398,7 +402,7 @@ def test_a_cards_section_is_replaced_and_never_doubled(cases: dict[str, Case]) -
 
 
 def test_a_stray_mark_in_a_card_takes_no_text_with_it(cases: dict[str, Case]) -> None:
-    section = to_card(cases["PASS"].comparison, cases["PASS"].decision)
+    section = to_card(cases["PASS"].comparison, cases["PASS"].decision, cases["PASS"].ruling)
     card = f"# Model\n\n{CARD_START}\nMine.\n"
     for _ in range(2):
         card = with_section(card, section)

@@ -23,7 +23,6 @@ from resta.verify.statistics import Difference
 from tests.verify.made import HOSTILE, Case, make_hostile_case, make_named_case
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-VERSIONS = {"resta": "0.1.0", "python": "3.12.0"}
 Attributes = dict[str, str | None]
 
 
@@ -41,7 +40,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
 
 
 def page_of(case: Case, *, include_text: bool = False) -> str:
-    return to_html(case.comparison, case.decision, include_text=include_text, versions=VERSIONS, policy=case.policy)
+    return to_html(case.comparison, case.decision, case.ruling, include_text=include_text)
 
 
 class Page(HTMLParser):
