@@ -18,7 +18,7 @@ from resta.redeval.report import percent, printable, with_interval
 from resta.verify.comparison import Comparison
 from resta.verify.decision import SCHEMA, Decision, Verdict
 from resta.verify.measurement import ROLES
-from resta.verify.trace import Ruling
+from resta.verify.trace import Ruling, decided_otherwise
 from resta.verify.words import measured, points, share
 
 CARD_START, CARD_END = "<!-- resta verify: start -->", "<!-- resta verify: end -->"
@@ -47,7 +47,7 @@ def to_json(comparison: Comparison, decision: Decision, ruling: Ruling) -> str:
         "policy_name": ruling.policy_name,
         "policy_sha256": ruling.policy_sha256,
         "policy": ruling.policy.model_dump(mode="json"),
-        "earlier": list(ruling.earlier),
+        "decided_otherwise": decided_otherwise(decision, ruling),
         "comparison": facts,
         "versions": dict(ruling.versions),
     }

@@ -83,6 +83,11 @@ def line_of(comparison: Comparison, decision: Decision, ruling: Ruling) -> dict[
     }
 
 
+def decided_otherwise(decision: Decision, ruling: Ruling) -> list[Mapping[str, Any]]:
+    """Return the earlier decisions with another verdict, oldest first."""
+    return [line for line in ruling.earlier if line["verdict"] != decision.verdict.name]
+
+
 def with_earlier(comparison: Comparison, decision: Decision, ruling: Ruling) -> Decision:
     """Return the decision with a note for every earlier one in the same place that said something else."""
     return replace(decision, notes=(*_notes(comparison, decision, ruling), *decision.notes))
@@ -90,7 +95,7 @@ def with_earlier(comparison: Comparison, decision: Decision, ruling: Ruling) -> 
 
 def _notes(comparison: Comparison, decision: Decision, ruling: Ruling) -> Iterable[str]:
     own = line_of(comparison, decision, ruling)
-    others = [line for line in ruling.earlier if line["verdict"] != own["verdict"]]
+    others = decided_otherwise(decision, ruling)
     for line in others[-SHOWN:]:
         policy = line["policy"]
         which = "the same policy" if policy["sha256"] == ruling.policy_sha256 else f"the policy {policy['name']}"

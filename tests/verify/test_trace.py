@@ -75,7 +75,7 @@ def test_a_laxer_policy_says_on_every_report_what_the_stricter_one_said(failed: 
         text = (out / name).read_text()
         assert "Decided otherwise before: FAIL for these models under the policy default" in text, name
         assert earlier["policy"]["sha256"][:12] in text, name
-    assert json.loads((out / "verdict.json").read_text())["earlier"] == [earlier]
+    assert json.loads((out / "verdict.json").read_text())["decided_otherwise"] == [earlier]
 
 
 def test_date_and_policy_stand_on_every_report(failed: Case, lax: Path, out: Path) -> None:
