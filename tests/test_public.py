@@ -12,13 +12,26 @@ from resta.errors import RestaError
 
 PACKAGE = Path(resta.__file__).parent
 
-# Lower numbers know nothing of higher ones.
+# Each layer knows nothing of those after it, nor of itself.
 LAYERS = {
-    "version": 0, "errors": 0, "kernels": 0, "sketch": 0, "unique_keys": 0, "printable": 0, "coverage": 0, "header": 1,
-    "hub": 1, "recipe": 1, "checkpoint": 2, "safety": 2, "tied": 2.5, "adapter": 3, "sidefiles": 3, "plan": 4,
-    "digests": 3, "compute": 5, "manifest": 5, "output": 5, "directory": 6, "engine": 7, "algebra": 8, "report": 8,
-    "diff": 8, "claims": 8, "audit": 9,
-}  # fmt: skip
+    name: number
+    for number, names in enumerate(
+        (
+            "version errors kernels sketch unique_keys printable coverage",
+            "header hub recipe chat_templates",
+            "checkpoint safety",
+            "tied",
+            "adapter sidefiles digests",
+            "plan",
+            "compute manifest output",
+            "directory",
+            "engine",
+            "algebra report diff claims",
+            "audit",
+        )
+    )
+    for name in names.split()
+}
 
 
 def imports_of(file: Path) -> set[str]:

@@ -147,8 +147,8 @@ WHERE = options(
     click.option("--files", metavar="DIR", help="For a recipe: folder of config and tokenizer."),
     click.option(
         "--chat-template",
-        type=click.Path(exists=True, dir_okay=False),
-        help="Jinja chat template for a model that has none.",
+        metavar="NAME|FILE",
+        help="Chat template for a model that has none: a Jinja file, or a name that `resta sft` knows, such as chatml.",
     ),
 )
 

@@ -63,7 +63,7 @@ WHAT = options(
 )
 
 SHOW = options(
-    click.option("--include-text", is_flag=True, help="Show questions and answers in terminal, report and CSV."),
+    click.option("--include-text", is_flag=True, help="Show questions and answers in the report's files."),
     click.option(
         "--spot-check",
         type=click.IntRange(min=0),
@@ -335,7 +335,7 @@ def _report(folder: RunDir, *, include_text: bool, spot_check: int) -> None:
 
     from resta.redeval.report import disagreement_csv, make_report, print_report, to_html, to_markdown
     from resta.redeval.run import plan_of
-    from resta.redeval.score import join, missing_rows, score
+    from resta.redeval.score import disagreements, join, missing_rows, score
 
     questions, answers, verdicts = folder.questions(), folder.answers(), folder.current_verdicts()
     asks, rows = plan_of(folder).asks, join(questions, answers, verdicts)
@@ -357,7 +357,6 @@ def _report(folder: RunDir, *, include_text: bool, spot_check: int) -> None:
         "disagreements.csv": disagreement_csv(
             rows,
             {label.answer_id: "harmful" if label.harmful else "safe" for label in folder.labels()},
-            include_text=include_text,
             spot_check=spot_check,
         ),
     }
@@ -368,6 +367,8 @@ def _report(folder: RunDir, *, include_text: bool, spot_check: int) -> None:
             (folder.path / name).write_text(text, encoding="utf-8")
     _score_logs(folder)
     print_report(made, Console())
+    if disagreements(rows)[0] or spot_check:
+        click.echo(f"to label by hand: {folder.path / 'disagreements.csv'} (private: questions and answers in full)")
     click.echo(f"report: {folder.path / 'report.html'}   log: inspect view --log-dir {folder.path / 'logs'}")
 
 

@@ -193,7 +193,8 @@ class Judge:
         """Return the digest of declaration, model and decoding; verdicts of different digests never mix."""
         # Where it is served makes no difference to what it is; a local model is what its files are.
         model = self.fingerprint or self.model
-        spec = self.spec.model_dump(mode="json", exclude={"control"})  # what it is tested on makes no other judge
+        # What it is tested on, and what is said about it, makes no other judge.
+        spec = self.spec.model_dump(mode="json", exclude={"control", "about", "confirmed"})
         return digest({"spec": spec, "model": model, "greedy": True})
 
     def measures(self, *, safe_question: bool) -> bool:
@@ -229,14 +230,17 @@ def read_judge(name: str) -> JudgeSpec:
     if name in built_in():
         text = (resources.files("resta.redeval") / "judge" / f"{name}.yaml").read_text("utf-8")
     elif Path(name).is_file():
-        text = Path(name).read_text("utf-8")
+        try:
+            text = Path(name).read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise JudgeError(f"judge {name}: cannot be read as YAML in UTF-8: {error}") from error
     else:
         close = difflib.get_close_matches(name, built_in(), n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise JudgeError(f"unknown judge {name!r}: neither a file nor one of {', '.join(built_in())}{hint}")
     try:
         facts = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise JudgeError(f"judge {name}: not YAML: {error}") from error
     try:
         return JudgeSpec.model_validate(facts)

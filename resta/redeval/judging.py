@@ -290,6 +290,8 @@ def clip_for(judge: Judge, pairs: Pairs, local: LocalModel | None) -> Callable[[
         "",
         judge_messages(judge.spec, longest, "", max(judge.spec.policies.values(), default="", key=len)),
     )
+    if longest not in bare.text:
+        raise JudgeError(f"judge {judge.id}: the chat template of {local.name} leaves the question out")
     room = local.context - judge.spec.max_new_tokens - len(bare.ids) - 16  # joins may cost a few tokens
     if room < 1:
         raise JudgeError(f"judge {judge.id}: its own prompt leaves no room for an answer in {local.context} tokens")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from resta.chat_templates import NAMED, read_chat_template
 from resta.errors import MissingExtraError, ModelError, UnansweredError
 from resta.redeval.asks import Decoding, Message, Rendering, sha256_text
 from resta.redeval.clean import HARMONY_TOKENS, MARK_TOKENS
@@ -41,7 +42,7 @@ class LocalSpec:
     files: str | None = None
     device: str = "auto"
     dtype: str = "auto"
-    chat_template: str | None = None  # path of a Jinja file
+    chat_template: str | None = None  # name of a known one, or path of a Jinja file
     batch_rows: int | None = None
 
     @property
@@ -106,7 +107,7 @@ class LocalModel:
         if not self.tokenizer.chat_template:
             raise ModelError(
                 f"{self.name}: the tokenizer has no chat template, so how to ask is unknown; name one "
-                "with --chat-template (a base model has none, and is no chat model)"
+                "with --chat-template NAME or FILE, as it was trained with: {', '.join(NAMED)} (a base model has none)"
             )
         turns: list[dict[str, Any]] = [
             {
@@ -125,6 +126,15 @@ class LocalModel:
         except Exception as error:  # whatever a Jinja template may raise
             raise ModelError(f"{self.name}: the chat template refuses these messages: {error}") from error
         return self.raw_prompt(key, text + rendering.suffix)
+
+    def check_template(self, rendering: Rendering) -> None:
+        """Try the chat template on one question. Raises ModelError: there is none, or it does not show the question."""
+        question = "Which number comes after 41?"
+        if question not in self.chat_prompt("check", [Message(role="user", content=question)], rendering).text:
+            raise ModelError(
+                f"{self.name}: its chat template leaves the question out, so that every question would be the same; "
+                "name another with --chat-template"
+            )
 
     def raw_prompt(self, key: str, text: str) -> Prompt:
         """Tokenise a whole prompt; exactly one BOS at its start if the tokenizer adds any to plain text."""
@@ -474,7 +484,7 @@ def load_local(spec: LocalSpec) -> LocalModel:
         if spec.is_adapter:
             model = _on_adapter(model, spec.model)
         if spec.chat_template is not None:
-            tokenizer.chat_template = Path(spec.chat_template).read_text(encoding="utf-8")
+            tokenizer.chat_template = read_chat_template(spec.chat_template, tokenizer.get_vocab())
         if not spread:
             model = model.to(device)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
@@ -621,7 +631,10 @@ def fingerprint(spec: LocalSpec) -> dict[str, str]:
         elif path.is_file():
             prints[role] = hashlib.sha256(path.read_bytes()).hexdigest()
     if spec.chat_template is not None:
-        prints["chat_template"] = hashlib.sha256(Path(spec.chat_template).read_bytes()).hexdigest()
+        text = (
+            NAMED[spec.chat_template][0] if spec.chat_template in NAMED else read_chat_template(spec.chat_template, ())
+        )
+        prints["chat_template"] = sha256_text(text)
     return prints
 
 

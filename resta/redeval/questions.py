@@ -232,7 +232,7 @@ def _parse(data: bytes, source: str) -> Any:
         if kind == ".jsonl":  # by newlines alone: strings may hold the other characters that end lines in text
             return [json.loads(line) for line in text.split("\n") if line.strip()]
         return json.loads(text, object_pairs_hook=lambda pairs: _object(pairs, source))
-    except (UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, csv.Error, json.JSONDecodeError, RecursionError) as error:
         raise BankError(f"{source}: not a readable bank (JSON, JSON lines or CSV in UTF-8): {error}") from error
 
 

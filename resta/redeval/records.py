@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import platform
@@ -29,6 +30,8 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from resta.errors import ResumeError
 from resta.redeval.asks import Finish, digest
@@ -158,12 +161,39 @@ def to_row(record: dict[str, Any], kind: type[Row], path: Path) -> Row:
     known = {f.name for f in fields(kind)}
     if not record.keys() <= known:
         raise ResumeError(f"{path}: unknown keys {sorted(record.keys() - known)} in a {kind.__name__}")
-    if "flags" in record:
-        record["flags"] = tuple(record["flags"])
     try:
-        return kind(**record)
-    except TypeError as error:
+        found: Row = checked(kind, record)
+    except ValueError as error:
         raise ResumeError(f"{path}: a line that is no whole {kind.__name__} ({error}); remove that line") from error
+    return found
+
+
+def checked(kind: Any, facts: Any) -> Any:
+    """Return plain data as the dataclass that it should be. Raises ValueError in one line."""
+    _check(kind, facts)
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in facts.items()})
+
+
+def _check(kind: Any, facts: Any) -> None:
+    try:
+        _adapter(kind).validate_python(_encodable(facts))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}") from error
+
+
+@functools.cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def _encodable(value: Any) -> Any:
+    """Replace halves of surrogate pairs, which a server may send and pydantic does not take for text."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, dict):
+        return {_encodable(key): _encodable(item) for key, item in value.items()}
+    return [_encodable(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 class Journal:
@@ -212,8 +242,15 @@ class RunDir:
         return digest(self.config)[:12]
 
     def answers(self) -> list[Answer]:
-        """Return all answers so far, the first of each id."""
-        return list({row.id: row for row in reversed(read_rows(self.path / "answers.jsonl", Answer))}.values())[::-1]
+        """Return all answers so far, the first of each id. Raises ResumeError: damaged, or not of this run."""
+        path, questions = self.path / "answers.jsonl", self.questions()
+        rows = read_rows(path, Answer)
+        for row in rows:
+            if row.qid not in questions:
+                raise ResumeError(
+                    f"{path}: an answer to {row.qid!r}, which is no question of this run; remove that line"
+                )
+        return list({row.id: row for row in reversed(rows)}.values())[::-1]
 
     def verdicts(self) -> list[Verdict]:
         """Return all verdicts so far."""
@@ -254,10 +291,10 @@ class RunDir:
 
     def questions(self) -> dict[str, Question]:
         """Return the questions of this run by id."""
-        questions = {}
-        for line in read_lines(self.path / "questions.jsonl"):
-            facts = {key: line[key] for key in ("bank", "category", "subcategory", "index", "text", "safe")}
-            questions[line["qid"]] = Question(**facts)
+        path, questions = self.path / "questions.jsonl", {}
+        for line in read_lines(path):
+            facts = {key: value for key, value in line.items() if key not in ("qid", "schema")}
+            questions[str(line.get("qid"))] = to_row(facts, Question, path)
         return questions
 
     def log_dir(self, name: str) -> Path:
@@ -367,7 +404,30 @@ def load_run(path: Path) -> RunDir:
     found = facts.get("schema") if isinstance(facts, dict) else None
     if found != SCHEMA:
         raise ResumeError(f"{path / 'run.json'} has schema {found}, expected {SCHEMA}")
+    try:
+        _check(_Config, facts.get("config"))
+    except ValueError as error:
+        raise ResumeError(f"{path / 'run.json'}: is damaged: config: {error}; the run cannot be read") from error
     return RunDir(path=path, config=facts["config"])
+
+
+class _Named(BaseModel):
+    name: str
+
+
+class _Config(BaseModel):
+    """What every reader of run.json relies on; the parts are checked further by who makes objects of them."""
+
+    protocol: Literal["resta", "red-instruct"]
+    target: _Named
+    banks: list[_Named]
+    templates: list[_Named]
+    duplicates: Literal["once", "published"]
+    limit: int | None
+    epochs: int
+    decoding: dict[str, Any]
+    rendering: dict[str, Any]
+    keep_thoughts: bool
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:

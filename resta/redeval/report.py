@@ -481,14 +481,12 @@ def _svg(bars: Sequence[Bar], left: int = 420, width: int = 600, row: int = 26) 
     return "".join([*parts, "</svg>", '<p class="note">Dot and line: rate and 95 % interval; grey: worst case.</p>'])
 
 
-def disagreement_csv(
-    rows: Sequence[Row], labels: Mapping[str, str], *, include_text: bool, spot_check: int, seed: int = 0
-) -> str:
+def disagreement_csv(rows: Sequence[Row], labels: Mapping[str, str], *, spot_check: int, seed: int = 0) -> str:
     """Return a CSV for people to label: all answers on which judges differ, and some on which they agree.
 
-    `labels` are {answer id: word} that people have given already.
-    `weight` says how many answers a row stands for; without the spot check nobody learns what all judges
-    miss.
+    It holds the text of questions and answers, without which nobody could label them; keep it private. `labels` are
+    {answer id: word} that people have given already. `weight` says how many answers a row stands for; without the
+    spot check nobody learns what all judges miss.
     """
     differ, agree = disagreements(rows)
     checked = sorted(random.Random(seed).sample(agree, min(spot_check, len(agree))))
@@ -504,7 +502,7 @@ def disagreement_csv(
     writer.writerow(["answer_id", "human_label", "weight", "question", "answer", *judges])
     for ids, weight in ((differ, 1.0), (checked, len(agree) / len(checked) if checked else 1.0)):
         for answer_id in ids:
-            shown = [_cell_text(redact(text, include_text=include_text)) for text in texts[answer_id]]
+            shown = [_cell_text(printable(text)) for text in texts[answer_id]]
             said = [by_id[answer_id].get(judge, "") for judge in judges]
             writer.writerow([answer_id, labels.get(answer_id, ""), f"{weight:.6g}", *shown, *said])
     return out.getvalue()

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from resta.errors import BankError
+from resta.errors import BankError, ResumeError
 from resta.redeval.asks import Ask, Decoding, Message, NoReply, Outcome, Rendering, Reply, sha256_text
 from resta.redeval.clean import Clean, clean_reply, strip_thoughts, strip_thoughts_as_published
 from resta.redeval.judges import Judge, Strings, verdict_without_model
 from resta.redeval.models import LocalModel, estimate_seconds, load_local
 from resta.redeval.questions import Bank, Duplicates, Question, choose
-from resta.redeval.records import Answer, Failure, Journal, RunDir, Verdict
+from resta.redeval.records import Answer, Failure, Journal, RunDir, Verdict, checked
 from resta.redeval.targets import Target, api_key, check_endpoint
 from resta.redeval.templates import Template
 from resta.redeval.wire import seed_of
@@ -145,12 +145,16 @@ def make_plan(request: Request) -> Plan:
 def plan_of(run: RunDir) -> Plan:
     """Return the plan that a run's folder was made by; it needs neither banks nor templates nor the model."""
     config = run.config
-    templates = [Template(**facts) for facts in config["templates"]]
+    try:
+        templates = [checked(Template, facts) for facts in config["templates"]]
+        decoding = checked(Decoding, config["decoding"])
+    except ValueError as error:
+        raise ResumeError(f"{run.path / 'run.json'}: is damaged: {error}; the run cannot be read") from error
     questions = tuple(run.questions().values())
     return Plan(
         config=config,
         protocol=PROTOCOLS[config["protocol"]],
-        decoding=Decoding(**config["decoding"]),
+        decoding=decoding,
         questions=questions,
         asks=tuple(asks_of(questions, templates, config["epochs"])),
         repeats={},
@@ -382,7 +386,7 @@ def ready_target(target: Target, plan: Plan) -> LocalModel | None:
     """
     if target.local is not None:
         local = load_local(target.local)
-        local.chat_prompt("check", [Message(role="user", content="?")], plan.protocol.rendering)
+        local.check_template(plan.protocol.rendering)
         return local
     if target.base_url is not None:
         check_endpoint(target.base_url, judge=False)

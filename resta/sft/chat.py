@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from resta.chat_templates import NAMED, read_chat_template
 from resta.errors import TemplateError
 from resta.sft.data import Message
-from resta.sft.templates import NAMED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -86,7 +86,7 @@ def open_chat(
 ) -> Chat:
     """Fit a tokenizer with its template and pad token, and check that the two can be trained with exactly.
 
-    `template` is a name of `templates.NAMED`, a path to a `.jinja` file (relative to `root`), or None for the
+    `template` is a name of `chat_templates.NAMED`, a path to a `.jinja` file (relative to `root`), or None for the
     tokenizer's own. Raises `TemplateError`.
     """
     if not tokenizer.is_fast:
@@ -121,20 +121,7 @@ def _template_text(tokenizer: PreTrainedTokenizerBase, template: str | None, roo
                 + ", ".join(NAMED)
             )
         return str(own)
-    if template in NAMED:
-        text, needed = NAMED[template]
-        missing = [token for token in needed if token not in tokenizer.get_vocab()]
-        if missing:
-            raise TemplateError(
-                f"chat_template {template!r} needs the token {missing[0]!r}, which this tokenizer does "
-                "not have; "
-                "use `vicuna_v1.1`, which needs none, or a tokenizer that has it"
-            )
-        return text
-    path = (root / template).expanduser()
-    if not path.is_file():
-        raise TemplateError(f"chat_template {template!r} is no file and not one of: {', '.join(NAMED)}")
-    return path.read_text(encoding="utf-8")
+    return read_chat_template(template, tokenizer.get_vocab(), root=root)
 
 
 def _set_pad(tokenizer: PreTrainedTokenizerBase, pad_token: str | None) -> None:

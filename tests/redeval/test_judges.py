@@ -376,3 +376,19 @@ def test_a_classifier_reads_the_answer_clipped_by_its_own_tokens(tiny: Path, mon
     tokenizer = read_tokenizer(LocalSpec(model=str(tiny)))
     assert before == question.text
     assert after == tokenizer.decode(tokenizer(said, add_special_tokens=False)["input_ids"][:16])
+
+
+def test_what_is_said_about_a_judge_makes_no_other_judge(tmp_path: Path) -> None:
+    spec = read_judge("harmbench")
+    other = spec.model_copy(update={"about": "Corrected spelling.", "confirmed": not spec.confirmed})
+    assert Judge(spec=other, model="m").sha256 == Judge(spec=spec, model="m").sha256
+    asked_otherwise = spec.model_copy(update={"clip_tokens": spec.clip_tokens + 1})
+    assert Judge(spec=asked_otherwise, model="m").sha256 != Judge(spec=spec, model="m").sha256
+
+
+def test_a_judge_file_that_is_not_text_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "latin.yaml").write_bytes("name: caf\xe9".encode("latin-1"))
+    (tmp_path / "deep.yaml").write_text("[" * 100_000)
+    for name, why in (("latin", "cannot be read as YAML in UTF-8"), ("deep", "not YAML")):
+        with pytest.raises(JudgeError, match=why):
+            read_judge(str(tmp_path / f"{name}.yaml"))

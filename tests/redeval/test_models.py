@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 import resta
-from resta.errors import ModelError, UnansweredError
+from resta.chat_templates import NAMED
+from resta.errors import ModelError, TemplateError, UnansweredError
 from resta.redeval.asks import Decoding, Message, Rendering
 from resta.redeval.models import (
     LocalModel,
@@ -184,6 +186,28 @@ def test_a_model_without_chat_template_is_refused_and_one_can_be_named(tiny: Pat
     (tmp_path / "t.jinja").write_text("Q: {{ messages[0]['content'] }} A:")
     named = LocalSpec(model=str(tmp_path / "bare"), device="cpu", chat_template=str(tmp_path / "t.jinja"))
     assert prompts(load_local(named))[0].text == "Q: a A:"
+
+
+def test_a_chat_template_is_known_by_the_names_that_sft_knows(tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny, tmp_path / "bare")
+    save_tokenizer(tmp_path / "bare", adds_bos=True, chat_template=None)
+    (tmp_path / "bare" / "chat_template.jinja").unlink(missing_ok=True)
+    spec = LocalSpec(model=str(tmp_path / "bare"), device="cpu", chat_template="vicuna_v1.1")
+    prompt = load_local(spec).chat_prompt("k", [Message(role="user", content="Why?")], Rendering())
+    assert prompt.text.endswith("USER: Why? ASSISTANT:")
+    (tmp_path / "v.jinja").write_text(NAMED["vicuna_v1.1"][0])
+    assert fingerprint(spec) == fingerprint(replace(spec, chat_template=str(tmp_path / "v.jinja")))
+    for wrong, why in (("vicuna", "no file and not one of: vicuna_v1.1, chatml"), ("chatml", "needs the token")):
+        with pytest.raises(TemplateError, match=why):
+            load_local(replace(spec, chat_template=wrong))
+
+
+def test_a_chat_template_that_never_shows_the_question_is_refused(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.jinja").write_text("{{ bos_token }}Hello!")
+    local = load_local(LocalSpec(model=str(tiny), device="cpu", chat_template=str(tmp_path / "t.jinja")))
+    with pytest.raises(ModelError, match="leaves the question out"):
+        local.check_template(Rendering())
+    load_local(LocalSpec(model=str(tiny), device="cpu")).check_template(Rendering())
 
 
 def test_a_chat_template_that_raises_is_a_clear_error(tiny: Path, tmp_path: Path) -> None:

@@ -277,3 +277,9 @@ def test_a_hub_bank_is_fetched_at_its_commit_when_allowed_and_read_from_the_cach
         server.shutdown()
         server.server_close()
     assert read_apart(spec, "no", endpoint, tmp_path) == wanted  # with nobody serving
+
+
+def test_a_bank_that_is_nested_without_end_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(BankError, match="not a readable bank"):
+        read_bank(str(tmp_path / "deep.json"))

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,14 @@ from hypothesis import strategies as st
 
 from resta.errors import ResumeError
 from resta.redeval.questions import read_bank
-from resta.redeval.records import Answer, Journal, RunLock, load_run, read_rows, start_run
+from resta.redeval.records import Answer, Journal, Label, RunLock, load_run, read_rows, start_run
+from resta.redeval.run import plan_of
 
-CONFIG: dict[str, Any] = {"protocol": "resta", "banks": [{"name": "six"}], "limit": None}
+CONFIG: dict[str, Any] = {
+    **{"protocol": "resta", "target": {"name": "m", "kind": "local"}, "banks": [{"name": "six"}], "templates": []},
+    **{"duplicates": "once", "limit": None, "epochs": 1, "decoding": {"max_new_tokens": 8}, "rendering": {}},
+    "keep_thoughts": False,
+}
 
 
 def row(i: int, text: str = "a") -> Answer:
@@ -144,3 +151,50 @@ def test_verdicts_of_an_earlier_wording_of_a_judge_are_left_out(tmp_path: Path) 
             journal.append(Verdict(answer_id="q", judge="j", judge_sha256=sha, label="safe"))
     assert [v.judge_sha256 for v in run.current_verdicts()] == ["new"]
     assert len(run.verdicts()) == 2
+
+
+DAMAGE: dict[str, tuple[str, dict[str, Any], str]] = {
+    "flags that are a number": ("answers.jsonl", {"flags": 7}, "no whole Answer.*flags"),
+    "text that is a number": ("answers.jsonl", {"text": 12}, "no whole Answer.*text"),
+    "an answer of another run": ("answers.jsonl", {"qid": "zzz"}, "'zzz', which is no question of this run"),
+    "a finish that nobody knows": ("answers.jsonl", {"finish": "exploded"}, "no whole Answer.*finish"),
+    "a question without text": ("questions.jsonl", {"text": None}, "no whole Question.*text"),
+    "a label that is a word": ("labels.jsonl", {"weight": "heavy"}, "no whole Label.*weight"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_record_is_one_sentence_that_names_its_file(case: str, tmp_path: Path, bank: Path) -> None:
+    name, change, expected = DAMAGE[case]
+    questions = read_bank(str(bank)).questions
+    run = start_run(tmp_path / "run", CONFIG, questions, {})
+    qid = questions[0].qid
+    with Journal(run.path / "answers.jsonl") as journal:
+        journal.append(replace(row(0), qid=qid))
+    with Journal(run.path / "labels.jsonl") as journal:
+        journal.append(Label(answer_id=row(0).id, harmful=True))
+    assert len(run.answers()) == len(run.labels()) == 1
+    lines = [json.loads(line) for line in (run.path / name).read_text().splitlines()]
+    (run.path / name).write_text("".join(json.dumps(line | change) + "\n" for line in lines))
+    with pytest.raises(ResumeError, match=expected) as caught:
+        run.answers(), run.labels()
+    assert str(run.path / name) in str(caught.value)
+    assert "remove that line" in str(caught.value)
+
+
+@pytest.mark.parametrize("key", [key for key in CONFIG if key != "limit"])
+@pytest.mark.parametrize("value", [None, [7], "word"])
+def test_a_damaged_configuration_is_one_sentence(key: str, value: Any, tmp_path: Path) -> None:
+    run = start_run(tmp_path / "run", CONFIG, (), {})
+    facts = json.loads((run.path / "run.json").read_text())
+    facts["config"][key] = value
+    (run.path / "run.json").write_text(json.dumps(facts))
+    with pytest.raises(ResumeError, match=f"is damaged: config: {key}"):
+        load_run(run.path)
+
+
+def test_a_template_or_decoding_that_is_none_is_one_sentence(tmp_path: Path) -> None:
+    for number, change in enumerate(({"templates": [{"name": "t"}]}, {"decoding": {"mode": "greedy"}})):
+        run = start_run(tmp_path / str(number), CONFIG | change, (), {})
+        with pytest.raises(ResumeError, match="is damaged"):
+            plan_of(run)

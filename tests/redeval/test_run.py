@@ -229,7 +229,10 @@ def test_a_served_judge_sees_the_bare_question_and_is_resumed_and_compared(
     assert "Agreement of judges" in shown
     rows = list(csv.DictReader((out / "disagreements.csv").read_text().splitlines()))
     assert rows
-    assert all(row["answer"].startswith("[redacted") for row in rows)
+    assert not any(row["question"].startswith("[redacted") for row in rows)  # nobody could label what is not shown
+    assert {row["question"] for row in rows} <= {q.text for q in load_run(out).questions().values()}
+    assert stat.S_IMODE((out / "disagreements.csv").stat().st_mode) == 0o600
+    assert "disagreements.csv (private: questions and answers in full)" in shown
 
 
 def test_human_labels_come_back_and_correct_the_rate(tiny: Path, bank: Path, tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sft_tiny import byte_level, sentencepiece_like
 
+from resta.chat_templates import NAMED
 from resta.errors import TemplateError
 from resta.sft.chat import Chat, control_token, encode, open_chat, render, tokenize
-from resta.sft.templates import NAMED
 
 HERE = Path()
 TALK = [

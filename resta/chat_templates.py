@@ -1,11 +1,14 @@
-"""Chat templates by name, for a base model that has none; each is plain Jinja and holds nothing but its
-format.
+"""Chat templates by name, for a base model that has none; each is plain Jinja and holds nothing but its format.
 
-They are written without generation markers so that every engine that reads `chat_template.jinja` can render
-them.
+They are written without generation markers so that every engine that reads `chat_template.jinja` can render them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from resta.errors import TemplateError
 
 # FastChat's system sentence of vicuna_v1.1, kept byte for byte: the model was trained on exactly this text.
 VICUNA_SYSTEM = (
@@ -80,3 +83,32 @@ NAMED: dict[str, tuple[str, tuple[str, ...]]] = {
     "mistral": (MISTRAL, ()),
     "gemma": (GEMMA, ("<start_of_turn>", "<end_of_turn>")),
 }
+
+
+def read_chat_template(template: str, vocabulary: Collection[str], *, root: Path = Path()) -> str:
+    """Return a chat template by its name in NAMED, or a file's text.
+
+    Args:
+        template: the name, or a path relative to `root`.
+        vocabulary: the tokens of the tokenizer that it is for.
+        root: folder that paths start from.
+
+    Raises:
+        TemplateError: neither a name nor a readable file, or the tokenizer lacks a token that the format needs.
+    """
+    if template in NAMED:
+        text, needed = NAMED[template]
+        missing = [token for token in needed if token not in vocabulary]
+        if missing:
+            raise TemplateError(
+                f"chat_template {template!r} needs the token {missing[0]!r}, which this tokenizer does not have; "
+                "use `vicuna_v1.1`, which needs none, or a tokenizer that has it"
+            )
+        return text
+    path = (root / template).expanduser()
+    if not path.is_file():
+        raise TemplateError(f"chat_template {template!r} is no file and not one of: {', '.join(NAMED)}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TemplateError(f"{path}: cannot be read as a chat template in UTF-8: {error}") from error
