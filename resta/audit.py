@@ -183,7 +183,7 @@ def _check_inputs(manifest: Manifest, sources: Mapping[str, Located]) -> Iterato
     for name, was in manifest.inputs.items():
         for file, recorded in was.files.items():
             path = sources[name].folder / file
-            if not path.is_file():
+            if file != path.name or not path.is_file():
                 yield Finding(what=str(path), problem=f"the input file of {name} is not there any more")
                 continue
             now = identify(path, sources[name])

@@ -83,8 +83,8 @@ def merge(
         workers: threads; by default the processors that this process may use, at most 8.
         overwrite: replace an earlier output of resta.
         progress: called from the workers, one at a time.
-        digests: record the SHA-256 of every input and output file, which takes about half a second of one core for
-            a gigabyte, beside the merge; what the Hub's cache names by its digest is not read for it.
+        digests: record the SHA-256 of every input and output file, which takes half a second or more of one core
+            for a gigabyte, beside the merge; what the Hub's cache names by its digest is not read for it.
 
     Raises:
         RequestError: the request cannot be carried out; nothing was written.

@@ -132,6 +132,26 @@ def test_no_name_hides_a_file(made: tuple[Path, dict[str, str]], name: str) -> N
         (made[0] / name).unlink()
 
 
+def test_a_name_that_is_no_text_is_reported_in_every_form(out: Path, moved: dict[str, str]) -> None:
+    Path(os.fsdecode(os.fsencode(out) + b"/\xff\x1b[2J")).write_bytes(b"")
+    flags = [part for name, place in moved.items() for part in ("--model", f"{name}={place}")]
+    done = CliRunner().invoke(main, ["audit", str(out), *flags])
+    assert done.exit_code == 1
+    assert "\\udcff\\x1b[2J: was not written by the merge" in done.stderr
+    document = json.loads(CliRunner().invoke(main, ["audit", str(out), *flags, "--json"]).stdout)
+    assert document["findings"][0]["what"].endswith("\udcff\x1b[2J")
+
+
+@pytest.mark.parametrize("name", ["../starling/model.safetensors", "/etc/passwd", "."])
+def test_an_input_is_looked_for_in_its_own_folder_only(name: str, out: Path, moved: dict[str, str]) -> None:
+    def add(manifest: dict[str, Any]) -> None:
+        files = manifest["inputs"]["aligned"]["files"]
+        files[name] = files["model.safetensors"]
+
+    rewrite_manifest(out, add)
+    assert_found(audit(out, moved=moved), "the input file of aligned is not there")
+
+
 def test_links_and_pipes_neither_hide_anything_nor_hang(out: Path, moved: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "evil.py").write_text("")

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 import resta.digests
 from resta import engine
+from resta.audit import audit
 from resta.checkpoint import Reader
 from resta.digests import Followed, Follower, sha256_of
-from resta.errors import RestaError
+from resta.errors import AuditError, RestaError
 from resta.output import Output
 from resta.recipe import Recipe
 from resta.report import digest_line
@@ -129,6 +130,16 @@ def test_what_the_hubs_cache_names_by_its_digest_is_not_read_and_said_to_be_the_
     assert inputs["tuned"]["files"]["model-00001-of-00003.safetensors"]["sha256_from"] == "content"
     assert result.digests is not None
     assert snapshot / "model.safetensors" not in result.digests.sha256
+    local = {name: trio[name] for name in ("tuned", "aligned")}
+    report = audit(result.out, moved=local)  # the Hub's model is found by its commit
+    report.raise_if_any()
+    assert not any("base" in line for line in report.not_proved)
+    assert any(f"that base is org/base@main at commit {commit}" in x for x in audit(result.out, moved=trio).not_proved)
+    with (snapshot / "model.safetensors").open("r+b") as file:  # a cache whose file is not what its name says
+        file.seek(-1, 2)
+        file.write(b"\xff")
+    with pytest.raises(AuditError, match=r"inputs\.base\.files\.model\.safetensors\.sha256"):
+        audit(result.out, moved=local).raise_if_any()
 
 
 def test_an_input_that_changes_while_it_is_hashed_is_no_digest(

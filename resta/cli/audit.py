@@ -46,7 +46,7 @@ def command(out: Path, sample: int | None, moved: tuple[str, ...], workers: int 
     with byte_progress("tensors", shown=sys.stderr.isatty()) as progress:
         report = audit(out, sample=sample, moved=_parse_moved(moved), workers=workers, progress=progress)
     if as_json:
-        click.echo(json.dumps(describe(report), indent=1, ensure_ascii=False))
+        click.echo(json.dumps(describe(report), indent=1))  # escaped: a file's name need not be text
     else:
         _print(report)
     report.raise_if_any()
