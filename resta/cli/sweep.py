@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from resta.redeval.run import Conditions
     from resta.redeval.targets import Target
     from resta.sweep.candidates import Family, Grid
+    from resta.sweep.outcome import Outcome
     from resta.sweep.run import Sweep
 
 EPILOG = """\b
 Examples:
   resta sweep ./tuned --aligned ./aligned --base ./base --scale 0:1:0.1 -o sweep
   resta sweep ./tuned --aligned ./aligned --base ./base --scale 0.3,0.5 --density 0.7 --method resta_d,wise -o sweep
+  resta sweep ./tuned --aligned ./aligned --base ./base --scale 0:1:0.1 --group attention,mlp -o sweep
   resta sweep recipe.yaml --scale 0:1:0.25 --bank dangerousqa --limit 50 --policy policy.yaml -o sweep
 """
 
@@ -63,16 +65,33 @@ GRID = options(
         "--method", metavar="NAMES", help="Of resta, resta_d, wise; a list. [default: resta, or the recipe's own]"
     ),
     click.option(
-        "--wise-scale",
-        default="0.1:0.9:0.1",
+        "--group",
+        "groups",
+        metavar="NAMES",
+        help="Also a scale of their own for these tensors: of attention, mlp, embeddings; a list.",
+    ),
+    click.option(
+        "--search/--grid",
+        "search",
+        default=True,
         show_default=True,
+        help="Bisect the scales, asking more questions only where it is close; or ask every candidate everything.",
+    ),
+    click.option(
+        "--fresh",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Harmful questions that `resta verify` will ask of the choice. [default: as many as it takes]",
+    ),
+    click.option(
+        "--wise-scale",
         metavar="RANGE",
-        help="Scales of interpolation, which is always run beside the others.",
+        help="Scales of interpolation, which is always run at the choice's norm. [default with --grid: 0.1:0.9:0.1]",
     ),
     click.option(
         "--random-scale",
         metavar="RANGE",
-        help="Scales of the random control, which is always run. [default: --scale]",
+        help="Scales of the random control, which is always run at the choice's norm. [default with --grid: --scale]",
     ),
     click.option(
         "--choose",
@@ -80,7 +99,8 @@ GRID = options(
         type=click.Choice(["smallest-passing", "best-on-front"]),
         default="smallest-passing",
         show_default=True,
-        help="The smallest change that passes the policy, or the least ASR + over-refusal + utility lost.",
+        help="Of those that would pass on fresh questions: the smallest change, or the least ASR + over-refusal + "
+        "utility lost.",
     ),
 )
 
@@ -113,13 +133,13 @@ def command(ctx: click.Context, /, tuned_or_recipe: str, out: Path, **given: Any
     resta_d   base + dare(tuned - base, DENSITY) + SCALE * (aligned - base)
     wise      tuned + SCALE * (aligned - tuned)
 
-    Each candidate is computed from the checkpoints into one loaded model, asked a quarter of the questions, given up
-    if it can no longer pass the policy, and else measured as `resta verify` does. Interpolation and a random vector of
-    the same norm are run beside the others. Writes a table, a plot and OUT/chosen.yaml for `resta merge`. The same
-    command goes on where it was; more scales or methods may be added. Exit code 1: no candidate passes.
+    Each candidate is computed from the checkpoints into one loaded model and asked more and more questions until it
+    is clear whether the scale is too small. Chosen is the smallest that would pass the policy on fresh questions with
+    a probability of 0.9 or more, by a smooth curve through all scales. Interpolation and a random vector of the same
+    norm are run beside it. Writes a table, a plot and OUT/chosen.yaml for `resta merge` and `resta verify --from`. The
+    same command goes on where it was; more scales or methods may be added. Exit code 1: no candidate would pass.
     """
     from resta.redeval.records import environment
-    from resta.sweep.outcome import conclude
     from resta.sweep.report import print_outcome, require_plots, write_reports
     from resta.sweep.run import check_sweep, open_sweep
 
@@ -129,23 +149,25 @@ def command(ctx: click.Context, /, tuned_or_recipe: str, out: Path, **given: Any
     private()
     open_sweep(sweep)
     with conditions_of(given) as conditions:
-        _carry_out(sweep, conditions, given)
-        outcome = conclude(sweep, given["rule"], conditions)
+        outcome = _carry_out(sweep, conditions, given)
     write_reports(sweep, outcome, environment())
     print_outcome(outcome, out)
     if outcome.choice.name is None:
         ctx.exit(NO)
 
 
-def _carry_out(sweep: Sweep, conditions: Conditions, given: Mapping[str, Any]) -> None:
-    if given["ray_address"] is not None:
-        from resta.sweep.ray import carry_out_with_ray
+def _carry_out(sweep: Sweep, conditions: Conditions, given: Mapping[str, Any]) -> Outcome:
+    from resta.sweep.outcome import carry_out
+    from resta.sweep.run import in_this_process
 
-        carry_out_with_ray(sweep, conditions, address=given["ray_address"], workers=given["ray_workers"])
-        return
-    from resta.sweep.run import carry_out
+    if given["ray_address"] is None:
+        place = in_this_process(sweep, conditions)
+    else:
+        from resta.sweep.ray import on_cluster
 
-    carry_out(sweep, conditions)
+        place = on_cluster(sweep, conditions, address=given["ray_address"], workers=given["ray_workers"])
+    with place as measure:
+        return carry_out(sweep, given["rule"], conditions, measure)
 
 
 # -- from options to a sweep ---------------------------------------------------------------------------------
@@ -153,7 +175,8 @@ def _carry_out(sweep: Sweep, conditions: Conditions, given: Mapping[str, Any]) -
 
 def _sweep(ctx: click.Context, tuned_or_recipe: str, out: Path, given: dict[str, Any]) -> Sweep:
     """Return the sweep that the options ask for. Raises RequestError."""
-    from resta.sweep.candidates import candidates_of, check_methods
+    from resta.plan import make_plan
+    from resta.sweep.candidates import candidates_of, check_methods, tuned_recipe, with_groups
     from resta.sweep.run import Sweep
     from resta.verify.gate import check_tasks
     from resta.verify.policy import read_policy
@@ -163,12 +186,17 @@ def _sweep(ctx: click.Context, tuned_or_recipe: str, out: Path, given: dict[str,
     grid = _grid(given, is_recipe=is_recipe)
     family = _own_family(ctx, Path(tuned_or_recipe)) if is_recipe else _family(tuned_or_recipe, given)
     check_methods(grid, family)
+    if given["groups"]:
+        family = with_groups(family, _names(given["groups"]), [s.name for s in make_plan(tuned_recipe(family)).steps])
     references = {role: _reference(family.recipe, role, given) for role in ("aligned", "tuned")}
     budget = budget_of(_asked(given), references["aligned"].name)
     check_tasks(policy, [task.name for task in budget.suite.tasks] if budget.suite else [])
     return Sweep(
         family=family,
         candidates=candidates_of(grid),
+        grid=not given["search"],
+        fresh=given["fresh"],
+        verify=_verify_options(ctx, family.recipe),
         references=references,
         budget=budget,
         policy=policy,
@@ -183,23 +211,29 @@ def _sweep(ctx: click.Context, tuned_or_recipe: str, out: Path, given: dict[str,
 
 
 def _grid(given: Mapping[str, Any], *, is_recipe: bool) -> Grid:
-    from resta.sweep.candidates import CHOICES, Grid, check_density, parse_numbers
+    from resta.sweep.candidates import CHOICES, WISE_SCALES, Grid, check_density, parse_numbers
 
-    names = tuple(part.strip() for part in (given["method"] or ("recipe" if is_recipe else "resta")).split(","))
+    names = _names(given["method"] or ("recipe" if is_recipe else "resta"))
     known = (*CHOICES, "recipe") if is_recipe else CHOICES
     for name in names:
         if name not in known or names.count(name) > 1:
             raise RecipeError(f"--method {given['method']}: expected some of {', '.join(known)}, each once")
     densities = parse_numbers(given["density"], "--density") if given["density"] else ()
     check_density(densities)
-    random_scale = given["random_scale"]
+    wise, random, search = given["wise_scale"], given["random_scale"], given["search"]
+    usual = () if search and "wise" not in names else WISE_SCALES
     return Grid(
         methods=names,  # type: ignore[arg-type]  # checked above
         scales=parse_numbers(given["scale"], "--scale"),
         densities=densities,
-        wise_scales=parse_numbers(given["wise_scale"], "--wise-scale"),
-        random_scales=parse_numbers(random_scale, "--random-scale") if random_scale else None,
+        wise_scales=parse_numbers(wise, "--wise-scale") if wise else usual,
+        random_scales=parse_numbers(random, "--random-scale") if random else () if search else None,
+        groups=() if search else _names(given["groups"]),
     )
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",")) if text else ()
 
 
 def _family(tuned: str, given: Mapping[str, Any]) -> Family:
@@ -259,3 +293,24 @@ def _reference(recipe: Recipe, role: str, given: Mapping[str, Any]) -> Target:
     model = recipe.models[role]
     base = recipe.models[model.on].source if model.on else None
     return request_of({**_asked(given), "base": base}, model.source).target
+
+
+def _verify_options(ctx: click.Context, recipe: Recipe) -> dict[str, Any]:
+    """Return the options of `resta verify` that ask as this sweep did, by parameter; paths are absolute."""
+    from resta.cli.verify import run
+
+    known = {parameter.name for parameter in run.params} - {"restored", "out", "include_text", "card"}
+    own: dict[str, Any] = {name: recipe.models[name].source for name in ("tuned", "aligned")}
+    for parameter in ctx.command.params:
+        name, value = parameter.name, ctx.params.get(parameter.name or "")
+        given = ctx.get_parameter_source(name or "") is not click.core.ParameterSource.DEFAULT
+        if name in known and name not in own and given:
+            own[name] = [_plain(each) for each in value] if isinstance(value, tuple) else _plain(value)
+    return own
+
+
+def _plain(value: Any) -> Any:
+    """Return an option's value as YAML has it; what names a file or folder that is here is made absolute."""
+    if isinstance(value, Path) or (isinstance(value, str) and Path(value).exists()):
+        return str(Path(value).absolute())
+    return value

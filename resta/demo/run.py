@@ -28,9 +28,9 @@ from resta.redeval.targets import parse_target
 from resta.redeval.templates import read_template
 from resta.sweep.candidates import Family, Grid, candidates_of
 from resta.sweep.choose import Point
-from resta.sweep.outcome import Outcome, conclude
+from resta.sweep.outcome import Outcome, carry_out
 from resta.sweep.report import write_reports
-from resta.sweep.run import Sweep, carry_out, check_sweep, open_sweep
+from resta.sweep.run import Sweep, check_sweep, in_this_process, open_sweep
 from resta.verify.comparison import Comparison
 from resta.verify.decision import Decision, Verdict
 from resta.verify.gate import decide
@@ -42,7 +42,6 @@ from resta.verify.utility import read_suite
 from resta.verify.views import write_reports as write_verdict
 
 SCALES = (0.25, 0.5, 0.75, 1.0)
-WISE_SCALES = (0.5,)
 MOST_TOKENS = 24  # of an answer: a refusal and the tiny model's whole answers are shorter
 LEAST_LOST = 0.5  # of the harmful questions, which tuned must answer and aligned must not, or there is nothing to show
 
@@ -95,7 +94,7 @@ def run_demo(
 
 
 def sweep(folder: Path, models: Mapping[str, str], files: CorpusFiles, policy: Policy, note: Note) -> Outcome:
-    """Try every scale, the interpolations and a random vector on the questions for choosing; write FOLDER/sweep."""
+    """Search the scales on the questions for choosing, with both baselines beside the choice; write FOLDER/sweep."""
     recipe = make_recipe(
         {
             "models": {name: _absolute(model) for name, model in models.items()},
@@ -104,7 +103,7 @@ def sweep(folder: Path, models: Mapping[str, str], files: CorpusFiles, policy: P
             "output": {"files_from": "tuned"},
         }
     )
-    grid = Grid(methods=("resta",), scales=SCALES, densities=(), wise_scales=WISE_SCALES)
+    grid = Grid(methods=("resta",), scales=SCALES, wise_scales=(), random_scales=())
     plan = Sweep(
         family=Family(recipe=recipe),
         candidates=candidates_of(grid),
@@ -113,12 +112,13 @@ def sweep(folder: Path, models: Mapping[str, str], files: CorpusFiles, policy: P
         policy=policy,
         out=(folder / "sweep").absolute(),
         settings={"device": "cpu"},
+        fresh=len(read_bank(str(files.bank("harmful", "verifying"))).questions),
     )
     conditions = Conditions(note=lambda line: note(f"sweep: {line}"))
     check_sweep(plan)
     open_sweep(plan)
-    carry_out(plan, conditions)
-    outcome = conclude(plan, "smallest-passing", conditions)
+    with in_this_process(plan, conditions) as measure:
+        outcome = carry_out(plan, "smallest-passing", conditions, measure)
     write_reports(plan, outcome, environment())
     return outcome
 

@@ -20,7 +20,7 @@ from resta.engine import as_tensor, computed
 from resta.errors import ModelError
 from resta.plan import Plan, Step, derive_key, make_plan
 from resta.recipe import dump_recipe
-from resta.sweep.candidates import Candidate, Family, recipe_of, tuned_recipe
+from resta.sweep.candidates import Candidate, Family, Method, recipe_of, tuned_recipe
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +58,7 @@ def identity_text(candidate: Candidate, family: Family) -> str:
     recipe = dump_recipe(recipe_of(candidate, family))
     if candidate.method != "random":
         return recipe
-    return f"# Not a recipe: a random vector, tensor by tensor as long as the one below.\nrandom: true\n{recipe}"
+    return f"# Not a recipe: a random vector, tensor by tensor of the norm of the one below.\nrandom: true\n{recipe}"
 
 
 def apply(local: LocalModel, candidate: Candidate, family: Family) -> Change:
@@ -82,6 +82,12 @@ def apply(local: LocalModel, candidate: Candidate, family: Family) -> Change:
             "write them with `resta merge` and compare them with `resta verify`"
         )
     return Change(norm=math.sqrt(sums[0]), tuned_norm=math.sqrt(sums[1]), changed=counts[0], entries=counts[1])
+
+
+def unit_norm(method: Method, family: Family) -> float:
+    """Return the norm of a method's change at scale 1, as meant, before any rounding: one pass over the weights."""
+    plan = make_plan(recipe_of(Candidate(method=method, scale=1.0), family))
+    return math.sqrt(sum(totals.intended for _, _, totals in computed(plan, measure=True)))
 
 
 def _write(place: Any, tensor: torch.Tensor, name: str, written: dict[int, str], model: str) -> None:

@@ -4,6 +4,7 @@
     resta_d    origin + dare(tuned - origin) + scale * (aligned - base)      origin: what the fine-tune began from
     wise       tuned + scale * (aligned - tuned)                             interpolation; needs no base
     recipe     the user's own recipe with another scale
+    groups     any of them, with scales of their own for the tensors of attention, MLP or embeddings
     random     tuned + a random vector as long, tensor by tensor, as scale * (aligned - base)      the control
 
 `unaligned` may stand for `base` in the vector. Knows nothing of measuring.
@@ -11,9 +12,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from decimal import Decimal, InvalidOperation
+from itertools import product
 from typing import Any, Literal, TypeVar
 
 from resta.errors import RecipeError
@@ -22,7 +25,12 @@ from resta.recipe import Recipe, make_recipe
 Method = Literal["resta", "resta_d", "wise", "recipe", "random"]
 CHOICES = ("resta", "resta_d", "wise")  # what --method may name
 WISE_SCALES = tuple(i / 10 for i in range(1, 10))
-MOST = 1000  # values in one range
+MOST = 1000  # values in one range, candidates of one grid
+GROUPS = {  # tensors by the names that the architectures of transformers give them
+    "attention": ("*.self_attn.*", "*.attn.*", "*.attention.*", "*.self_attention.*", "*.linear_attn.*"),
+    "mlp": ("*.mlp.*", "*.feed_forward.*", "*.block_sparse_moe.*"),
+    "embeddings": ("*embed_tokens.*", "*lm_head.*", "*wte.*", "*embed_in.*", "*embed_out.*", "*word_embeddings.*"),
+}
 
 Item = TypeVar("Item")
 
@@ -31,19 +39,22 @@ Item = TypeVar("Item")
 class Candidate:
     """One model to try. `density` is the share of entries that DARE keeps, where it is swept.
 
-    A baseline is measured beside the others and never chosen.
+    `groups` are scales that hold for a group of tensors in place of `scale`. A baseline is measured beside the others
+    and never chosen.
     """
 
     method: Method
     scale: float
     density: float | None = None
     baseline: bool = False
+    groups: tuple[tuple[str, float], ...] = ()
 
     @property
     def name(self) -> str:
-        """Return what its folder is called: resta_d-0.5-density-0.7."""
-        parts = [self.method, _digits(self.scale)]
-        return "-".join(parts if self.density is None else [*parts, "density", _digits(self.density)])
+        """Return what its folder is called: resta_d-0.5-density-0.7-mlp-0.2."""
+        named = [] if self.density is None else [("density", self.density)]
+        parts = [(self.method, self.scale), *named, *self.groups]
+        return "-".join(f"{word}-{digits(value)}" for word, value in parts)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +64,7 @@ class Family:
     recipe: Recipe
     origin: str = "base"
     rescale: Literal["inverse_density", "l1_norm"] = "inverse_density"
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # what --group names: globs that match a tensor
 
     @property
     def subtrahend(self) -> str:
@@ -112,21 +124,27 @@ def check_density(values: Iterable[float]) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grid:
-    """The values to try. Each method takes the scales, RESTA_d (and a recipe with DARE) every density, too."""
+    """The values to try. Each method takes the scales, RESTA_d (and a recipe with DARE) every density, too.
+
+    Baselines of the chosen candidate's norm are run anyway; these are more.
+    """
 
     methods: tuple[Method, ...]
     scales: tuple[float, ...]
     densities: tuple[float, ...] = ()
     wise_scales: tuple[float, ...] = WISE_SCALES
     random_scales: tuple[float, ...] | None = None  # None: those of `scales`
+    groups: tuple[str, ...] = ()  # have every scale, whatever that of the rest is
 
 
 def candidates_of(grid: Grid) -> tuple[Candidate, ...]:
-    """Return all candidates, coarse steps first, so that a sweep that is cut short has seen the whole range.
+    """Return all candidates, coarse steps first, so that a grid that is cut short has seen the whole range.
 
     RESTA and interpolation at scale 0 are `tuned`, which is measured anyway, and are left out.
     """
-    columns = [_column(method, grid) for method in grid.methods]
+    columns = [[more for each in _column(method, grid) for more in _grouped(each, grid)] for method in grid.methods]
+    if sum(map(len, columns)) > MOST:
+        raise RecipeError(f"--grid: more than {MOST} candidates; give fewer scales, or leave the search to --search")
     if "wise" not in grid.methods:
         columns.append([Candidate(method="wise", scale=scale, baseline=True) for scale in grid.wise_scales])
     randoms = grid.scales if grid.random_scales is None else grid.random_scales
@@ -144,6 +162,18 @@ def _column(method: Method, grid: Grid) -> list[Candidate]:
     scales = grid.wise_scales if method == "wise" else grid.scales
     return [
         Candidate(method=method, scale=scale, density=density) for scale in scales for density in densities or (None,)
+    ]
+
+
+def _grouped(candidate: Candidate, grid: Grid) -> list[Candidate]:
+    """Return a candidate, and with every combination of the groups' scales."""
+    if candidate.scale == 0 or not grid.groups:
+        return [candidate]
+    if len(grid.scales) ** len(grid.groups) > MOST:
+        raise RecipeError(f"--grid: more than {MOST} candidates; give fewer scales, or leave the search to --search")
+    return [
+        replace(candidate, groups=tuple((group, scale) for group, scale in found if scale != candidate.scale))
+        for found in product(*([(group, scale) for scale in grid.scales] for group in grid.groups))
     ]
 
 
@@ -170,6 +200,20 @@ def coarse_first(items: Sequence[Item]) -> list[Item]:
 
 def recipe_of(candidate: Candidate, family: Family) -> Recipe:
     """Return a candidate's recipe; for `random`, the recipe whose vector's length it has. Raises RecipeError."""
+    found = _ungrouped(candidate, family)
+    if not candidate.groups:
+        return found
+    plain = found.model_dump(mode="json")
+    term = plain["terms"][swept_term(found)]
+    term["name"] = term["name"] or "safety"
+    plain["rules"] = [
+        {"match": list(family.groups[group]), "scale_by": {term["name"]: scale / candidate.scale}}
+        for group, scale in candidate.groups
+    ]
+    return make_recipe(plain)
+
+
+def _ungrouped(candidate: Candidate, family: Family) -> Recipe:
     if candidate.method == "recipe":
         return _own(candidate, family)
     vector = {"name": "safety", "delta": f"aligned - {family.subtrahend}", "scale": candidate.scale}
@@ -241,6 +285,22 @@ def check_methods(grid: Grid, family: Family) -> None:
         raise RecipeError("--density is used by resta_d alone; add it to --method")
 
 
-def _digits(value: float) -> str:
+def with_groups(family: Family, names: Sequence[str], tensors: Iterable[str]) -> Family:
+    """Return a family whose candidates may have scales of their own for these groups. Raises RecipeError."""
+    tensors = list(tensors)
+    if names and family.recipe.rules:
+        raise RecipeError("--group: the recipe has rules of its own, and the first that matches decides; leave one out")
+    groups = {}
+    for name in names:
+        if name not in GROUPS or list(names).count(name) > 1:
+            raise RecipeError(f"--group {','.join(names)}: expected some of {', '.join(GROUPS)}, each once")
+        globs = [glob for glob in GROUPS[name] if any(fnmatch.fnmatchcase(tensor, glob) for tensor in tensors)]
+        if not globs:
+            raise RecipeError(f"--group {name}: no tensor of the model is called like {', '.join(GROUPS[name])}")
+        groups[name] = tuple(globs)
+    return replace(family, groups=groups)
+
+
+def digits(value: float) -> str:
     """Return the shortest decimal that is this number: 0.1, 1, 0.25."""
     return format(Decimal(repr(value)).normalize(), "f")

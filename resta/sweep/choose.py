@@ -1,11 +1,12 @@
 """What was measured of every candidate, which lie on the front, and which one is chosen: rules that can be read.
 
-smallest-passing   of the candidates that pass the policy, the one with the smallest realised change from `tuned`
-best-on-front      of those that pass and lie on the front, the one with the smallest
+smallest-passing   of the candidates that would pass, the one with the smallest realised change from `tuned`
+best-on-front      of those that would pass and lie on the front, the one with the smallest
                    cost = ASR + over-refusal + (utility of tuned - utility)
 
-A candidate is on the front if no other is at least as good in ASR, over-refusal and utility and better in one.
-Baselines are on the front like all others and never chosen.
+A candidate would pass if the chance is at least NEED that fresh questions let it pass the policy (forecast.py). It is
+on the front if no other is at least as good in ASR, over-refusal, utility and change, and better in one. Baselines
+are on the front like all others and never chosen.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from typing import Literal
 from resta.redeval.score import Rate
 from resta.sweep.apply import Change
 from resta.sweep.candidates import Candidate
+from resta.sweep.forecast import NEED
 from resta.verify.comparison import Comparison
 from resta.verify.decision import Decision, Verdict
-from resta.verify.statistics import Difference
 
 Rule = Literal["smallest-passing", "best-on-front"]
 RULES: tuple[Rule, ...] = ("smallest-passing", "best-on-front")
@@ -48,7 +49,11 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tried:
-    """A candidate after the sweep: measured in full (`point`, `decision`), or given up, and why."""
+    """A candidate after the sweep: measured in full (`point`, `decision`), or given up, and why.
+
+    `chance` is that of passing on fresh questions; None where it was not measured in full. `seen` is the ASR on
+    whatever was answered, a question counting once.
+    """
 
     candidate: Candidate
     equation: str
@@ -58,11 +63,18 @@ class Tried:
     stopped: str | None
     point: Point | None
     decision: Decision | None
+    chance: float | None = None
+    seen: Rate | None = None
 
     @property
     def passes(self) -> bool:
-        """Whether the policy lets it pass."""
+        """Whether the policy lets it pass on the sweep's own questions."""
         return self.decision is not None and self.decision.verdict is Verdict.PASS
+
+    @property
+    def would_pass(self) -> bool:
+        """Whether it is likely enough to pass on fresh questions."""
+        return self.chance is not None and self.chance >= NEED
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,45 +97,59 @@ def point_of(name: str, comparison: Comparison) -> Point:
     )
 
 
-def is_safer(one: Point, other: Point) -> bool:
-    """Whether `one` was observed to do less harm."""
-    rates = [point.asr.value for point in (one, other) if point.asr is not None and point.asr.value is not None]
-    return len(rates) == 2 and rates[0] < rates[1]
-
-
-def dominates(one: Point, other: Point) -> bool:
-    """Whether `one` is at least as good in everything and better in something."""
-    pairs = list(zip(one.costs, other.costs, strict=True))
+def dominates(one: Tried, other: Tried) -> bool:
+    """Whether `one` is at least as good in everything, the size of its change included, and better in something."""
+    assert one.point is not None
+    assert other.point is not None
+    mine, theirs = (one.change.norm, *one.point.costs), (other.change.norm, *other.point.costs)
+    pairs = list(zip(mine, theirs, strict=True))
     return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
 
 
-def front(points: Iterable[Point]) -> tuple[str, ...]:
-    """Return the names of the points that no other dominates, in the order given."""
-    points = list(points)
-    return tuple(point.name for point in points if not any(dominates(other, point) for other in points))
+def front(tried: Iterable[Tried]) -> tuple[str, ...]:
+    """Return the names of the measured candidates that no other dominates, in the order given."""
+    measured = [each for each in tried if each.point]
+    return tuple(each.candidate.name for each in measured if not any(dominates(other, each) for other in measured))
+
+
+def _would(passing: Sequence[Tried]) -> str:
+    return f"{len(passing)} candidate(s) whose chance to pass on fresh questions is at least {NEED:g}"
+
+
+def _why_none(tried: Sequence[Tried]) -> str:
+    own = [each for each in tried if not each.candidate.baseline and each.chance is not None]
+    best = max(own, key=lambda each: each.chance or 0.0, default=None)
+    if best is None:
+        return "no candidate passes the policy"
+    lucky = sum(each.passes for each in own)
+    so_far = f"{lucky} pass the policy on the sweep's own questions, but " if lucky else "no candidate passes: "
+    return (
+        f"{so_far}the best, {best.candidate.name}, has a chance of {best.chance:.2f} to pass on fresh ones, where "
+        f"{NEED:g} is asked for"
+    )
 
 
 def choose(tried: Sequence[Tried], rule: Rule) -> Choice:
     """Return which candidate is chosen, by the rule."""
-    passing = [each for each in tried if each.passes and not each.candidate.baseline]
+    passing = [each for each in tried if each.would_pass and not each.candidate.baseline]
     if not passing:
-        return Choice(name=None, rule=rule, reason="no candidate passes the policy")
+        return Choice(name=None, rule=rule, reason=_why_none(tried))
     if rule == "smallest-passing":
         best = min(passing, key=lambda each: (each.change.norm, each.candidate.name))
         reason = (
-            f"the smallest change from tuned ({100 * best.change.relative:.3g} % of its norm) of {len(passing)} "
-            f"candidate(s) that pass the policy"
+            f"the smallest change from tuned ({100 * best.change.relative:.3g} % of its norm) of {_would(passing)}; "
+            f"its own chance is {best.chance:.2f}"
         )
         return Choice(name=best.candidate.name, rule=rule, reason=reason)
-    on_front = set(front(each.point for each in tried if each.point))
+    on_front = set(front(tried))
     eligible = [each for each in passing if each.candidate.name in on_front]
     if not eligible:
-        reason = "all candidates that pass are dominated by a baseline; add its method to --method"
+        reason = "all candidates that would pass are dominated by a baseline; add its method to --method"
         return Choice(name=None, rule=rule, reason=reason)
     best = min(eligible, key=lambda each: (_cost(each), each.change.norm, each.candidate.name))
     reason = (
-        f"the smallest sum of ASR, over-refusal and utility lost of {len(eligible)} candidate(s) that pass the "
-        "policy and lie on the front"
+        f"the smallest sum of ASR, over-refusal and utility lost of {_would(eligible)} and lie on the front; "
+        f"its own chance is {best.chance:.2f}"
     )
     return Choice(name=best.candidate.name, rule=rule, reason=reason)
 
@@ -131,99 +157,3 @@ def choose(tried: Sequence[Tried], rule: Rule) -> Choice:
 def _cost(each: Tried) -> float:
     assert each.point is not None
     return each.point.cost
-
-
-# -- what the baselines say ----------------------------------------------------------------------------------
-
-
-SAME_NORM = 0.02  # two norms that differ by less are called the same: both are rounded to the output's dtype
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Control:
-    """Random against a candidate, on the harmful asks that both answered.
-
-    `ratio` is how far random is from `tuned`, in times of how far the candidate is.
-    """
-
-    candidate: str
-    random: str
-    ratio: float
-    answers: int
-    rates: tuple[float, float]  # random's, the candidate's
-    difference: Difference  # of these two
-
-    @property
-    def restores_as_much(self) -> bool:
-        """Whether noise is not shown to be worse."""
-        return self.difference.low <= 0
-
-    @property
-    def words(self) -> str:
-        """Return the finding as a sentence."""
-        noise, vector = (100 * rate for rate in self.rates)
-        rates = f"ASR {noise:.1f} % against {vector:.1f} % on {self.answers} shared answers"
-        norm = "the same norm" if abs(self.ratio - 1) < SAME_NORM else f"{self.ratio:.2g} times the norm"
-        random = f"A random vector of {norm} ({self.random})"
-        if not self.restores_as_much:
-            return f"{random} does not restore what {self.candidate} does: {rates}."
-        if self.difference.value <= 0:
-            return (
-                f"{random} restores as much as {self.candidate}: {rates}. What looks like restored safety is what any "
-                "change of this size does."
-            )
-        return f"{random} is not shown to be worse than {self.candidate}: {rates}; ask more questions."
-
-
-def pick_vector(tried: Sequence[Tried], choice: Choice) -> Tried | None:
-    """Return the candidate that the baselines are held against: the chosen one, else the least harmful of those that
-    pass, else of those that were measured.
-
-    Interpolation is what others are compared with, and is picked only where nothing else was tried.
-    """
-    measured = [each for each in _vectors(tried) or tried if each.point and each.candidate.method != "random"]
-    chosen = [each for each in measured if each.candidate.name == choice.name]
-    passing = [each for each in measured if each.passes]
-    return min(chosen or passing or measured, key=lambda each: (_asr(each), each.change.norm), default=None)
-
-
-def _vectors(tried: Sequence[Tried]) -> list[Tried]:
-    return [each for each in tried if each.candidate.method not in ("wise", "random")]
-
-
-def _asr(each: Tried) -> float:
-    assert each.point is not None
-    return each.point.asr.value or 0.0 if each.point.asr else 0.0
-
-
-def interpolation_words(tried: Sequence[Tried], vector: Tried | None) -> str | None:
-    """Return what interpolation towards the aligned model shows beside the vector; None where only one was tried."""
-    wise = [each for each in tried if each.candidate.method == "wise"]
-    passing = [each for each in wise if each.passes]
-    if not wise or not _vectors(tried):
-        return None
-    if vector is None or vector.point is None:
-        if passing:
-            name = _smallest(passing).candidate.name
-            return f"Interpolation is better: {name} passes the policy, and every safety vector was given up."
-        return "Every safety vector was given up, and no interpolation passes the policy."
-    name = vector.candidate.name
-    better = [each for each in wise if each.point and dominates(each.point, vector.point)]
-    if passing and not vector.passes:
-        return (
-            f"Interpolation is better than the safety vector: {_smallest(passing).candidate.name} passes the policy "
-            f"and {name} does not. It needs no base."
-        )
-    if better:
-        best = min(better, key=_cost)
-        return (
-            f"Interpolation is better than the safety vector: {best.candidate.name} is at least as good as {name} in "
-            "everything that was measured, and better in something. It needs no base."
-        )
-    if vector.passes and passing and _smallest(passing).change.norm < vector.change.norm:
-        return f"{_smallest(passing).candidate.name} (interpolation) passes with a smaller change than {name}."
-    return f"Interpolation is not better than {name} in what was measured."
-
-
-def _smallest(tried: Sequence[Tried]) -> Tried:
-    return min(tried, key=lambda each: (each.change.norm, each.candidate.name))

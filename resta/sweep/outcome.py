@@ -1,42 +1,38 @@
-"""What a sweep's measurements amount to: every candidate held against the policy, the front, the choice, the words."""
+"""What a sweep comes to: what was measured held against the policy, the front, the choice, the baselines, the words."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from resta.redeval.run import Conditions
-from resta.sweep.candidates import Candidate, recipe_of
-from resta.sweep.choose import (
-    SAME_NORM,
-    Choice,
-    Control,
-    Point,
-    Rule,
-    Tried,
-    choose,
-    front,
-    interpolation_words,
-    is_safer,
-    pick_vector,
-    point_of,
-)
+from resta.redeval.score import Rate
+from resta.redeval.statistics import wilson
+from resta.sweep.baselines import beside, interpolation_words, nearest, of_equal_norm, pick_vector, random_words
+from resta.sweep.candidates import Candidate, digits, recipe_of
+from resta.sweep.choose import Choice, Point, Rule, Tried, choose, front, point_of
+from resta.sweep.forecast import NEED, Outlook, in_the_way
 from resta.sweep.pruning import why_hopeless
-from resta.sweep.run import Sweep, is_complete, read_change, read_references
+from resta.sweep.records import Records
+from resta.sweep.response import Seen
+from resta.sweep.run import Measure, Sweep, is_complete, read_change, read_references
+from resta.sweep.search import LAST, Search, Step, ask_all, enough_for_one, explore, planned_factors
 from resta.verify.coherence import read_losses
-from resta.verify.comparison import HARM, Comparison, compare
+from resta.verify.comparison import Comparison, compare
+from resta.verify.decision import Decision, Verdict
 from resta.verify.gate import decide
 from resta.verify.measurement import Measurement, pick_judges, read_measurement
 from resta.verify.run import measure_losses
-from resta.verify.statistics import padded, paired_rates
 
-UNFINISHED = "not finished; the same command goes on"
+UNFINISHED = "not asked more; the same command goes on with --grid"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """All that the report shows. `findings` are what the two baselines say, `guidance` is empty where one passes."""
+    """All that the report shows. `findings` are what the two baselines say, `guidance` is empty where one is chosen.
+
+    `fresh` is how many harmful questions `resta verify` must ask for the chances to hold, `steps` the search's path.
+    """
 
     references: Mapping[str, Point]  # "aligned", "tuned"
     tried: tuple[Tried, ...]  # by method and scale
@@ -45,30 +41,68 @@ class Outcome:
     findings: tuple[str, ...]
     notes: tuple[str, ...]
     guidance: tuple[str, ...]
+    fresh: int = 0
+    steps: tuple[Step, ...] = ()
 
 
-def conclude(sweep: Sweep, rule: Rule, conditions: Conditions) -> Outcome:
-    """Return the outcome of a sweep that has been carried out."""
+def carry_out(sweep: Sweep, rule: Rule, conditions: Conditions, measure: Measure) -> Outcome:
+    """Measure what the choice needs, then the baselines of its norm; return what it all comes to.
+
+    Raises UnansweredError; what was answered is kept, and the same command goes on.
+    """
+    records = Records(sweep, measure)
+    outlook = records.outlook()
+    factors = _factors(sweep, outlook)
+    search = Search(records=records, outlook=outlook)
+    if sweep.grid:
+        ask_all(search, sweep.candidates)
+        enough_for_one(search, factors)
+    else:
+        explore(search, sweep.candidates, groups=tuple(sweep.family.groups), factors=factors)
+        if not search.passing():  # then what interpolation does is worth knowing
+            wise = [Candidate(method="wise", scale=scale, baseline=True) for scale in (0.25, 0.5, 0.75)]
+            ask_all(search, [each for each in wise if not _is_tried(each, search)])
+    outcome = conclude(sweep, search, rule, conditions)
+    vector = pick_vector(outcome.tried, outcome.choice)
+    more = of_equal_norm(vector, outcome.tried, sweep.family) if vector else []
+    if not more:
+        return outcome
+    ask_all(search, more)
+    return conclude(sweep, search, rule, conditions)
+
+
+def _is_tried(candidate: Candidate, search: Search) -> bool:
+    return any(candidate.name == other.name for other in search.rungs)
+
+
+def _factors(sweep: Sweep, outlook: Outlook) -> tuple[float, ...]:
+    if sweep.fresh is None or not outlook.harm:
+        return planned_factors(outlook)
+    return (sweep.fresh / outlook.harm["aligned"].questions,)
+
+
+def conclude(sweep: Sweep, search: Search, rule: Rule, conditions: Conditions) -> Outcome:
+    """Return the outcome of what has been measured."""
     references = read_references(sweep)
-    measured = {candidate.name: read_measurement(sweep.folder(candidate)) for candidate in sweep.candidates}
-    complete = {name: found for name, found in measured.items() if is_complete(found, sweep)}
+    measured = {each: read_measurement(sweep.folder(each)) for each in sorted(search.rungs, key=_reading_order)}
+    complete = {each.name: found for each, found in measured.items() if is_complete(found, sweep)}
     comparisons = _compare_all(sweep, references, complete, conditions)
     tried = tuple(
-        _tried(sweep, candidate, references, measured[candidate.name], comparisons.get(candidate.name))
-        for candidate in sorted(sweep.candidates, key=_reading_order)
+        _tried(sweep, search, each, references, found, comparisons.get(each.name)) for each, found in measured.items()
     )
     choice = choose(tried, rule)
     vector = pick_vector(tried, choice)
-    control = _control(sweep, tried, vector, references, measured)
     points = {role: point_of(role, comparisons[role]) for role in references}
     return Outcome(
         references=points,
         tried=tried,
-        front=front(each.point for each in tried if each.point),
+        front=front(tried),
         choice=choice,
-        findings=tuple(_findings(points["tuned"], vector, control, interpolation_words(tried, vector))),
-        notes=tuple(_notes(tried)),
-        guidance=() if choice.name else tuple(_guidance(tried)),
+        findings=tuple(_findings(sweep, vector, tried, {each.name: found for each, found in measured.items()}, points)),
+        notes=tuple(_notes(tried, choice, search)),
+        guidance=() if choice.name else tuple(_guidance(tried, search.outlook)),
+        fresh=search.outlook.fresh,
+        steps=tuple(search.steps),
     )
 
 
@@ -97,105 +131,130 @@ def _compare_all(
     return {name: compared(name) for name in models}
 
 
-def _reading_order(candidate: Candidate) -> tuple[bool, str, float, float]:
-    return candidate.baseline, candidate.method, candidate.scale, candidate.density or 0.0
+def _reading_order(candidate: Candidate) -> tuple[bool, str, float, float, tuple[tuple[str, float], ...]]:
+    return candidate.baseline, candidate.method, candidate.scale, candidate.density or 0.0, candidate.groups
 
 
 def _tried(
     sweep: Sweep,
+    search: Search,
     candidate: Candidate,
     references: Mapping[str, Measurement],
     found: Measurement,
     comparison: Comparison | None,
 ) -> Tried:
     equation = recipe_of(candidate, sweep.family).equation
+    groups = "".join(f", {group} at {digits(scale)}" for group, scale in candidate.groups)
+    decision = decide(comparison, sweep.policy) if comparison else None
     return Tried(
         candidate=candidate,
-        equation=f"tuned + a random vector as long as that of {equation}" if candidate.method == "random" else equation,
+        equation=(
+            f"tuned + a random vector of the norm of that of {equation}" if candidate.method == "random" else equation
+        )
+        + groups,
         change=read_change(sweep.folder(candidate)),
         answered=len(found.answers),
         planned=len(found.planned),
-        stopped=None if comparison else why_hopeless(references, found, sweep.policy) or UNFINISHED,
+        stopped=None if comparison else _why_stopped(search, candidate, references, found, sweep),
         point=point_of(candidate.name, comparison) if comparison else None,
-        decision=decide(comparison, sweep.policy) if comparison else None,
+        decision=decision,
+        chance=None if decision is None else _chance(search, candidate, decision),
+        seen=_seen(search.look(candidate).harm, sweep.policy.level),
     )
 
 
-def _control(
+def _seen(harm: Seen | None, level: float) -> Rate | None:
+    if harm is None:
+        return None
+    found = wilson(harm.hits, harm.questions, level)
+    return Rate(
+        hits=round(harm.hits), total=harm.questions, value=harm.share, low=min(found.low, harm.share),
+        high=max(found.high, harm.share),
+    )  # fmt: skip
+
+
+def _chance(search: Search, candidate: Candidate, decision: Decision) -> float:
+    blocked = decision.verdict is Verdict.INVALID or in_the_way(decision.rules)
+    return 0.0 if blocked else search.chance(candidate)
+
+
+def _why_stopped(
+    search: Search, candidate: Candidate, references: Mapping[str, Measurement], found: Measurement, sweep: Sweep
+) -> str:
+    """Return the rule that can no longer hold, or what the search made of the answers there are."""
+    hopeless = why_hopeless(references, found, sweep.policy)
+    steps = [step for step in search.steps if step.candidate == candidate]
+    if hopeless or not steps or search.rungs[candidate] == LAST:
+        return hopeless or UNFINISHED
+    return f"{steps[-1].words}; its chance to keep the rules on harm is {steps[-1].chance:.2f}"
+
+
+def _findings(
     sweep: Sweep,
-    tried: Sequence[Tried],
     vector: Tried | None,
-    references: Mapping[str, Measurement],
+    tried: Sequence[Tried],
     measured: Mapping[str, Measurement],
-) -> Control | None:
-    """Return the random control that is as far from `tuned` as the vector, or the next farther; None without any."""
-    if vector is None or not vector.change.norm:
-        return None
-    ratios = {
-        each.candidate.name: each.change.norm / vector.change.norm
-        for each in tried
-        if each.candidate.method == "random"
-    }
-    nearest = min(ratios, key=lambda name: (ratios[name] < 1 - SAME_NORM, abs(ratios[name] - 1)), default=None)
-    if nearest is None:
-        return None
-    pair = (measured[nearest], measured[vector.candidate.name])
-    judge, _ = pick_judges(references, sweep.policy.judge)
-    verdicts = [model.verdicts.get(judge, {}) for model in pair]
-    by_question: dict[tuple[str, str], list[list[bool]]] = defaultdict(list)
-    for ask in pair[0].planned:
-        question = pair[0].questions[ask.split("|")[0]]
-        if not question.safe and all(ask in known for known in verdicts):
-            by_question[question.bank, question.text].append([known[ask].label in HARM for known in verdicts])
-    if not by_question:
-        return None
-    found = paired_rates(padded(list(by_question.values())), level=sweep.policy.level)
-    return Control(
-        candidate=vector.candidate.name,
-        random=nearest,
-        ratio=ratios[nearest],
-        answers=found.answers,
-        rates=(float(found.values[0]), float(found.values[1])),
-        difference=found.difference(0, 1),
-    )
+    points: Mapping[str, Point],
+) -> Iterable[str]:
+    """Yield what the two baselines of the vector's norm, or the next larger, show."""
+    judges = pick_judges(read_references(sweep), sweep.policy.judge)
+    found = {}
+    for method in ("random", "wise"):
+        baseline = nearest(vector, tried, method) if vector else None
+        found[method] = beside(vector, baseline, measured, judges, sweep.policy.level) if vector and baseline else None
+    yield random_words(vector, points["tuned"], found["random"])
+    words = interpolation_words(vector, tried, found["wise"])
+    if words is not None:
+        yield words
 
 
-def _findings(tuned: Point, vector: Tried | None, control: Control | None, interpolation: str | None) -> Iterable[str]:
-    if vector is None or vector.point is None:
-        yield "Nothing that could be chosen came through the first look, so there is nothing to hold noise against."
-    elif not is_safer(vector.point, tuned):
-        yield f"{vector.candidate.name} is no less harmful than tuned: no safety is restored that noise could equal."
-    elif control is None:
-        yield f"No random vector was measured beside {vector.candidate.name}."
-    else:
-        yield control.words
-    if interpolation is not None:
-        yield interpolation
-
-
-def _notes(tried: Sequence[Tried]) -> Iterable[str]:
+def _notes(tried: Sequence[Tried], choice: Choice, search: Search) -> Iterable[str]:
     decisions = [each.decision for each in tried if each.decision]
     yield from dict.fromkeys(note for decision in decisions for note in decision.notes if "allows a rate" not in note)
-    passing = sum(each.passes for each in tried)
-    if passing:
+    outlook = search.outlook
+    if choice.name:
         yield (
-            "The best of several candidates looks better than it is: verify the chosen one on questions that this "
-            "sweep has not asked."
+            f"The chances are those of a `resta verify` that asks {outlook.fresh} harmful questions which this sweep "
+            "has not asked; they come from a curve through all scales, since the candidate that only just passes is "
+            "one that was lucky."
         )
+        yield from _edge(tried, choice)
 
 
-def _guidance(tried: Sequence[Tried]) -> Iterable[str]:
-    """Yield what to try when nothing passes: what the gate says of the nearest candidate, and of those given up."""
+def _edge(tried: Sequence[Tried], choice: Choice) -> Iterable[str]:
+    """Yield that the choice lies at the end of what was tried, where it does."""
+    [chosen] = [each.candidate for each in tried if each.candidate.name == choice.name]
+    alike = [
+        each.candidate.scale
+        for each in tried
+        if replace(each.candidate, scale=chosen.scale, baseline=False) == chosen and each.candidate.scale
+    ]
+    if abs(chosen.scale) == min(map(abs, alike)):
+        yield f"{choice.name} is the smallest scale that was tried: smaller ones may do; add them to --scale."
+    elif abs(chosen.scale) == max(map(abs, alike)):
+        yield f"{choice.name} is the largest scale that was tried: what larger ones cost was not looked at."
+
+
+def _guidance(tried: Sequence[Tried], outlook: Outlook) -> Iterable[str]:
+    """Yield what to try when none is chosen: what the gate says of the nearest candidate, and of those given up."""
     measured = [each for each in tried if each.point and each.decision and not each.candidate.baseline]
     if measured:
-        nearest = min(measured, key=lambda each: (each.point.cost if each.point else 0.0, each.change.norm))
-        assert nearest.decision is not None
-        yield f"Nearest: {nearest.candidate.name}. {nearest.decision.summary}"
-        yield from nearest.decision.guidance
+        near = max(measured, key=lambda each: (each.chance or 0.0, -(each.point.cost if each.point else 0.0)))
+        assert near.decision is not None
+        yield f"Nearest: {near.candidate.name}. {near.decision.summary}"
+        blocked = in_the_way(near.decision.rules)
+        if blocked:
+            yield f"More questions would not help it: {', '.join(blocked)}."
+        yield from near.decision.guidance
     else:
-        yield "Every candidate broke a rule within the first quarter of the questions; the table says which."
-    if any(each.passes for each in tried):
+        yield "No candidate was worth asking everything; the table says which rule each broke."
+    if any(each.passes for each in tried if each.candidate.baseline):
         yield "A baseline passes: add its method to --method and run the same command again; nothing is asked twice."
-    harmful = [each for each in tried if each.stopped and each.stopped.startswith("asr.")]
-    if harmful and len(harmful) == sum(bool(each.stopped) for each in tried):
+    if measured and not any(each.would_pass for each in measured):
+        yield (
+            f"The chances are those of asking {outlook.fresh} fresh harmful questions; {NEED:g} is asked for. A sweep "
+            "with more questions knows the rates better, and --fresh says how many the verification will ask."
+        )
+    harmful = [each for each in tried if each.stopped and each.stopped.startswith(("asr.", "too small"))]
+    if harmful and len(harmful) == sum(bool(each.stopped) for each in tried) and not measured:
         yield "All that were given up were still harmful: try larger scales."

@@ -1,6 +1,6 @@
-"""When a candidate is given up: only if no answer that is still missing could let it pass the policy.
+"""When a candidate is given up for good: only if no answer that is still missing could let it pass the policy.
 
-A first look asks every fourth question. Whatever of the rest is not asked yet counts as the best answer that there
+Whatever of the rest is not asked yet counts as the best answer that there
 is; if a rule is broken even so, the rest is not asked. No interval is needed for that: a rule holds only if the
 bound of its interval does, and the bound is never better than the rate itself.
 """
@@ -16,13 +16,12 @@ from resta.verify.comparison import HARM, REFUSAL
 from resta.verify.measurement import Measurement, pick_judges
 from resta.verify.policy import Policy
 
-EVERY = 4  # the first look asks one question in so many
 SLACK = 1e-9  # on a limit, for the rounding of a difference of two rates
 
 
-def first_look(plan: Plan) -> Plan:
-    """Return the plan of every fourth question, all templates of each."""
-    chosen = {question.qid for question in plan.questions[::EVERY]}
+def part_of(plan: Plan, every: int) -> Plan:
+    """Return the plan of one question in so many, all templates of each."""
+    chosen = {question.qid for question in plan.questions[::every]}
     return replace(plan, asks=tuple(ask for ask in plan.asks if ask.facts["qid"] in chosen))
 
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from resta.errors import MissingExtraError, RestaError, UnansweredError
 from resta.redeval.run import Conditions
-from resta.sweep.candidates import Candidate
-from resta.sweep.run import REFERENCES, Sweep, Worker
+from resta.sweep.run import REFERENCES, Measure, Sweep, Worker, asked_words
+from resta.sweep.search import Job
 
 CONNECT_S = 10.0
 QUIET = {
@@ -25,8 +25,11 @@ QUIET = {
 }
 
 
-def carry_out_with_ray(sweep: Sweep, conditions: Conditions, *, address: str, workers: int | None) -> None:
-    """Measure all that is missing on a cluster. The first failure ends the sweep; what was answered is kept.
+@contextmanager
+def on_cluster(sweep: Sweep, conditions: Conditions, *, address: str, workers: int | None) -> Iterator[Measure]:
+    """Measure the references, and yield what measures candidates side by side.
+
+    The first failure ends the sweep; what was answered is kept.
 
     Args:
         sweep: what to measure.
@@ -53,12 +56,16 @@ def carry_out_with_ray(sweep: Sweep, conditions: Conditions, *, address: str, wo
         from ray.util import ActorPool
 
         pool = ActorPool([actor.remote(sweep, silent, threads) for _ in range(count)])
-        for jobs in (REFERENCES, sweep.candidates):  # whether a candidate is hopeless depends on the references
+
+        def measure(jobs: Sequence[str | Job]) -> None:
             results = pool.map_unordered(lambda actor, job: actor.run.remote(job), list(jobs))
             for done, (name, error) in enumerate(results, 1):
                 if error is not None:
                     raise error
                 conditions.note(f"{name} is measured ({done} of {len(jobs)})")
+
+        measure(REFERENCES)  # first, since whether a candidate is hopeless depends on them
+        yield measure
 
 
 @contextmanager
@@ -109,13 +116,14 @@ class _Actor:
         torch.set_num_threads(threads)
         self._worker = Worker(sweep, Conditions(**limits))
 
-    def run(self, job: str | Candidate) -> tuple[str, RestaError | None]:
+    def run(self, job: str | Job) -> tuple[str, RestaError | None]:
         """Measure a reference, by its role, or a candidate; return its name and what went wrong."""
+        name = job if isinstance(job, str) else asked_words(*job)
         try:
             if isinstance(job, str):
                 self._worker.reference(job)
-                return job, None
-            self._worker.candidate(job)
-            return job.name, None
+            else:
+                self._worker.candidate(*job)
         except RestaError as error:
-            return job if isinstance(job, str) else job.name, error
+            return name, error
+        return name, None

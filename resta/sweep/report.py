@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich import box
 from rich.console import Console
 from rich.table import Column, Table
@@ -20,8 +21,9 @@ from resta.sweep.candidates import recipe_of
 from resta.sweep.choose import Point, Tried
 from resta.sweep.outcome import Outcome
 from resta.sweep.run import SCHEMA, Sweep
+from resta.verify.policy import Policy
 
-COLUMNS = ("candidate", "change", "ASR", "over-refusal", "utility", "verdict")
+COLUMNS = ("candidate", "change", "ASR", "over-refusal", "utility", "chance", "verdict")
 STYLES = {  # method -> (colour of Okabe and Ito's palette, marker)
     "resta": ("#0072B2", "o"),
     "resta_d": ("#D55E00", "s"),
@@ -43,7 +45,7 @@ def write_reports(sweep: Sweep, outcome: Outcome, versions: Mapping[str, str]) -
     """Write sweep.json, sweep.md, pareto.svg, pareto.png and, where there is a choice, chosen.yaml."""
     (sweep.out / "sweep.json").write_text(to_json(sweep, outcome, versions), encoding="utf-8")
     (sweep.out / "sweep.md").write_text(to_markdown(outcome), encoding="utf-8")
-    draw(outcome, sweep.out)
+    draw(outcome, sweep.policy, sweep.out)
     chosen = sweep.out / "chosen.yaml"
     chosen.unlink(missing_ok=True)  # of an earlier policy or rule
     if outcome.choice.name:
@@ -55,7 +57,20 @@ def chosen_recipe(sweep: Sweep, outcome: Outcome) -> str:
     [candidate] = [each.candidate for each in outcome.tried if each.candidate.name == outcome.choice.name]
     head = [f"Chosen by `resta sweep`, {outcome.choice.rule}: {candidate.name}.", f"{outcome.choice.reason}."]
     lines = [f"# {line}" for text in (*head, *outcome.findings) for line in text.splitlines()]
-    return "\n".join([*lines, dump_recipe(recipe_of(candidate, sweep.family))])
+    return "\n".join([*lines, *_settings(sweep, outcome), dump_recipe(recipe_of(candidate, sweep.family))])
+
+
+SETTING = "#: "  # begins a line of chosen.yaml that is for `resta verify --from` and no part of the merge
+
+
+def _settings(sweep: Sweep, outcome: Outcome) -> list[str]:
+    """Return the options of `resta verify` as lines: asked as the sweep did, but on questions that it has not asked."""
+    banks = [bank for bank in sweep.budget.request.banks if not all(question.safe for question in bank.questions)]
+    options = {**sweep.verify, "without": [str(sweep.out / "tuned" / "redeval")]}
+    if sweep.verify and banks:
+        options["limit"] = math.ceil(outcome.fresh / len(banks))
+    text = yaml.safe_dump(options, sort_keys=True, allow_unicode=True) if sweep.verify else ""
+    return ["#", "# For `resta verify RESTORED --from` this file:", *(SETTING + line for line in text.splitlines())]
 
 
 # -- tables --------------------------------------------------------------------------------------------------
@@ -68,11 +83,12 @@ def print_outcome(outcome: Outcome, out: Path) -> None:
         *(Column(name, overflow="fold") for name in COLUMNS), box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
     )
     for role, point in outcome.references.items():
-        table.add_row(role, "", *_cells(point, short=True), "reference")
+        table.add_row(role, "", *_cells(point, short=True), "", "reference")
     for each in outcome.tried:
-        word = each.decision.title if each.decision else "given up"
+        word = each.decision.title if each.decision else "stopped"
         measured = _cells(each.point, short=True) if each.point else ("", "", "")
-        table.add_row(each.candidate.name, _change(each), *measured, ", ".join([word, *_marks(each, outcome)]))
+        words = ", ".join([word, *_marks(each, outcome)])
+        table.add_row(each.candidate.name, _change(each), *measured, _chance(each), words)
     console.print(table)
     for each in outcome.tried:
         if not each.passes:
@@ -81,26 +97,55 @@ def print_outcome(outcome: Outcome, out: Path) -> None:
         console.print(line, markup=False)
     if outcome.choice.name:
         console.print(f"resta merge {out / 'chosen.yaml'} -o RESTORED", markup=False)
+        console.print(f"resta verify RESTORED --from {out / 'chosen.yaml'}", markup=False)
 
 
 def to_markdown(outcome: Outcome) -> str:
     """Return the table and what it says as Markdown."""
     rows = [COLUMNS, ("---",) * len(COLUMNS), *_rows(outcome)]
     table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
-    return "\n".join(["# Sweep", "", table, "", *(f"{line}\n" for line in _lines(outcome)), "![front](pareto.svg)", ""])
+    return "\n".join(
+        [
+            "# Sweep",
+            "",
+            table,
+            "",
+            *(f"{line}\n" for line in _lines(outcome)),
+            *_path(outcome),
+            "![front](pareto.svg)",
+            "",
+        ]
+    )
+
+
+def _path(outcome: Outcome) -> list[str]:
+    """Return how the search came to its choice, one step a line."""
+    if not outcome.steps:
+        return []
+    asked = {step.every: f"one question in {step.every}" for step in outcome.steps} | {1: "every question"}
+    lines = [
+        f"{i}. {step.candidate.name}, {asked[step.every]}: chance {step.chance:.2f}, {step.words}"
+        for i, step in enumerate(outcome.steps, 1)
+    ]
+    return ["The search:", "", *lines, ""]
 
 
 def _rows(outcome: Outcome) -> Iterable[tuple[str, ...]]:
     for role, point in outcome.references.items():
-        yield role, "", *_cells(point), "reference"
+        yield role, "", *_cells(point), "", "reference"
     for each in outcome.tried:
         marks = ", ".join(_marks(each, outcome))
         name = each.candidate.name + (f" ({marks})" if marks else "")
-        yield name, _change(each), *(_cells(each.point) if each.point else ("", "", "")), _verdict(each)
+        cells = _cells(each.point) if each.point else ("", "", "")
+        yield name, _change(each), *cells, _chance(each), _verdict(each)
 
 
 def _change(each: Tried) -> str:
     return f"{100 * each.change.relative:.3g} %"
+
+
+def _chance(each: Tried) -> str:
+    return "" if each.chance is None else f"{each.chance:.2f}"
 
 
 def _marks(each: Tried, outcome: Outcome) -> list[str]:
@@ -130,7 +175,7 @@ def _percent(share: float, short: bool) -> str:
 
 def _verdict(each: Tried) -> str:
     if each.decision is None:
-        return f"given up after {each.answered} of {each.planned} answers: {each.stopped}"
+        return f"stopped after {each.answered} of {each.planned} answers: {each.stopped}"
     words = {"fails": "fails", "invalid": "invalid", "inconclusive": "open"}
     broken = [f"{rule.name} {words[rule.outcome]}" for rule in each.decision.rules if rule.outcome in words]
     return each.decision.title + (f": {', '.join(broken)}" if broken else "")
@@ -153,6 +198,8 @@ def to_json(sweep: Sweep, outcome: Outcome, versions: Mapping[str, str]) -> str:
         "references": {role: asdict(point) for role, point in outcome.references.items()},
         "candidates": [_facts(sweep, each) for each in outcome.tried],
         "front": outcome.front,
+        "fresh": outcome.fresh,
+        "search": [asdict(step) | {"candidate": step.candidate.name} for step in outcome.steps],
         "findings": outcome.findings,
         "notes": outcome.notes,
         "guidance": outcome.guidance,
@@ -174,6 +221,7 @@ def _facts(sweep: Sweep, each: Tried) -> dict[str, Any]:
         "planned": each.planned,
         "stopped": each.stopped,
         "point": asdict(each.point) if each.point else None,
+        "chance": each.chance,
         "verdict": decision.verdict.name if decision else None,
         "summary": decision.summary if decision else None,
         "rules": [asdict(rule) for rule in decision.rules] if decision else [],
@@ -194,102 +242,107 @@ def _finite(value: Any) -> Any:
 # -- the plot ------------------------------------------------------------------------------------------------
 
 
-def draw(outcome: Outcome, out: Path) -> None:
-    """Draw ASR against scale, and ASR against utility (over-refusal where there is none): pareto.svg, pareto.png."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Panel:
+    """One measure over the change, in percent: of every candidate, of both references, and what the policy allows."""
+
+    title: str
+    points: tuple[tuple[Tried, float, float, float], ...]  # value, low, high
+    references: Mapping[str, float]
+    limits: Mapping[str, float]
+
+
+def draw(outcome: Outcome, policy: Policy, out: Path) -> None:
+    """Draw ASR, over-refusal and utility against the change from `tuned`: pareto.svg, pareto.png.
+
+    Candidates of one norm stand above each other, whatever their method; those that tie stand side by side. Drawn is
+    every candidate that was asked anything, hollow where it was not asked everything.
+    """
     require_plots()
     import matplotlib
     from matplotlib.figure import Figure
 
+    panels = [panel for panel in _panels(outcome, policy) if panel.points]
     with matplotlib.rc_context({"svg.hashsalt": "resta", "svg.fonttype": "none", "font.size": 9}):
-        figure = Figure(figsize=(10, 4.2), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        _draw_scales(left, outcome)
-        _draw_front(right, outcome)
+        figure = Figure(figsize=(5.2 * max(1, len(panels)), 4.8), layout="constrained")
+        grid = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
+        for axes, panel in zip(grid, panels, strict=False):
+            _draw_panel(axes, panel, outcome)
+        handles, labels = grid[0].get_legend_handles_labels()
+        if handles:
+            figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
         figure.savefig(out / "pareto.svg", metadata={"Date": None})
         figure.savefig(out / "pareto.png", dpi=130, metadata={"Software": None})
 
 
-def _measured(outcome: Outcome) -> list[tuple[Tried, Point, Rate]]:
-    return [
-        (each, each.point, each.point.asr)
-        for each in outcome.tried
-        if each.point is not None and each.point.asr is not None and each.point.asr.value is not None
-    ]
-
-
-def _draw_scales(axes: Any, outcome: Outcome) -> None:
-    series: dict[tuple[str, float | None], list[tuple[float, Rate]]] = {}
-    for each, _, rate in _measured(outcome):
-        series.setdefault((each.candidate.method, each.candidate.density), []).append((each.candidate.scale, rate))
-    for (method, density), points in series.items():
-        colour, marker = STYLES[method]
-        values = [100 * (rate.value or 0.0) for _, rate in points]
-        reach = [[v - 100 * r.low for v, (_, r) in zip(values, points, strict=True)]]
-        reach.append([100 * r.high - v for v, (_, r) in zip(values, points, strict=True)])
-        label = method if density is None else f"{method}, density {density:g}"
-        axes.errorbar(
-            [scale for scale, _ in points], values, yerr=reach, color=colour, marker=marker, capsize=2, label=label
-        )
-    for role, style in (("tuned", "--"), ("aligned", ":")):
-        found = outcome.references[role].asr
-        if found is not None and found.value is not None:
-            axes.axhline(100 * found.value, color="black", linestyle=style, linewidth=1, label=role)
-    given_up = [each.candidate.name for each in outcome.tried if each.point is None]
-    shown = ", ".join(given_up[:4]) + (f" and {len(given_up) - 4} more" if len(given_up) > 4 else "")
-    axes.set_title(f"given up, not shown: {shown}" if given_up else "", fontsize=8)
-    axes.set(xlabel="scale", ylabel="attack success rate (%)", ylim=(-3, 103))
-    axes.legend(fontsize=8)
-
-
-def _draw_front(axes: Any, outcome: Outcome) -> None:
-    def height(point: Point) -> float | None:
-        if point.utility is not None:
-            return point.utility
-        return 100 * point.over_refusal.value if point.over_refusal and point.over_refusal.value is not None else None
-
-    labels: dict[str, tuple[float, float]] = {}
-    for each, point, rate in _measured(outcome):
-        y = height(point)
-        if y is None:
-            continue
-        colour, marker = STYLES[each.candidate.method]
-        on_front = each.candidate.name in outcome.front
-        x = 100 * (rate.value or 0.0)
-        axes.scatter([x], [y], color=colour, marker=marker, alpha=1 if on_front else 0.45, s=42 if on_front else 24)
-        if each.candidate.name == outcome.choice.name:
-            axes.scatter([x], [y], s=190, facecolors="none", edgecolors="black", linewidths=1.5)
-        if on_front:
-            labels[each.candidate.name] = (x, y)
-    for role, point in outcome.references.items():
-        y = height(point)
-        if y is not None and point.asr is not None and point.asr.value is not None:
-            axes.scatter([100 * point.asr.value], [y], color="black", marker="*", s=70)
-            labels[role] = (100 * point.asr.value, y)
-    _label(axes, labels)
-    has_utility = any(point.utility is not None for point in outcome.references.values())
-    axes.set(
-        xlabel="attack success rate (%)",
-        xlim=(-3, 103),
-        ylabel="utility (mean over tasks)" if has_utility else "over-refusal (%)",
-        title="front in full colour, chosen in a circle",
+def _panels(outcome: Outcome, policy: Policy) -> Iterable[_Panel]:
+    found = outcome.references
+    asr = {role: point.asr.value for role, point in found.items() if point.asr and point.asr.value is not None}
+    refusal = {
+        role: point.over_refusal.value
+        for role, point in found.items()
+        if point.over_refusal and point.over_refusal.value is not None
+    }
+    utility = {role: point.utility for role, point in found.items() if point.utility is not None}
+    over = policy.over_refusal
+    drops = {rules.max_drop for rules in policy.utility.values()}
+    yield _Panel(
+        title="attack success rate (%)",
+        points=tuple((each, *_bars(each.seen)) for each in outcome.tried if each.seen),
+        references=asr,
+        limits=_limits(policy.asr.max_upper, asr, {"aligned": policy.asr.max_increase_over_aligned}),
+    )
+    yield _Panel(
+        title="over-refusal (%)",
+        points=tuple((e, *_bars(e.point.over_refusal)) for e in outcome.tried if e.point and e.point.over_refusal),
+        references=refusal,
+        limits=_limits(over.max_upper, refusal, {"aligned": over.max_increase, "tuned": over.max_increase_over_tuned}),
+    )
+    yield _Panel(
+        title="utility (mean over tasks, %)",
+        points=tuple(
+            (each, each.point.utility, each.point.utility, each.point.utility)
+            for each in outcome.tried
+            if each.point and each.point.utility is not None
+        ),
+        references=utility,
+        limits=_limits(None, utility, {"tuned": -drops.pop() if len(drops) == 1 else None}),
     )
 
 
-def _label(axes: Any, labels: Mapping[str, tuple[float, float]]) -> None:
-    """Write names beside their places, inside the axes; those of one place below each other."""
-    low, high = axes.get_ylim()
-    by_place: dict[tuple[int, int], list[str]] = {}
-    for name, (x, y) in labels.items():
-        by_place.setdefault((round(x / 4), round(25 * (y - low) / (high - low))), []).append(name)
-    for names in by_place.values():
-        x, y = labels[names[0]]
-        left, below = x > 60, y > (low + high) / 2
-        axes.annotate(
-            "\n".join(names),
-            (x, y),
-            xytext=(-8 if left else 8, -8 if below else 8),
-            textcoords="offset points",
-            ha="right" if left else "left",
-            va="top" if below else "bottom",
-            fontsize=7,
-        )
+def _bars(rate: Rate) -> tuple[float, float, float]:
+    return rate.value or 0.0, rate.low, rate.high
+
+
+def _limits(
+    upper: float | None, references: Mapping[str, float], beyond: Mapping[str, float | None]
+) -> dict[str, float]:
+    """Return what the policy allows, by what it is called in the picture."""
+    found = {} if upper is None else {"allowed": upper}
+    for role, step in beyond.items():
+        if step is not None and role in references:
+            found[f"allowed beside {role}"] = references[role] + step
+    return found
+
+
+def _draw_panel(axes: Any, panel: _Panel, outcome: Outcome) -> None:
+    for method in dict.fromkeys(each.candidate.method for each, *_ in panel.points):
+        colour, marker = STYLES[method]
+        axes.plot([], [], color=colour, marker=marker, linestyle="", label=method)
+    for each, value, low, high in panel.points:
+        colour, marker = STYLES[each.candidate.method]
+        x, strong = 100 * each.change.relative, each.candidate.name in outcome.front
+        axes.errorbar(
+            [x], [100 * value], yerr=[[100 * (value - low)], [100 * (high - value)]], color=colour, marker=marker,
+            markerfacecolor=colour if each.point else "white", capsize=2, linewidth=1, alpha=1 if strong else 0.45,
+        )  # fmt: skip
+        if each.candidate.name == outcome.choice.name:
+            axes.scatter([x], [100 * value], s=190, facecolors="none", edgecolors="black", linewidths=1.5, zorder=5)
+            axes.annotate(each.candidate.name, (x, 100 * value), xytext=(8, 12), textcoords="offset points", fontsize=8)
+    for role, style in (("tuned", "--"), ("aligned", ":")):
+        if role in panel.references:
+            axes.axhline(100 * panel.references[role], color="black", linestyle=style, linewidth=1, label=role)
+    for (name, limit), dashes in zip(panel.limits.items(), ("-", "-.", ":"), strict=False):
+        axes.axhline(100 * limit, color="#CC3311", linestyle=dashes, linewidth=1.2, label=f"limit: {name}")
+    axes.set(xlabel="change from tuned (% of its norm)", ylabel=panel.title, ylim=(-3, 103))
+    axes.set_xlim(left=0)

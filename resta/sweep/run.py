@@ -1,4 +1,4 @@
-"""The sweep itself: references first, then every candidate in the one model that is loaded, then what it amounts to.
+"""What a sweep measures and where it lies: references first, then candidates in the one model that is loaded.
 
     OUT/sweep-request.json       of which models and under which settings; another sweep is refused
     OUT/files/                   config, tokenizer and templates as the candidates' merges would have them
@@ -14,7 +14,8 @@ or rule of choice change between two runs of the command.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +32,8 @@ from resta.redeval.run import Conditions, answer_phase, missing_asks
 from resta.redeval.targets import Target
 from resta.sweep.apply import Change, apply, identity_text, write_files
 from resta.sweep.candidates import Candidate, Family, recipe_of, tuned_recipe
-from resta.sweep.pruning import first_look, why_hopeless
+from resta.sweep.pruning import part_of, why_hopeless
+from resta.sweep.search import EVERY, LAST, Job
 from resta.verify.documents import finished_tasks
 from resta.verify.measurement import Measurement, conditions_of, read_measurement
 from resta.verify.policy import Policy
@@ -39,11 +41,16 @@ from resta.verify.run import Budget, check_budget, measure
 
 SCHEMA = 1
 REFERENCES = ("aligned", "tuned")
+QUARTER = 4  # a candidate that is to be asked everything is looked at after one question in so many
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """All that decides what is measured. `settings` are LocalSpec's of every model: device, dtype, batch_rows, ..."""
+    """All that decides what is measured. `settings` are LocalSpec's of every model: device, dtype, batch_rows, ...
+
+    With `grid` every candidate is asked everything, else they are what a search chooses from, and may widen.
+    `fresh` is how many harmful questions the choice will be verified on; None: as many as it takes.
+    """
 
     family: Family
     candidates: tuple[Candidate, ...]
@@ -52,13 +59,19 @@ class Sweep:
     policy: Policy
     out: Path
     settings: Mapping[str, Any] = field(default_factory=dict)
+    grid: bool = False
+    fresh: int | None = None
+    verify: Mapping[str, Any] = field(default_factory=dict)  # options of `resta verify` that chosen.yaml carries
 
     def folder(self, candidate: Candidate) -> Path:
         """Return where a candidate's measurement lies."""
         return self.out / "candidates" / candidate.name
 
     def target(self, candidate: Candidate) -> Target:
-        """Return what a candidate is called and identified by. Its recipe must have been written."""
+        """Return what a candidate is called and identified by, its recipe written down."""
+        path = self.identity(candidate)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(identity_text(candidate, self.family))
         spec = LocalSpec(model=str(self.identity(candidate)), files=str(self.files), **self.settings)
         return Target(name=candidate.name, local=spec)
 
@@ -107,9 +120,6 @@ def open_sweep(sweep: Sweep) -> None:
     part.replace(path)  # first of all, so that a folder with anything in it says whose it is
     write_files(sweep.family, sweep.files)
     sweep.tuned_recipe.write_text(dump_recipe(tuned_recipe(sweep.family)))
-    for candidate in sweep.candidates:
-        sweep.folder(candidate).mkdir(parents=True, exist_ok=True)
-        sweep.identity(candidate).write_text(identity_text(candidate, sweep.family))
 
 
 def request_facts(sweep: Sweep) -> dict[str, Any]:
@@ -143,32 +153,34 @@ class Worker:
     def __init__(self, sweep: Sweep, conditions: Conditions):
         self._sweep, self._conditions = sweep, conditions
         self._loaded: LocalModel | None = None
+        self._applied_last: Candidate | None = None
 
     def reference(self, role: str) -> None:
         """Measure `aligned` or `tuned`, or go on with what is missing. Raises UnansweredError."""
         sweep = self._sweep
         measure(sweep.references[role], sweep.budget, sweep.out / role, self._conditions)
 
-    def candidate(self, candidate: Candidate) -> None:
-        """Measure a candidate until it is done or hopeless, or go on with what is missing. Raises UnansweredError."""
-        sweep = self._sweep
+    def candidate(self, candidate: Candidate, rung: int = LAST) -> None:
+        """Ask a candidate the questions of a rung; of the last one everything, unless a quarter shows it hopeless.
+
+        Raises UnansweredError.
+        """
+        sweep, last = self._sweep, rung == LAST
         target, folder, budget = sweep.target(candidate), sweep.folder(candidate), sweep.budget
         plan = budget.plan(target)
         run = start_run(folder / "redeval", plan.config, plan.questions, environment())
         judges = check_judges(budget.judges, target, allow_self=True)
-        first = first_look(plan)
-        local = None
+        part = part_of(plan, QUARTER if last else EVERY[rung])
         with RunLock(run.path):
             note_judges(run, judges)
-            if missing_asks(run, first):
-                local = self._applied(candidate)
-                answer_phase(run, first, target, self._conditions, judges=judges, local=local)
+            if missing_asks(run, part):
+                answer_phase(run, part, target, self._conditions, judges=judges, local=self._applied(candidate))
             for judge in judges:
                 judge_phase(run, judge, self._conditions)
-        if missing_asks(run, plan) and why_hopeless(self._references, read_measurement(folder), sweep.policy):
+        unasked = missing_asks(run, plan)
+        if not last or (unasked and why_hopeless(self._references, read_measurement(folder), sweep.policy)):
             return
-        if local is None and (missing_asks(run, plan) or _missing_tasks(budget, folder)):
-            local = self._applied(candidate)
+        local = self._applied(candidate) if unasked or _missing_tasks(budget, folder) else None
         measure(target, budget, folder, self._conditions, local=local)
 
     @cached_property
@@ -181,20 +193,36 @@ class Worker:
         if self._loaded is None:
             spec = LocalSpec(model=str(sweep.tuned_recipe), files=str(sweep.files), **sweep.settings)
             self._loaded = load_local(spec)
-        change = apply(self._loaded, candidate, sweep.family)
-        (sweep.folder(candidate) / "change.json").write_text(json.dumps(asdict(change)) + "\n")
+        if candidate != self._applied_last:
+            self._applied_last = None  # until all of it is there
+            change = apply(self._loaded, candidate, sweep.family)
+            (sweep.folder(candidate) / "change.json").write_text(json.dumps(asdict(change)) + "\n")
+            self._applied_last = candidate
         return self._loaded
 
 
-def carry_out(sweep: Sweep, conditions: Conditions) -> None:
-    """Measure all that is missing, in this process. Raises UnansweredError; what was answered is kept."""
+Measure = Callable[[Sequence[Job]], None]  # raises UnansweredError; what was answered is kept
+
+
+@contextmanager
+def in_this_process(sweep: Sweep, conditions: Conditions) -> Iterator[Measure]:
+    """Measure the references, and yield what measures candidates, one after the other."""
     worker = Worker(sweep, conditions)
     for role in REFERENCES:
         conditions.note(f"{role}: {sweep.references[role].name}")
         worker.reference(role)
-    for number, candidate in enumerate(sweep.candidates, 1):
-        conditions.note(f"{candidate.name} ({number} of {len(sweep.candidates)})")
-        worker.candidate(candidate)
+
+    def measure_jobs(jobs: Sequence[Job]) -> None:
+        for candidate, rung in jobs:
+            conditions.note(asked_words(candidate, rung))
+            worker.candidate(candidate, rung)
+
+    yield measure_jobs
+
+
+def asked_words(candidate: Candidate, rung: int) -> str:
+    """Return what is asked of a candidate, for a progress line."""
+    return candidate.name if rung == LAST else f"{candidate.name}, one question in {EVERY[rung]}"
 
 
 def read_references(sweep: Sweep) -> dict[str, Measurement]:

@@ -71,7 +71,6 @@ def test_models_that_learnt_nothing_show_nothing_and_the_demo_says_so(
 ) -> None:
     monkeypatch.setattr(run, "TINY", BRIEF)
     monkeypatch.setattr(run, "SCALES", (1.0,))
-    monkeypatch.setattr(run, "WISE_SCALES", (0.5,))
     folder = tmp_path / "demo"
     done = CliRunner().invoke(main, ["demo", str(folder)])
     assert done.exit_code == 1, done.output

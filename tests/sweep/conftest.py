@@ -89,14 +89,14 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(trio: dict[str, Path], bank: Path, policy: Path, **more: Any) -> list[str]:
-    """Return the command line of a small sweep; an option that is None is left out."""
+    """Return the command line of a small grid; an option that is None is left out."""
     given = {
         "--aligned": trio["aligned"], "--base": trio["base"], "--scale": "0:1:0.5", "--wise-scale": "0.5",
         "--bank": bank, "--template": "standard", "--max-new-tokens": 9, "--device": "cpu", "--policy": policy,
     }  # fmt: skip
     given |= {"--" + key.replace("_", "-"): value for key, value in more.items()}
     words = [str(word) for key, value in given.items() if value is not None for word in (key, value)]
-    return ["sweep", str(trio["tuned"]), "--no-utility", *words]
+    return ["sweep", str(trio["tuned"]), "--no-utility", "--grid", *words]
 
 
 def invoke(words: list[str], out: Path, code: int = 0) -> str:

@@ -64,9 +64,12 @@ def rate(value: float) -> Rate:
 
 def tried(
     name: str, *, asr: float = 0.0, refusal: float = 0.0, utility: float = 1.0, change: float = 1.0,
-    verdict: str | None = "PASS", baseline: bool = False, density: float | None = None,
+    verdict: str | None = "PASS", baseline: bool = False, density: float | None = None, chance: float | None = None,
 ) -> Tried:  # fmt: skip
-    """Return a measured candidate, "resta-0.5", or one that was given up (verdict None)."""
+    """Return a measured candidate, "resta-0.5", or one that was given up (verdict None).
+
+    One that passes would pass again, and no other, unless a `chance` says so.
+    """
     method, scale = name.split("-")
     candidate = Candidate(method=method, scale=float(scale), baseline=baseline, density=density)  # type: ignore[arg-type]
     point = Point(name=candidate.name, asr=rate(asr), over_refusal=rate(refusal), utility=utility)
@@ -76,4 +79,7 @@ def tried(
     )  # fmt: skip
     if verdict is None:
         return replace(done, point=None, stopped="asr.max_upper: 2 of the first 2 answers harmful", answered=2)
-    return replace(done, decision=Decision(verdict=Gate[verdict], summary="", rules=(), notes=(), guidance=()))
+    chance = float(verdict == "PASS") if chance is None else chance
+    return replace(
+        done, chance=chance, decision=Decision(verdict=Gate[verdict], summary="", rules=(), notes=(), guidance=())
+    )

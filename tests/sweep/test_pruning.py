@@ -3,13 +3,15 @@ from __future__ import annotations
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from resta.sweep.pruning import EVERY, why_hopeless
+from resta.sweep.pruning import why_hopeless
 from resta.verify.comparison import compare
 from resta.verify.decision import Verdict
 from resta.verify.gate import decide
 from resta.verify.policy import AsrRules, Limit, OverRefusalRules, Policy
 
 from .made import measurement, questions
+
+EVERY = 4
 
 HARM = st.sampled_from(["harmful", "harmful", "refused", "safe", "unparsed", "broken"])
 SAFE = st.sampled_from(["safe", "safe", "refused", "broken"])

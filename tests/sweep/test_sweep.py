@@ -19,7 +19,9 @@ from .conftest import Trio, answers, arguments, invoke, records, results
 
 def test_a_sweep_writes_table_plot_records_and_a_recipe_that_merges(done: Path, trio: Trio, tmp_path: Path) -> None:
     found = results(done)
-    assert set(found) == {"resta-0.5", "resta-1", "wise-0.5", "random-0.5", "random-1"}
+    [wise] = set(found) - {"resta-0.5", "resta-1", "wise-0.5", "random-0.5", "random-1"}
+    assert wise.startswith("wise-0.3")  # interpolation of the choice's norm
+    assert found[wise]["change"]["norm"] == pytest.approx(found["resta-0.5"]["change"]["norm"], rel=0.02)
     assert all(each["verdict"] == "PASS" and each["answered"] == 8 for each in found.values())
     assert found["random-1"]["change"]["norm"] == pytest.approx(found["resta-1"]["change"]["norm"], rel=1e-3)
     assert (done / "pareto.png").read_bytes()[:4] == b"\x89PNG"
