@@ -16,7 +16,7 @@ from resta.sweep.candidates import Candidate, Family
 from resta.sweep.choose import Choice, Point, Tried
 from resta.verify.comparison import HARM, REFUSAL
 from resta.verify.measurement import Measurement
-from resta.verify.statistics import Difference, mean_difference, padded, paired_rates
+from resta.verify.statistics import Difference, padded, paired_rates
 
 SAME_NORM = 0.02  # two norms that differ by less are called the same: both are rounded to the output's dtype
 
@@ -183,7 +183,7 @@ def _tasks(one: Measurement, two: Measurement, level: float) -> Iterable[Contras
                 measure=task,
                 answers=len(common),
                 values=(float(values[0].mean()), float(values[1].mean())),
-                difference=mean_difference(values[1], values[0], level),
+                difference=paired_rates(np.stack(values, axis=1)[:, np.newaxis], level=level).difference(0, 1),
                 more_is_better=True,
             )
 

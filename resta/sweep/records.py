@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -33,7 +34,10 @@ class Records:
             for kind, seen in zip((harm, refusal), self._seen(found, 0.0), strict=True):
                 if seen is not None:
                     kind[role] = seen
-        return Outlook(policy=self._sweep.policy, harm=harm, refusal=refusal)
+        request = self._sweep.budget.request
+        asked = Counter(q.bank for q in self._references["aligned"].questions.values() if not q.safe)
+        parts = tuple(count for count in asked.values() for _ in request.templates)
+        return Outlook(policy=self._sweep.policy, harm=harm, refusal=refusal, parts=parts)
 
     def measure(self, jobs: Sequence[Job]) -> None:
         """Ask what is missing."""
