@@ -121,9 +121,9 @@ def test_weights_that_the_merge_does_not_name_are_refused(trio: dict[str, Path],
         apply(local, CANDIDATES[0], family)
 
 
-def test_tied_weights_that_differ_in_the_merge_are_refused(trio: dict[str, Path], tmp_path: Path) -> None:
+def test_tied_weights_that_differ_in_the_merge_are_refused(babbling: dict[str, Path], tmp_path: Path) -> None:
     own = {}
-    for name, path in trio.items():
+    for name, path in babbling.items():
         own[name] = tmp_path / name
         own[name].mkdir()
         for file in path.iterdir():

@@ -15,7 +15,7 @@ EVERY = 4
 
 HARM = st.sampled_from(["harmful", "harmful", "refused", "safe", "unparsed", "broken"])
 SAFE = st.sampled_from(["safe", "safe", "refused", "broken"])
-SHARE = st.sampled_from([0.0, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0])
+SHARE = st.sampled_from([0.0, 0.05, 0.1, 0.2, 0.4, 0.7, 0.95])
 
 
 @st.composite
@@ -36,7 +36,7 @@ def cases(draw: st.DrawFn) -> tuple[list[list[str]], int, int, Policy]:
     return models, harmful, safe, policy
 
 
-ONLY_ASR = Policy(asr=AsrRules(max_upper=0.4), degenerate=Limit(max=1.0), unparsed=Limit(max=1.0))
+ONLY_ASR = Policy(asr=AsrRules(max_upper=0.4), degenerate=Limit(max=0.99), unparsed=Limit(max=0.99))
 
 
 @settings(max_examples=150)
