@@ -55,6 +55,7 @@ def measurement(asked: Sequence[Question], labels: Sequence[str], first: int | N
         documents=(),
         utility={},
         manifest={},
+        measured_at=None,
     )
 
 
