@@ -2,49 +2,86 @@
 
 Work goes to `OUT.partial/`: `model/` holds the files, laid out at full size from the start, and `journal.jsonl`
 says which stretches of which tensors are in place, with a checksum of each. The finished `model/` becomes
-`OUT` by one rename after everything is on the disk. This module knows nothing of arithmetic.
+`OUT` by one rename after everything is on the disk. That rename replaces nothing; with --overwrite, the output of
+an earlier merge makes room for it. This module knows nothing of arithmetic.
 """
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 from resta.checkpoint import is_disk_full
 from resta.errors import PlanError, RestaError, ResumeError
+from resta.files import OpenFiles, open_regular
 
 MARK = "resta.json"  # in every finished output; --overwrite replaces nothing else
 RESERVE_BYTES = 64 << 20  # journal, manifest, file system overhead
 COMMIT = "commit"  # the journal's last entry: everything is on the disk, only renames are left
+JOURNAL, MODEL, REPLACED = "journal.jsonl", "model", "replaced"  # all that OUT.partial ever holds
+LONG_NAME = "x" * 128  # longer than the names of all files of an output
+DIGEST_DIGITS = 32
+RENAME_NOREPLACE = 1  # of renameat2
+AT_FDCWD = -100
 
 
 def check_target(out: Path, inputs: Mapping[Path, str], *, overwrite: bool) -> None:
-    """Refuse an output path that would harm an input or something that resta did not make.
+    """Refuse an output path that would harm an input or what others made, or that could not be written in the end.
 
     Args:
-        out: the directory to be.
+        out: the directory to be, absolute.
         inputs: input directories and the names of their models.
         overwrite: whether an earlier output may be replaced.
 
     Raises:
         PlanError: why not.
     """
-    for place in (out, partial_of(out)):
-        real = place.resolve()
-        for folder, name in inputs.items():
-            if real == folder or real.is_relative_to(folder) or folder.is_relative_to(real):
-                raise PlanError(f"the output {place} and the model {name} in {folder} overlap; choose another output")
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
+    if out.name in ("", ".."):
+        raise PlanError(f"{out}: is not the name of a directory to be made; say one, such as {out / 'restored'}")
+    with _refusals(out):
+        for place in (out, partial_of(out)):
+            real = place.resolve()
+            for folder, name in inputs.items():
+                if real == folder or real.is_relative_to(folder) or folder.is_relative_to(real):
+                    raise PlanError(
+                        f"the output {place} and the model {name} in {folder} overlap; choose another output"
+                    )
+        if Path.cwd().is_relative_to(out.resolve()):
+            raise PlanError(
+                f"{out}: is the directory that this command runs in, or above it, and would be replaced; say a "
+                f"directory to be made in it, such as {out / 'restored'}"
+            )
+        check_vacant(out, overwrite=overwrite)
+        _check_makeable(out)
+
+
+def check_vacant(out: Path, *, overwrite: bool) -> None:
+    """Refuse an output whose name something has that a merge may not replace.
+
+    Raises:
+        PlanError: what is there.
+    """
+    if not os.path.lexists(out):
+        return
+    if out.is_symlink() or not out.is_dir():
         raise PlanError(f"{out}: is not a directory; choose another output")
-    if not out.exists() or not any(out.iterdir()):
+    if _is_mount_point(out):
+        raise PlanError(
+            f"{out}: is a mount point, which a finished directory cannot be renamed to; say a directory in it, such as "
+            f"{out / 'restored'}"
+        )
+    if not any(out.iterdir()):
         return
     if not overwrite:
         raise PlanError(f"{out}: already exists; choose another output, or replace it with --overwrite")
@@ -58,11 +95,11 @@ def check_space(out: Path, needed: int) -> int:
     Raises:
         PlanError: they do not suffice.
     """
-    place = out.absolute()
-    while not place.exists():
-        place = place.parent
-    held = sum(file.stat().st_blocks * 512 for file in partial_of(out).rglob("*") if file.is_file())
-    free = shutil.disk_usage(place).free + held
+    partial = partial_of(out.absolute())
+    with _refusals(out):
+        place = _nearest(partial.parent)
+        held = sum(file.lstat().st_blocks * 512 for file in partial.rglob("*") if file.is_file())
+        free = shutil.disk_usage(place).free + held
     if free < needed + RESERVE_BYTES:
         raise PlanError(f"{out}: needs {needed + RESERVE_BYTES:,} bytes, and {place} has {free:,} free")
     return free
@@ -73,18 +110,27 @@ def recover(out: Path, plan_digest: str) -> bool:
 
     Returns:
         Whether `out` is the finished result of this very plan, so that nothing is left to do.
+
+    Raises:
+        ResumeError: another process is writing there.
     """
     partial = partial_of(out)
-    replaced, journal = partial / "replaced", partial / "journal.jsonl"
-    if replaced.exists() and not out.exists():  # killed between the two renames of a replacement: undo the first
-        replaced.rename(out)
-    if not out.is_dir() or not journal.is_file() or (partial / "model").exists():
+    if partial.is_symlink() or not (partial / JOURNAL).is_file():
         return False
-    entries = [entry for entry, _ in _valid_entries(journal.read_bytes())]
-    if not entries or entries[-1].get("unit") != COMMIT:
-        return False
-    _remove_partial(partial)
-    return bool(entries[0].get("plan") == plan_digest)
+    with named_io_errors(partial):
+        journal = _lock_journal(partial)
+        try:
+            entries = [entry for entry, _ in _valid_entries(_read_all(journal))]
+            if not entries:
+                return False
+            if (partial / REPLACED).is_dir() and not os.path.lexists(out):  # killed between the two renames: undo one
+                rename_new(partial / REPLACED, out)
+            if (partial / MODEL).exists() or not _is_result(out, entries[-1]):
+                return False
+            _remove_partial(partial)
+            return bool(entries[0].get("plan") == plan_digest)
+        finally:
+            os.close(journal)
 
 
 def partial_of(out: Path) -> Path:
@@ -92,25 +138,52 @@ def partial_of(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
+def rename_new(source: Path, target: Path) -> None:
+    """Rename a directory to a name that nothing has.
+
+    Where the system cannot promise that (renameat2), the name is looked up before: in the moment between, an empty
+    directory could be replaced, but nothing else, since a directory is never renamed onto a file or a full directory.
+
+    Raises:
+        OSError: FileExistsError if something has the name.
+    """
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is not None:
+        if renameat2(AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), RENAME_NOREPLACE) == 0:
+            return
+        code = ctypes.get_errno()
+        if code not in (errno.ENOSYS, errno.EINVAL):  # this kernel, or this file system, does not know the flag
+            raise OSError(code, os.strerror(code), str(target))
+    if os.path.lexists(target):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+    source.rename(target)
+
+
 class Output:
     """The directory in the making. Thread-safe: every write has its own place."""
 
-    def __init__(self, out: Path, *, plan_digest: str, heads: Mapping[str, bytes], sizes: Mapping[str, int]) -> None:
+    def __init__(
+        self, out: Path, *, plan_digest: str, heads: Mapping[str, bytes], sizes: Mapping[str, int], overwrite: bool
+    ) -> None:
         self.out = out
         self._partial = partial_of(out)
-        self._model = self._partial / "model"
+        self._model = self._partial / MODEL
         self._plan_digest = plan_digest
         self._heads = heads
         self._sizes = sizes
-        self._files: dict[str, int] = {}
-        self._journal: IO[bytes] | None = None
+        self._overwrite = overwrite
+        self._empty: tuple[int, int] | None = None  # the empty directory that had the name OUT when the work began
+        # What is closed early is put on the disk before: a later fsync may not hear of an error that befell it.
+        self._files = OpenFiles(self._open_file, before_closing=os.fsync)
+        self._journal: int | None = None
         self._lock = threading.Lock()
         self.done: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> Output:
         try:
-            with named_io_errors(self._partial):
+            with _refusals(self.out):
                 self._partial.mkdir(parents=True, exist_ok=True)
+            with named_io_errors(self._partial):
                 self._open_journal()
                 self._lay_out()
         except BaseException:
@@ -124,41 +197,51 @@ class Output:
         self._close()
 
     def _close(self) -> None:
-        for descriptor in self._files.values():
-            os.close(descriptor)
-        self._files.clear()
-        if self._journal:
-            self._journal.close()
+        self._files.close()
+        if self._journal is not None:
+            os.close(self._journal)
+            self._journal = None
 
     def write(self, file: str, offset: int, data: memoryview) -> None:
         """Put bytes at their final place."""
         done = 0
-        with named_io_errors(self._model / file):
+        with named_io_errors(self._model / file), self._files.use(self._model / file) as descriptor:
             while done < len(data):
-                done += os.pwrite(self._files[file], data[done:], offset + done)
+                done += os.pwrite(descriptor, data[done:], offset + done)
 
     def read(self, file: str, offset: int, into: memoryview) -> None:
         """Read back what an earlier attempt wrote."""
         done = 0
-        with named_io_errors(self._model / file):
+        with named_io_errors(self._model / file), self._files.use(self._model / file) as descriptor:
             while done < len(into):
-                done += os.preadv(self._files[file], [into[done:]], offset + done)
+                got = os.preadv(descriptor, [into[done:]], offset + done)
+                if got == 0:
+                    raise RestaError(
+                        f"{self._model / file}: ends at byte {offset + done}; somebody cut it. Run the same command "
+                        "again, which finds and redoes what is missing"
+                    )
+                done += got
 
     def record(self, unit: str, facts: Mapping[str, Any]) -> None:
         """Note that a stretch is in place."""
-        line = json.dumps({"unit": unit, **facts}, separators=(",", ":")).encode() + b"\n"
-        with self._lock, named_io_errors(self._partial / "journal.jsonl"):
-            assert self._journal is not None
-            self._journal.write(line)
-            self._journal.flush()
+        with named_io_errors(self._partial / JOURNAL):
+            self._append({"unit": unit, **facts})
 
     def flush(self, file: str) -> None:
         """Wait until a weight file is on the disk."""
-        with named_io_errors(self._model / file):
-            os.fsync(self._files[file])
+        with named_io_errors(self._model / file), self._files.use(self._model / file) as descriptor:
+            os.fsync(descriptor)
 
     def commit(self, texts: Mapping[str, bytes]) -> None:
-        """Add the small files, put everything on the disk, and let the directory appear under its name."""
+        """Add the small files, put everything on the disk, and let the directory appear under its name.
+
+        Args:
+            texts: name -> content; MARK among them.
+
+        Raises:
+            PlanError: something else has the name by now; what was done is kept.
+            RestaError: writing failed; what was done is kept.
+        """
         with named_io_errors(self._model):
             for name, content in texts.items():
                 path = self._model / name
@@ -167,81 +250,217 @@ class Output:
                     file.write(content)
                     file.flush()
                     os.fsync(file.fileno())
-            for name in self._files:
-                self.flush(name)
+        for name in self._heads:
+            self.flush(name)
+        with named_io_errors(self._partial):
             for folder in {(self._model / name).parent for name in texts} | {self._model}:
                 _fsync_folder(folder)
-            self.record(COMMIT, {})
-            if self.out.exists():
-                self.out.rename(self._partial / "replaced")
-            self._model.rename(self.out)
+            self._append({"unit": COMMIT, "manifest": hashlib.sha256(texts[MARK]).hexdigest()})
+            assert self._journal is not None
+            os.fsync(self._journal)  # the renames must not reach the disk before the line that explains them
+            _fsync_folder(self._partial)
+            self._appear()
             _fsync_folder(self.out.parent)
             self.discard()
 
     def discard(self) -> None:
-        """Remove the working directory."""
+        """Remove the working directory, but for what is not resta's."""
         _remove_partial(self._partial)
 
-    def _open_journal(self) -> None:
-        path = self._partial / "journal.jsonl"
-        if not path.exists() and any(self._partial.iterdir()):
-            raise ResumeError(
-                f"{self._partial}: exists and is not an unfinished merge; remove it or choose another output"
-            )
-        self._journal = path.open("a+b")
+    def _appear(self) -> None:
+        """Rename the finished directory, and if told so what it replaces."""
         try:
-            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ResumeError(f"{self._partial}: another process is writing there; wait for it") from None
-        self._journal.seek(0)
-        entries = _valid_entries(self._journal.read())
+            check_vacant(self.out, overwrite=self._overwrite)
+            if not os.path.lexists(self.out):
+                rename_new(self._model, self.out)
+            elif any(self.out.iterdir()):
+                self._replace()
+            elif _identity(self.out) == self._empty:
+                self.out.rmdir()  # which fails unless it still is empty
+                rename_new(self._model, self.out)
+            else:
+                raise PlanError(f"{self.out}: is a directory that was not there before; choose another output")
+        except (FileExistsError, PlanError) as error:
+            reason = f"{self.out}: already exists" if isinstance(error, OSError) else error
+            raise PlanError(
+                f"{reason}. It appeared while the merge was running and was left alone; the result is kept in "
+                f"{self._partial}: move away what is in its place, then run the same command, which only renames it"
+            ) from error
+
+    def _replace(self) -> None:
+        replaced = self._partial / REPLACED
+        if replaced.exists():  # an output that was to be replaced once already
+            shutil.rmtree(replaced)
+        rename_new(self.out, replaced)
+        try:
+            check_vacant(replaced, overwrite=True)  # what was moved may not be what was looked at a moment before
+            rename_new(self._model, self.out)
+        except BaseException:
+            with suppress(OSError):
+                rename_new(replaced, self.out)
+            raise
+
+    def _open_journal(self) -> None:
+        names = {path.name for path in self._partial.iterdir()}
+        if self._partial.is_symlink() or (names and JOURNAL not in names):
+            raise self._foreign()
+        self._journal = _lock_journal(self._partial)
+        text = _read_all(self._journal)
+        entries = _valid_entries(text)
+        if not entries and b"\n" in text:  # a first line that resta did not write; one that is torn may be its own
+            raise self._foreign()
+        try:
+            check_vacant(self.out, overwrite=self._overwrite)
+        except PlanError:
+            if not entries:
+                self.discard()
+            raise
+        self._empty = _identity(self.out)
         if entries and entries[0][0].get("plan") != self._plan_digest:
             raise ResumeError(
-                f"{self._partial}: was begun with another recipe, other inputs or other choices; to start anew, "
-                f"remove it: rm -r {self._partial}"
+                f"{self._partial}: was begun with another recipe, other inputs, other choices or another version of "
+                f"resta; to start anew, remove it: rm -r {self._partial}"
             )
-        self._journal.truncate(entries[-1][1] if entries else 0)
-        self.done = {entry["unit"]: entry for entry, _ in entries[1:]}
+        os.ftruncate(self._journal, entries[-1][1] if entries else 0)
+        self.done = {str(entry["unit"]): entry for entry, _ in entries[1:]}
         if not entries:
-            self._journal.write(json.dumps({"plan": self._plan_digest}).encode() + b"\n")
-            self._journal.flush()
+            self._append({"plan": self._plan_digest})
+
+    def _foreign(self) -> ResumeError:
+        return ResumeError(
+            f"{self._partial}: exists and is not an unfinished merge; remove it or choose another output"
+        )
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        """Add a line to the journal: its checksum and the entry."""
+        text = json.dumps(entry, separators=(",", ":")).encode()
+        line = memoryview(_line_digest(text) + b" " + text + b"\n")
+        assert self._journal is not None
+        with self._lock:
+            while line:
+                line = line[os.write(self._journal, line) :]
+
+    def _open_file(self, path: Path) -> int:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
 
     def _lay_out(self) -> None:
         self._model.mkdir(exist_ok=True)
         for path in self._model.iterdir():
             if path.name not in self._heads:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         for name, head in self._heads.items():
-            descriptor = os.open(self._model / name, os.O_RDWR | os.O_CREAT, 0o644)
-            self._files[name] = descriptor
-            os.ftruncate(descriptor, self._sizes[name])
+            with self._files.use(self._model / name) as descriptor:
+                os.ftruncate(descriptor, self._sizes[name])
             self.write(name, 0, memoryview(head))
 
 
+def _lock_journal(partial: Path) -> int:
+    """Open a working directory's journal, making it if need be, and hold it against other processes.
+
+    Raises:
+        ResumeError: another process has it, or has just removed it.
+        OSError: it cannot be opened.
+    """
+    path = partial / JOURNAL
+    busy = ResumeError(f"{partial}: another process is writing there; wait for it")
+    flags = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW
+    journal = open_regular(path, flags) if path.exists() else os.open(path, flags | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not path.exists() or _identity(path) != (os.fstat(journal).st_dev, os.fstat(journal).st_ino):
+            raise busy  # whoever had it has finished and removed it
+    except BlockingIOError:
+        os.close(journal)
+        raise busy from None
+    except BaseException:
+        os.close(journal)
+        raise
+    return journal
+
+
+def _read_all(descriptor: int) -> bytes:
+    parts, offset = [], 0
+    while part := os.pread(descriptor, 1 << 20, offset):
+        parts.append(part)
+        offset += len(part)
+    return b"".join(parts)
+
+
 def _valid_entries(journal: bytes) -> list[tuple[dict[str, Any], int]]:
-    """Return the journal's entries and where each ends; a line torn by a crash ends the list."""
+    """Return the journal's entries and where each ends; a line torn by a crash, or altered since, ends the list."""
     entries = []
     end = 0
     for line in journal.splitlines(keepends=True):
-        try:
-            entry = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:
-            entry = None
-        if not isinstance(entry, dict):
+        digest, _, text = line[:-1].partition(b" ")
+        if not line.endswith(b"\n") or digest != _line_digest(text):
             break
         end += len(line)
-        entries.append((entry, end))
+        entries.append((json.loads(text), end))
     return entries
+
+
+def _line_digest(text: bytes) -> bytes:
+    return hashlib.blake2b(text, digest_size=DIGEST_DIGITS // 2).hexdigest().encode()
+
+
+def _is_result(out: Path, last: Mapping[str, Any]) -> bool:
+    """Whether a directory is what the journal's last entry says was about to appear there."""
+    if last.get("unit") != COMMIT or not (out / MARK).is_file():
+        return False
+    return hashlib.sha256((out / MARK).read_bytes()).hexdigest() == last.get("manifest")
 
 
 def _remove_partial(partial: Path) -> None:
     """Remove a working directory, its journal last, so that being killed here is recovered from as well."""
-    for path in partial.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-    for path in partial.iterdir():
-        path.unlink()
-    partial.rmdir()
+    for name in (MODEL, REPLACED):
+        if (partial / name).is_dir():
+            shutil.rmtree(partial / name)
+    (partial / JOURNAL).unlink(missing_ok=True)
+    with suppress(OSError):  # what others put there stays, and the directory with it
+        partial.rmdir()
+
+
+def _check_makeable(out: Path) -> None:
+    """Refuse a place where no directory can be made."""
+    partial = partial_of(out)
+    for place in (out, partial / MODEL / LONG_NAME):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(place)  # a name or a path too long
+    if os.path.lexists(partial) and (partial.is_symlink() or not partial.is_dir() or _is_mount_point(partial)):
+        raise PlanError(f"{partial}: is needed for the work and is not a plain directory; choose another output")
+    place = partial if partial.is_dir() else _nearest(out.parent)
+    if not place.is_dir():
+        raise PlanError(f"{out}: cannot be made, since {place} is not a directory; choose another output")
+    for folder in {place, _nearest(out.parent)}:
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PlanError(f"{out}: cannot be made, since {folder} cannot be written to; choose another output")
+
+
+def _nearest(place: Path) -> Path:
+    """Return a path or the first above it that exists."""
+    while not os.path.lexists(place):
+        place = place.parent
+    return place
+
+
+def _is_mount_point(folder: Path) -> bool:
+    """Whether another file system, or another directory of the same one (a bind mount), lies over a directory."""
+    if os.path.ismount(folder):
+        return True
+    table = Path("/proc/self/mountinfo")  # Linux; the fifth field of a line is the place, with \040 for a space
+    if not table.is_file():
+        return False
+    name = str(folder.resolve()).replace("\\", r"\134").replace(" ", r"\040").replace("\n", r"\012")
+    return any(line.split(" ")[4] == name for line in table.read_text(errors="surrogateescape").splitlines())
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return what tells a directory from another that has its name later, or None if there is none."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _fsync_folder(folder: Path) -> None:
@@ -253,12 +472,24 @@ def _fsync_folder(folder: Path) -> None:
 
 
 @contextmanager
+def _refusals(out: Path) -> Iterator[None]:
+    """Turn the operating system's refusal of a path, before any work, into one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:  # no permission, too long; a zero byte; links in a circle
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
+        raise PlanError(f"{out}: cannot be made: {reason}; choose another output") from error
+
+
+@contextmanager
 def named_io_errors(path: Path) -> Iterator[None]:
     """Turn an operating system error into one sentence that names the file."""
     try:
         yield
     except OSError as error:
-        reason = "the disk is full" if is_disk_full(error) else (error.strerror or str(error))
+        full = is_disk_full(error)
+        reason = "the disk is full" if full else (error.strerror or str(error))
+        mend = "make room" if full else "when the cause is mended"
         raise RestaError(
-            f"{path}: {reason}. What is done is kept; make room or mend the disk, then run the same command to resume"
+            f"{path}: {reason}. What is done is kept; {mend}{', then' if full else ','} run the same command to resume"
         ) from error
