@@ -78,12 +78,12 @@ def read_adapter(located: Located, base: Weights, *, recorded_base: str | None =
                 raise AdapterError(f"{folder / FILE}: the bias of {module!r} is not a vector of floating point")
             low_rank = LowRank(left=parts["lora_B.bias"], right=None, transposed=False, scaling=low_rank.scaling)
             tensors[bias] = _on_top(bias, tensors.get(bias), low_rank, folder)
-    file = folder / FILE
+    own = (folder / CONFIG, folder / FILE)  # the config holds the scalings, which decide every byte
     return replace(
         base,
         located=located,
         tensors=tensors,
-        files={**base.files, file: identify(file, located)},
+        files={**base.files, **{file: identify(file, located) for file in own}},
         tokenizer_folders=(*base.tokenizer_folders, folder),
         is_adapter=True,
     )

@@ -10,13 +10,13 @@ import errno
 import hashlib
 import os
 import re
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from resta.errors import CheckpointError, RestaError
+from resta.errors import ChangedError, CheckpointError, RestaError
+from resta.files import OpenFiles, open_regular, read_regular
 from resta.header import Spec, load_strict_json, read_header
 from resta.hub import Located
 
@@ -141,10 +141,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if not inside(path, path.parent):
             raise CheckpointError(f"{path}: is a link out of its directory, to {path.resolve()}; copy the file in")
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path}: {size} bytes of JSON; at most {MAX_JSON_BYTES} are read")
-        text = path.read_bytes()
+        text = read_regular(path, MAX_JSON_BYTES)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     try:
@@ -154,21 +151,26 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def identify(file: Path, located: Located) -> FileIdentity:
-    """Return the identity of an input file; the whole-file digest is known where the Hub's cache names it."""
-    with file.open("rb") as handle:
+    """Return the identity of an input file.
+
+    The digest of the whole file is known where the Hub's cache names it, and taken of a config, which is small.
+    """
+    with os.fdopen(open_regular(file), "rb") as handle:
         status = os.fstat(handle.fileno())
-        header = None
+        header, content = None, None
         if file.suffix == ".safetensors":
             length = int.from_bytes(handle.read(8), "little")
             header = hashlib.sha256(handle.read(length)).hexdigest()
+        else:
+            content = hashlib.sha256(handle.read(MAX_JSON_BYTES)).hexdigest()
     blob = file.resolve().name if located.commit else ""
     known = _SHA256.fullmatch(blob) is not None
     return FileIdentity(
         bytes=status.st_size,
         mtime_ns=status.st_mtime_ns,
         header_sha256=header,
-        sha256=blob if known else None,
-        sha256_from="hub" if known else None,
+        sha256=blob if known else content,
+        sha256_from="hub" if known else "content" if content else None,
     )
 
 
@@ -185,63 +187,64 @@ class Reader:
 
     def __init__(self, files: Mapping[Path, FileIdentity]) -> None:
         self._files = files
-        self._open: dict[Path, int] = {}
-        self._lock = threading.Lock()
+        self._open = OpenFiles(_open_input)
+        self._read: set[Path] = set()
 
     def __enter__(self) -> Reader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
-        self._open.clear()
+        self._open.close()
 
     def read(self, stored: Stored, first_byte: int, into: memoryview) -> None:
         """Fill `into` with the tensor's bytes from `first_byte`.
 
         Raises:
-            RestaError: the disk failed, or the file is shorter than when it was planned.
+            ChangedError: the file is gone, or shorter than when it was planned.
+            RestaError: the disk failed.
         """
-        descriptor = self._descriptor(stored.file)
+        self._read.add(stored.file)
         offset = stored.spec.start + first_byte
         done = 0
-        while done < len(into):
-            try:
-                got = os.preadv(descriptor, [into[done:]], offset + done)
-            except OSError as error:
-                raise RestaError(f"{stored.file}: reading at byte {offset + done} failed: {error.strerror}") from error
-            if got == 0:
-                raise RestaError(f"{stored.file}: ends at byte {offset + done}; the file was cut after it was planned")
-            done += got
+        with self._open.use(stored.file) as descriptor:
+            while done < len(into):
+                try:
+                    got = os.preadv(descriptor, [into[done:]], offset + done)
+                except OSError as error:
+                    raise RestaError(
+                        f"{stored.file}: reading at byte {offset + done} failed: {error.strerror}"
+                    ) from error
+                if got == 0:
+                    raise ChangedError(
+                        f"{stored.file}: ends at byte {offset + done}; the file was cut after it was planned"
+                    )
+                done += got
 
     def read_ahead(self, stored: Stored, first_byte: int, length: int) -> None:
         """Ask the kernel to have these bytes ready soon; a hint that may do nothing."""
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(
-                self._descriptor(stored.file), stored.spec.start + first_byte, length, os.POSIX_FADV_WILLNEED
-            )
+            with self._open.use(stored.file) as descriptor:
+                os.posix_fadvise(descriptor, stored.spec.start + first_byte, length, os.POSIX_FADV_WILLNEED)
 
     def check_unchanged(self) -> None:
-        """Raise RestaError if an input that was read is no longer what the plan saw."""
-        for path in self._open:
+        """Raise ChangedError if an input that was read is no longer what the plan saw."""
+        for path in sorted(self._read):
             try:
                 status = path.stat()
             except OSError as error:
-                raise RestaError(f"{path}: is gone since the merge began: {error.strerror}") from error
+                raise ChangedError(f"{path}: is gone since the merge began: {error.strerror}") from error
             identity = self._files[path]
             if (status.st_size, status.st_mtime_ns) != (identity.bytes, identity.mtime_ns):
-                raise RestaError(f"{path}: changed while it was being merged; run the merge again")
+                raise ChangedError(f"{path}: changed while it was being merged; run the merge again")
 
-    def _descriptor(self, path: Path) -> int:
-        with self._lock:
-            descriptor = self._open.get(path)
-            if descriptor is None:
-                try:
-                    descriptor = os.open(path, os.O_RDONLY)
-                except OSError as error:
-                    raise RestaError(f"{path}: cannot be opened: {error.strerror}") from error
-                self._open[path] = descriptor
-            return descriptor
+
+def _open_input(path: Path) -> int:
+    try:
+        return open_regular(path)
+    except FileNotFoundError as error:
+        raise ChangedError(f"{path}: is gone since the merge was planned") from error
+    except OSError as error:
+        raise RestaError(f"{path}: cannot be opened: {error.strerror}") from error
 
 
 def _weight_files(folder: Path) -> list[Path]:

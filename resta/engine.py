@@ -26,10 +26,10 @@ from resta.checkpoint import FileIdentity, Reader, Stored
 from resta.compute import CHUNK, Totals, Workspace, add_totals, count_measured
 from resta.digests import Digests, Followed, Follower
 from resta.directory import small_files, weight_bytes, with_digests
-from resta.errors import NoChangeError, NonFiniteError
+from resta.errors import ChangedError, NoChangeError, NonFiniteError
 from resta.header import DTYPE_BITS, Spec
 from resta.manifest import TensorFacts, from_json, tensor_facts
-from resta.output import Output, check_space, check_target, recover
+from resta.output import Output, check_place, check_space, check_vacant, recover
 from resta.plan import Plan, Step, make_plan
 from resta.recipe import Recipe, load_recipe
 
@@ -117,21 +117,22 @@ def carry_out(
     digests: bool = False,
 ) -> Result:
     """Write a plan's output; see `merge`."""
-    out = out.absolute()
-    if recover(out, plan.digest):
+    out, digest = out.absolute(), plan.digest
+    check_place(out, input_folders(plan))
+    if recover(out, digest):
         return Result(out=out, plan=plan, tensors=read_facts(out))
-    check_target(out, input_folders(plan), overwrite=overwrite)
+    check_vacant(out, overwrite=overwrite)
     check_space(out, plan.bytes_written)
     workers = workers or default_workers()
     sizes = weight_bytes(plan)
     identities = {path: identity for weights in plan.weights.values() for path, identity in weights.files.items()}
     with (
         Reader(identities) as reader,
-        Output(out, plan_digest=plan.digest, heads=plan.heads, sizes=sizes) as output,
+        Output(out, plan_digest=digest, heads=plan.heads, sizes=sizes, overwrite=overwrite) as output,
         Follower(_followed(plan, identities, sizes, reader, output)) if digests else nullcontext() as follower,
     ):
-        scales = settle_scales(plan, reader, workers)
         try:
+            scales = settle_scales(plan, reader, workers)
             records = _Run(plan, reader, output, scales, progress, follower).go(workers)
             reader.check_unchanged()
             _check_terms(plan, _nonzero_terms(plan, records))
@@ -140,11 +141,11 @@ def carry_out(
                 for step, units in _by_step(plan)
             }
             _check_realised(plan, facts)
-        except (NonFiniteError, NoChangeError):
-            output.discard()  # the same inputs would fail again: there is nothing to resume
+            taken = follower.finish() if follower else None
+            reader.check_unchanged()
+        except (NonFiniteError, NoChangeError, ChangedError):
+            output.discard()  # the same inputs would fail again, and others need another plan: nothing to resume
             raise
-        taken = follower.finish() if follower else None
-        reader.check_unchanged()
         output.commit(small_files(with_digests(plan, taken) if taken else plan, facts, taken))
     return Result(out=out, plan=plan, tensors=facts, digests=taken)
 

@@ -22,6 +22,7 @@
     │   └── AuditError          a finished output is not what its manifest says
     ├── NonFiniteError          NaN or infinity in weights, where the recipe does not allow it
     ├── NoChangeError           a merge, or one of its terms, that changes nothing
+    ├── ChangedError            an input that changed, or went away, while it was being read
     ├── TrainingError           a training run that had to stop, such as one out of memory
     ├── EndpointError           a model server that does not answer, or not as its protocol says
     └── UnansweredError         some questions got no answer; those that did are kept
@@ -125,6 +126,10 @@ class NonFiniteError(RestaError):
 
 class NoChangeError(RestaError):
     """A merge that changes nothing, or a term of one that is zero everywhere: found only by the arithmetic."""
+
+
+class ChangedError(RestaError):
+    """An input that is no longer what it was when the merge was planned."""
 
 
 class ResumeError(RequestError):

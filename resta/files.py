@@ -24,7 +24,7 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
     Raises:
         OSError: it cannot be opened, or is a directory, a FIFO, a socket or a device; `strerror` says which.
     """
-    _require_regular(os.stat(path))
+    _require_regular(path.stat())
     descriptor = os.open(path, flags | os.O_NONBLOCK)  # it may have become a FIFO since
     try:
         _require_regular(os.fstat(descriptor))
@@ -40,7 +40,7 @@ def read_regular(path: Path, most_bytes: int) -> bytes:
     Raises:
         OSError: as `open_regular` does, or the file is larger than `most_bytes`.
     """
-    with open(open_regular(path), "rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > most_bytes:
             raise OSError(errno.EFBIG, f"it has {size:,} bytes; at most {most_bytes:,} are read")

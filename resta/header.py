@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from resta.errors import HeaderError
+from resta.files import open_regular
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAX_ELEMENTS = 2**63 - 1
@@ -61,7 +62,7 @@ def read_header(path: Path) -> dict[str, Spec]:
         HeaderError: the file is torn, its header is not valid, or the two disagree.
     """
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8:

@@ -36,13 +36,12 @@ RENAME_NOREPLACE = 1  # of renameat2
 AT_FDCWD = -100
 
 
-def check_target(out: Path, inputs: Mapping[Path, str], *, overwrite: bool) -> None:
-    """Refuse an output path that would harm an input or what others made, or that could not be written in the end.
+def check_place(out: Path, inputs: Mapping[Path, str]) -> None:
+    """Refuse an output path that would harm an input, or where no directory could be made in the end.
 
     Args:
         out: the directory to be, absolute.
         inputs: input directories and the names of their models.
-        overwrite: whether an earlier output may be replaced.
 
     Raises:
         PlanError: why not.
@@ -62,7 +61,6 @@ def check_target(out: Path, inputs: Mapping[Path, str], *, overwrite: bool) -> N
                 f"{out}: is the directory that this command runs in, or above it, and would be replaced; say a "
                 f"directory to be made in it, such as {out / 'restored'}"
             )
-        check_vacant(out, overwrite=overwrite)
         _check_makeable(out)
 
 
@@ -72,16 +70,16 @@ def check_vacant(out: Path, *, overwrite: bool) -> None:
     Raises:
         PlanError: what is there.
     """
-    if not os.path.lexists(out):
-        return
-    if out.is_symlink() or not out.is_dir():
+    with _refusals(out):
+        is_full = os.path.lexists(out) and (out.is_symlink() or not out.is_dir() or any(out.iterdir()))
+    if out.is_symlink() or (is_full and not out.is_dir()):
         raise PlanError(f"{out}: is not a directory; choose another output")
     if _is_mount_point(out):
         raise PlanError(
             f"{out}: is a mount point, which a finished directory cannot be renamed to; say a directory in it, such as "
             f"{out / 'restored'}"
         )
-    if not any(out.iterdir()):
+    if not is_full:
         return
     if not overwrite:
         raise PlanError(f"{out}: already exists; choose another output, or replace it with --overwrite")
@@ -95,8 +93,8 @@ def check_space(out: Path, needed: int) -> int:
     Raises:
         PlanError: they do not suffice.
     """
-    partial = partial_of(out.absolute())
     with _refusals(out):
+        partial = partial_of(out)
         place = _nearest(partial.parent)
         held = sum(file.lstat().st_blocks * 512 for file in partial.rglob("*") if file.is_file())
         free = shutil.disk_usage(place).free + held

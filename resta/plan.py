@@ -12,9 +12,10 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from resta.adapter import is_adapter, read_adapter
-from resta.checkpoint import Operand, Reader, Stored, Weights, read_weights
+from resta.checkpoint import LowRank, Operand, Reader, Stored, Weights, read_weights
 from resta.coverage import Coverage, Ledger
 from resta.errors import PlanError
 from resta.header import FLOAT_DTYPES, Spec, count_bytes, lay_out
@@ -23,6 +24,7 @@ from resta.printable import printable
 from resta.recipe import Recipe, Rule
 from resta.sidefiles import SideFile, plan_side_files, tokenizer_conflict
 from resta.tied import untie
+from resta.version import MERGE_CODE, VERSION
 
 DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 # Settings that change what a tensor of the same shape means.
@@ -127,13 +129,25 @@ class Plan:
     def digest(self) -> str:
         """SHA-256 of all that decides the output: what a partial output must match to be resumed."""
         inputs = {
-            str(path): [identity.bytes, identity.mtime_ns, identity.header_sha256]
+            str(path): [identity.bytes, identity.mtime_ns, identity.header_sha256, identity.sha256]
             for weights in self.weights.values()
             for path, identity in weights.files.items()
         }
         sides = {file.name: hashlib.sha256(file.content).hexdigest() for file in self.side_files}
-        text = json.dumps([self.recipe.digest, inputs, sides], sort_keys=True)
+        configs = {name: weights.config for name, weights in self.weights.items()}
+        added = {
+            step.name: [[row, *_low_rank_facts(operand.low_rank)] for row, operand in enumerate(step.operands)]
+            for step in self.steps
+            if any(operand.low_rank for operand in step.operands)
+        }
+        code = [VERSION, MERGE_CODE]
+        text = json.dumps([code, self.recipe.digest, inputs, configs, added, sides], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _low_rank_facts(low_rank: LowRank | None) -> list[Any]:
+    """What an adapter's config, and not its weights, decides about a term."""
+    return [low_rank.scaling, low_rank.transposed] if low_rank else []
 
 
 def stored_parts(operand: Operand) -> list[Stored]:

@@ -45,7 +45,7 @@ class Crash(BaseException):
     """The machine stops: nothing may catch this."""
 
 
-CALLS = ("pwrite", "ftruncate", "fsync", "rename", "mkdir", "unlink", "rmdir", "open")
+CALLS = ("pwrite", "ftruncate", "fsync", "rename", "mkdir", "unlink", "rmdir", "open", "write")
 
 
 def crash_at(monkeypatch: pytest.MonkeyPatch, number: int) -> Callable[[], int]:
@@ -57,8 +57,8 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, number: int) -> Callable[[], int]:
             nonlocal made
             made += 1
             if made == number:
-                if call is os_pwrite:  # a torn write: half of it arrives
-                    call(args[0], args[1][: len(args[1]) // 2], args[2])
+                if call in (os_pwrite, os_write):  # a torn write: half of it arrives
+                    call(args[0], args[1][: len(args[1]) // 2], *args[2:])
                 raise Crash
             if made > number:
                 raise Crash
@@ -66,9 +66,10 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, number: int) -> Callable[[], int]:
 
         return wrapped
 
-    os_pwrite = os.pwrite
+    os_pwrite, os_write = os.pwrite, os.write
     for name in CALLS:
         monkeypatch.setattr(os, name, wrap(getattr(os, name)))
+    monkeypatch.setattr(output, "rename_new", wrap(output.rename_new))  # one call, whatever the system makes of it
     return lambda: made
 
 

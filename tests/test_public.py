@@ -14,6 +14,7 @@ PACKAGE = Path(resta.__file__).parent
 
 # Each layer knows nothing of those after it, nor of itself.
 LAYERS = {
+    "files": 0,
     name: number
     for number, names in enumerate(
         (

@@ -17,7 +17,7 @@ from resta.engine import Result, carry_out, input_folders
 from resta.errors import RecipeError, RequestError
 from resta.hub import locate
 from resta.manifest import change_warning, total_change
-from resta.output import check_space, check_target
+from resta.output import check_place, check_space, check_vacant
 from resta.plan import Plan, make_plan
 from resta.printable import printable, printable_lines
 from resta.recipe import SCALE_ADVICE, Recipe, dump_recipe, load_recipe, make_recipe
@@ -229,11 +229,12 @@ def _dry_run(plan: Plan, out: Path, *, overwrite: bool, as_json: bool) -> None:
     refusals = []
     free = 0
     try:
-        check_target(out.absolute(), input_folders(plan), overwrite=overwrite)
+        check_place(out.absolute(), input_folders(plan))
+        check_vacant(out.absolute(), overwrite=overwrite)
     except RequestError as error:
         refusals.append(str(error))
     try:
-        free = check_space(out, plan.bytes_written)
+        free = check_space(out.absolute(), plan.bytes_written)
     except RequestError as error:
         refusals.append(str(error))
     if as_json:
