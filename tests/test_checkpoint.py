@@ -341,7 +341,7 @@ def test_a_file_removed_after_planning_is_one_error_that_names_it(trio: dict[str
     plan = make_plan(half_trio(trio))
     victim = Path(trio["base"]).resolve() / SINGLE
     victim.unlink()
-    with pytest.raises(RestaError, match=f"{victim}: cannot be opened"):
+    with pytest.raises(RestaError, match=f"{victim}: is gone since the merge was planned"):
         carry_out(plan, tmp_path / "out")
 
 
