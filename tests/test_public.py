@@ -14,11 +14,10 @@ PACKAGE = Path(resta.__file__).parent
 
 # Each layer knows nothing of those after it, nor of itself.
 LAYERS = {
-    "files": 0,
     name: number
     for number, names in enumerate(
         (
-            "version errors kernels sketch unique_keys printable coverage",
+            "version errors kernels sketch unique_keys printable files coverage",
             "header hub recipe chat_templates",
             "checkpoint safety",
             "tied",
