@@ -149,10 +149,12 @@ def lay_out_again(manifest: Manifest, plan: Plan, taken: Mapping[str | Path, str
             if path.parent == model.located.folder:
                 recorded = was.files.get(path.name)
                 by_hub = recorded is not None and recorded.sha256_from == "hub" and was.commit is not None
-                known = by_hub or manifest.digests == HASHED
+                read = identity.sha256 if identity.sha256_from == "content" else None  # a config's, with every plan
+                known = by_hub or read is not None or manifest.digests == HASHED
+                believed = read or (recorded.sha256 if recorded else None)
                 files[place / path.name] = replace(
                     identity,
-                    sha256=taken.get(path, recorded.sha256 if recorded else None) if known else None,
+                    sha256=taken.get(path, believed) if known else None,
                     sha256_from=("hub" if by_hub else "content") if known else None,
                 )
         hub_id = was.source.partition("@")[0] if was.commit else None
