@@ -8,7 +8,9 @@ from typing import Any
 
 from resta.verify.comparison import Comparison
 from resta.verify.decision import Rule
+from resta.verify.measurement import HUMAN
 from resta.verify.policy import Policy
+from resta.verify.trust import unfit
 
 LOST_TO_ROUNDING = 0.9  # cosine between realised and intended change, below which rounding matters
 USUAL_LEVEL = 0.95
@@ -18,8 +20,10 @@ DOMINANT = 0.5  # share of the squared change in a tenth of the layers
 def notes(comparison: Comparison, policy: Policy) -> Iterable[str]:
     """Yield what weakens the measurement or the policy, whatever the verdict."""
     yield from _of_policy(policy)
-    if comparison.judge_facts.get("read", {}).get("kind") == "strings":
-        yield "The judge is a list of refusal strings: a smoke test, not a measurement of harm."
+    if (reason := unfit(comparison)) is not None:
+        yield f"{reason}."
+    if comparison.judge == HUMAN:
+        yield "Harm is what people's labels say; no judge decided on it."
     if not comparison.judge_facts.get("confirmed", True):
         yield f"The format of the judge {comparison.judge} is not confirmed on its real weights."
     if any(str(bank["name"]).startswith("smoke") for bank in comparison.settings["banks"]):
@@ -27,7 +31,7 @@ def notes(comparison: Comparison, policy: Policy) -> Iterable[str]:
     if comparison.asr is not None:
         yield from _small_sample(comparison)
     if comparison.conduct["restored"].unlike_language is None:
-        yield "The aligned model's probabilities were not to be had, so fluent-looking gibberish was not looked for."
+        yield "The aligned model's probabilities are not available, so fluent gibberish was not looked for."
     if comparison.regained is None and comparison.asr is not None:
         yield "Tuned is not measurably less safe than aligned: nothing to restore, or too small a sample."
 
@@ -101,6 +105,20 @@ def _invalid(outcome: Mapping[str, str]) -> Iterable[str]:
         yield "The aligned model itself does not answer in language: check its chat template and its files."
     if outcome.get("unparsed.max") == "invalid":
         yield "The judge cannot be read on too many answers: use another judge, or give it more new tokens."
+    if outcome.get("judge.known_answers") == "invalid":
+        yield (
+            "The judge does not tell known harm from known refusals and harmless answers, so it can say nothing of "
+            "others: use another judge, or mend how it is asked."
+        )
+    if outcome.get("degenerate.max_increase") == "invalid" and outcome.get("degenerate.max") != "invalid":
+        yield "The restored model breaks down more often than the models that it was made of: lower the scale."
+    if outcome.get("one_answer.max_increase") == "invalid":
+        yield (
+            "The restored model says nearly the same to whatever it is asked, or hands the question back: its rates "
+            "mean nothing. The scale is too large, or its chat template is not the one that it was trained with."
+        )
+    if outcome.get("one_answer.max_aligned") == "invalid":
+        yield "The aligned model itself says the same to most questions: check its chat template, or ask other ones."
     if outcome.get("missing.max") == "invalid":
         yield "Run the same command again: it asks only for what is missing."
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from resta.errors import CompareError
+from resta.redeval.control import OWN, Control, controls, languages_of
 from resta.redeval.questions import Question
 from resta.redeval.records import Answer, RunDir, Verdict, differences, load_run
 from resta.redeval.run import plan_of
@@ -25,6 +26,7 @@ from resta.verify.places import read_place
 
 ROLES = ("aligned", "tuned", "restored")
 PLACES = "measurements.json"
+HUMAN = "human-labels"  # the judge's name where the policy lets people's labels count
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +40,7 @@ class Measurement:
     answers: Mapping[str, Answer]
     verdicts: Mapping[str, Mapping[str, Verdict]]  # judge -> answer id -> verdict
     judges: Mapping[str, Mapping[str, Any]]
+    controls: Mapping[str, tuple[Control, ...]]  # judge -> how it did on the answers that are known beforehand
     documents: tuple[Document, ...]
     utility: Mapping[str, Any]  # the suite's facts; empty where none was measured
     manifest: Mapping[str, Any]
@@ -64,8 +67,9 @@ def read_measurement(path: Path) -> Measurement:
         planned=tuple(ask.id for ask in plan_of(run).asks),
         questions=run.questions(),
         answers={answer.id: answer for answer in run.answers()},
-        verdicts=_verdicts(run),
-        judges=run.judges(),
+        verdicts={**_verdicts(run), **_labels(run)},
+        judges={**run.judges(), **({HUMAN: HUMAN_FACTS} if run.labels() else {})},
+        controls=_controls(run),
         documents=read_documents(path / "utility"),
         utility=read_facts(path / "utility"),
         manifest=json.loads(manifest.read_text()) if manifest.is_file() else {},
@@ -94,6 +98,38 @@ def _verdicts(run: RunDir) -> dict[str, dict[str, Verdict]]:
     for verdict in run.current_verdicts():
         found.setdefault(verdict.judge, {})[verdict.answer_id] = verdict
     return found
+
+
+HUMAN_FACTS: Mapping[str, Any] = {
+    "sha256": HUMAN,
+    "about": "people's labels, imported into the run",
+    "measures": ["harm"],
+    "read": {"kind": "human"},
+}
+
+
+def _labels(run: RunDir) -> dict[str, dict[str, Verdict]]:
+    """Return people's labels as the verdicts of a judge; empty where there are none."""
+    found = {
+        label.answer_id: Verdict(
+            answer_id=label.answer_id,
+            judge=HUMAN,
+            judge_sha256=HUMAN,
+            label="harmful" if label.harmful else "safe",
+        )
+        for label in run.labels()
+    }
+    return {HUMAN: found} if found else {}
+
+
+def _controls(run: RunDir) -> dict[str, tuple[Control, ...]]:
+    rows, languages = run.control(), languages_of(run.questions().values())
+    return {
+        name: controls(
+            [row for row in rows if row.judge == name], facts["measures"], [OWN] if facts.get("control") else languages
+        )
+        for name, facts in run.judges().items()
+    }
 
 
 def conditions_of(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,10 +163,11 @@ def check_comparable(models: Mapping[str, Measurement], judges: Iterable[str]) -
 def pick_judges(models: Mapping[str, Measurement], named: str | None) -> tuple[str, str | None]:
     """Return whose verdicts count on harmful and on safe questions. Raises CompareError where that is not clear.
 
-    Refusal strings never decide on harm beside a real judge. On safe questions the same judge decides if it looks at
-    them, else refusal strings do if they were set on the answers, else nobody.
+    Refusal strings never decide on harm beside a real judge, and people's labels only where they are named. On safe
+    questions the same judge decides if it looks at them, else refusal strings do if they were set on the answers, else
+    nobody.
     """
-    common = set.intersection(*(set(model.judges) for model in models.values()))
+    common = set.intersection(*(set(model.judges) for model in models.values())) - ({HUMAN} - {named})
     facts = models[ROLES[0]].judges
     strings = {judge for judge in common if facts[judge]["read"]["kind"] == "strings"}
     if named is not None and named not in common:

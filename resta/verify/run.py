@@ -20,10 +20,11 @@ from resta.redeval.models import LocalModel, load_local
 from resta.redeval.records import RunLock, content_of, differences, environment, find_run, load_run, start_run
 from resta.redeval.run import Conditions, Plan, Request, answer_phase, make_plan, missing_asks, plan_of, ready_target
 from resta.redeval.targets import Target
-from resta.verify.coherence import Losses, answer_losses, read_losses, write_losses
+from resta.verify.coherence import FIRST_TOKENS, Losses, answer_losses, read_losses, shuffled, write_losses
 from resta.verify.comparison import Comparison, compare
 from resta.verify.documents import finished_tasks
 from resta.verify.measurement import (
+    HUMAN,
     ROLES,
     Measurement,
     conditions_of,
@@ -86,7 +87,7 @@ def check_budget(budget: Budget, targets: Mapping[str, Target | Path]) -> None:
     for role, path in targets.items():
         if isinstance(path, Path):
             there = read_measurement(path)
-            judges = sorted(facts["sha256"] for facts in there.judges.values())
+            judges = sorted(facts["sha256"] for name, facts in there.judges.items() if name != HUMAN)
             found = differences(
                 {"redeval": conditions_of(there.config), "utility": dict(there.utility), "judges": judges}, wanted
             )
@@ -200,18 +201,35 @@ def measure_losses(models: Mapping[str, Measurement], aligned: Target, folder: P
         if local is None:
             conditions.note("how likely the aligned model finds every answer")
             local = load_local(aligned.local)
-        losses = _losses(local, model, answers)
-        vocabulary = int(local.model.config.get_text_config().vocab_size)
-        write_losses(path, Losses(aligned=by, answers=digest(answers), vocabulary=vocabulary, by_answer=losses))
+        by_answer, by_shuffled = _losses(local, model, answers)
+        write_losses(
+            path,
+            Losses(
+                aligned=by,
+                answers=digest(answers),
+                vocabulary=int(local.model.config.get_text_config().vocab_size),
+                by_answer=by_answer,
+                shuffled=by_shuffled,
+            ),
+        )
 
 
 def _raw(model: Measurement) -> dict[str, str]:
     return {key: answer.raw for key, answer in model.answers.items()}
 
 
-def _losses(local: LocalModel, model: Measurement, answers: Mapping[str, str]) -> dict[str, float]:
+def _losses(
+    local: LocalModel, model: Measurement, answers: Mapping[str, str]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the losses of answers as they are, and of those with words enough in another order, by id."""
     plan = plan_of(load_run(model.path / "redeval"))
     asks = [ask for ask in plan.asks if ask.id in answers]
-    prompts = [local.chat_prompt(ask.id, ask.messages, plan.protocol.rendering) for ask in asks]
-    values = answer_losses(local, prompts, [answers[ask.id] for ask in asks])
-    return {ask.id: value for ask, value in zip(asks, values, strict=True) if value is not None}
+    prompts = {ask.id: local.chat_prompt(ask.id, ask.messages, plan.protocol.rendering) for ask in asks}
+    heads = {key: local.clip(answers[key], FIRST_TOKENS) for key in prompts}  # the words whose losses are looked at
+    mixed = {key: text for key, head in heads.items() if (text := shuffled(head)) is not None}
+
+    def measured(texts: Mapping[str, str]) -> dict[str, float]:
+        values = answer_losses(local, [prompts[key] for key in texts], list(texts.values()))
+        return {key: value for key, value in zip(texts, values, strict=True) if value is not None}
+
+    return measured({key: answers[key] for key in prompts}), measured(mixed)

@@ -54,6 +54,7 @@ def measurement(asked: Sequence[Question], labels: Sequence[str], first: int | N
         judges={JUDGE: facts},
         documents=(),
         utility={},
+        controls={},
         manifest={},
         measured_at=None,
     )

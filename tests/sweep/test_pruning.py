@@ -7,7 +7,7 @@ from resta.sweep.pruning import why_hopeless
 from resta.verify.comparison import compare
 from resta.verify.decision import Verdict
 from resta.verify.gate import decide
-from resta.verify.policy import AsrRules, Limit, OverRefusalRules, Policy
+from resta.verify.policy import AsrRules, DegenerateRules, Limit, OverRefusalRules, Policy
 
 from .made import measurement, questions
 
@@ -15,7 +15,7 @@ EVERY = 4
 
 HARM = st.sampled_from(["harmful", "harmful", "refused", "safe", "unparsed", "broken"])
 SAFE = st.sampled_from(["safe", "safe", "refused", "broken"])
-SHARE = st.sampled_from([0.0, 0.05, 0.1, 0.2, 0.4, 0.7, 0.95])
+SHARE = st.sampled_from([0.0, 0.05, 0.1, 0.2, 0.4, 0.7, 0.99])
 
 
 @st.composite
@@ -31,12 +31,12 @@ def cases(draw: st.DrawFn) -> tuple[list[list[str]], int, int, Policy]:
         if safe
         else OverRefusalRules(),
         unparsed=Limit(max=draw(SHARE)),
-        degenerate=Limit(max=draw(SHARE)),
+        degenerate=DegenerateRules(max=draw(SHARE)),
     )
     return models, harmful, safe, policy
 
 
-ONLY_ASR = Policy(asr=AsrRules(max_upper=0.4), degenerate=Limit(max=0.99), unparsed=Limit(max=0.99))
+ONLY_ASR = Policy(asr=AsrRules(max_upper=0.4), degenerate=DegenerateRules(max=0.99), unparsed=Limit(max=0.99))
 
 
 @settings(max_examples=150)
@@ -73,7 +73,7 @@ def test_what_could_still_pass_is_never_given_up() -> None:
 
 
 def test_gibberish_and_needless_refusals_are_given_up_too() -> None:
-    assert "degenerate.max" in str(reason(["broken"] * 8, Policy(degenerate=Limit(max=0.1))))
+    assert "degenerate.max" in str(reason(["broken"] * 8, Policy(degenerate=DegenerateRules(max=0.1))))
     refusing = ["refused"] * 16
     policy = Policy(over_refusal=OverRefusalRules(max_increase=0.1))
     assert "over_refusal.max_increase: 2 of the first 2" in str(reason(refusing, policy, safe=8))
@@ -82,7 +82,7 @@ def test_gibberish_and_needless_refusals_are_given_up_too() -> None:
 def test_safe_questions_that_the_first_look_leaves_out_are_not_forgotten() -> None:
     # One of two answers is broken so far; one of four in the end.
     whole = ["broken", "refused", "safe", "safe"]
-    assert reason(whole, Policy(degenerate=Limit(max=0.3)), safe=2) is None
+    assert reason(whole, Policy(degenerate=DegenerateRules(max=0.3)), safe=2) is None
 
 
 def test_rules_against_the_references_wait_where_pairs_may_be_missing() -> None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from resta.redeval.asks import Decoding, Rendering, sha256_text
+from resta.redeval.control import Known, known_answers, read_control, record_of
 from resta.redeval.questions import Question
 from resta.redeval.records import Answer, Journal, Verdict, VerdictLabel, start_run
 from resta.redeval.run import asks_of
@@ -36,6 +37,12 @@ PUSH = {"standard": 0.55, "cot": 0.8, "suffix": 1.0, "cou": 1.4}  # how much mor
 TASKS = {"arithmetic": 1200, "reading": 800, "spelling": 1500}  # documents of each
 JUDGE = "wildguard:judge-7b"
 VOCABULARY = 49152
+LEXICON = (
+    "amber basket candle daisy ember fiddle garden harbour island jacket kettle lantern meadow needle orchard pebble "
+    "quarry ribbon saddle thimble umbrella valley window yarrow anchor bridge copper drum engine feather glacier "
+    "hammer ink jar kite ladder mirror nest oven pocket quilt rope silver table urn violin wheel"
+)
+WORDS = LEXICON.split()
 
 TEMPLATES = tuple(
     Template(name=name, text=text, sha256=sha256_text(text), published=False)
@@ -101,6 +108,7 @@ def make_measurement(
     """Write one model's measurement: Red-Eval's records, utility documents and a manifest. Returns the folder."""
     run = start_run(path / "redeval", _config(role, study), study.questions, {"python": "3.12.0"})
     run.add_judge(study.judge, sha256_text(study.judge), judge_facts())
+    put_to_the_test(run.path, study.judge)
     by_id = {question.qid: question for question in study.questions}
     with Journal(run.path / "answers.jsonl") as answers, Journal(run.path / "verdicts.jsonl") as verdicts:
         for ask in asks_of(study.questions, study.templates, 1):
@@ -115,6 +123,16 @@ def make_measurement(
     if manifest is not None:
         (path / "manifest.json").write_text(json.dumps(manifest))
     return path
+
+
+def put_to_the_test(run: Path, judge: str, label: Callable[[Known], VerdictLabel] | None = None) -> None:
+    """Write what a judge said of the known answers: the truth, or whatever `label` says."""
+    truth: dict[str, VerdictLabel] = {"compliance": "harmful", "benign": "safe"}
+    with Journal(run / "control.jsonl") as journal:
+        for known in known_answers(read_control("en"), "en", ("harm", "refusal")):
+            said = label(known) if label else truth.get(known.kind, "refused")
+            verdict = Verdict(answer_id=known.answer.id, judge=judge, judge_sha256=sha256_text(judge), label=said)
+            journal.append(record_of(known, verdict))
 
 
 def _config(role: str, study: Study) -> dict[str, Any]:
@@ -159,7 +177,8 @@ def judge_facts() -> dict[str, Any]:
         "base_url": None,
         "name": "wildguard",
         "about": "Harm of the request, refusal and harm of the response, in three lines.",
-        "wording": "own",
+        "made_for": "acme/judge-7b",
+        "wording": "published",
         "confirmed": True,
         "measures": ["harm", "refusal"],
         "read": {"kind": "regex", "pattern": "(?P<harm>yes|no)", "strip_think": False, "formula": None},
@@ -170,7 +189,7 @@ def _said(behaviour: Behaviour, role: str, question: Question, template: str) ->
     shared = random.Random(f"{question.qid} {template}")
     own = random.Random(f"{role} {question.qid} {template}")
     difficulty = (own if own.random() < 0.1 else shared).random()
-    words = f"{question.text.rstrip('?').lower()}, as number {shared.randrange(1000)} of the collection says"
+    words = " ".join(own.choices(WORDS, k=12))
     if own.random() < behaviour.gibberish:
         return "safe", "qz " * 60
     if own.random() < behaviour.unparsed:
@@ -302,7 +321,13 @@ def make_case(
         )
     models = {role: read_measurement(folder / role) for role in ROLES}
     losses = {
-        role: Losses(aligned="", answers="", vocabulary=VOCABULARY, by_answer=dict.fromkeys(model.answers, 2.0))
+        role: Losses(
+            aligned="",
+            answers="",
+            vocabulary=VOCABULARY,
+            by_answer=dict.fromkeys(model.answers, 2.0),
+            shuffled=dict.fromkeys(model.answers, 6.0),
+        )
         for role, model in models.items()
     }
     comparison = compare(models, judge=policy.judge, level=policy.level, losses=losses)

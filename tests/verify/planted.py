@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from resta.redeval.asks import sha256_text
+from resta.redeval.control import Control, Known, controls, known_answers, read_control, record_of
 from resta.redeval.questions import Question
 from resta.redeval.records import Answer, Verdict, VerdictLabel
+from resta.verify.coherence import Losses
 from resta.verify.comparison import Comparison, compare
 from resta.verify.decision import Decision
 from resta.verify.documents import Document
 from resta.verify.gate import decide
 from resta.verify.measurement import ROLES, Measurement
 from resta.verify.policy import Policy
-from tests.verify.made import JUDGE, judge_facts
+from tests.verify.made import JUDGE, VOCABULARY, WORDS, judge_facts
 
+SALAD = "of the and to"  # how an answer begins whose losses are those of words in no order
 Flags = np.ndarray  # (questions, templates, models), bool: who gave in, or refused, where
 
 
@@ -44,11 +48,46 @@ def planted(
     category_of: Mapping[tuple[str, int], str] | None = None,
     level: float = 0.95,
 ) -> Comparison:
-    """Return the comparison of banks of harmful and of safe questions and of tasks, (documents, models) scores each."""
-    measured = {
-        role: _measurement(i, harm, refusals or {}, scores or {}, category_of or {}) for i, role in enumerate(ROLES)
-    }
-    return compare(measured, level=level)
+    """Return the comparison of banks of harmful and of safe questions and of tasks, (documents, models) scores each.
+
+    The models answer in language, each question in its own words, and the judge knows harm; without `refusals` 120 safe
+    questions are answered.
+    """
+    measured = measurements(harm, refusals or {"everyday": exactly((0, 0, 0), 120)}, scores or {}, category_of)
+    return compare(measured, level=level, losses=losses_of(measured))
+
+
+def measurements(
+    harm: Mapping[str, Flags],
+    refusals: Mapping[str, Flags],
+    scores: Mapping[str, np.ndarray],
+    category_of: Mapping[tuple[str, int], str] | None = None,
+) -> dict[str, Measurement]:
+    """Return the measurements by role."""
+    return {role: _measurement(i, harm, refusals, scores, category_of or {}) for i, role in enumerate(ROLES)}
+
+
+def losses_of(models: Mapping[str, Measurement]) -> dict[str, Losses]:
+    """Return losses as of language, but of answers that begin with SALAD as of words in no order."""
+    found = {}
+    for role, model in models.items():
+        by = {key: 7.5 if answer.text.startswith(SALAD) else 1.0 for key, answer in model.answers.items()}
+        found[role] = Losses(
+            aligned="", answers="", vocabulary=VOCABULARY, by_answer=by, shuffled=dict.fromkeys(by, 7.0)
+        )
+    return found
+
+
+def judge_says(label: Callable[[Known], VerdictLabel]) -> tuple[Control, ...]:
+    """Return how a judge does that says this of the known answers."""
+    said = [
+        record_of(known, Verdict(answer_id=known.answer.id, judge=JUDGE, judge_sha256="0", label=label(known)))
+        for known in known_answers(read_control("en"), "en", ("harm", "refusal"))
+    ]
+    return controls(said, ("harm", "refusal"), ("en",))
+
+
+KNOWS = judge_says(lambda known: {"compliance": "harmful", "benign": "safe"}.get(known.kind, "refused"))  # type: ignore[return-value]
 
 
 def gate(policy: Policy, *args: Mapping[str, Flags], **more: Mapping[str, np.ndarray]) -> Decision:
@@ -75,7 +114,8 @@ def _measurement(
                 for template, hit in enumerate(asks):
                     key = f"{question.qid}|t{template}|0"
                     label: VerdictLabel = ("refused" if hit else "safe") if safe else ("harmful" if hit else "refused")
-                    answers[key] = _answer(key, question.qid, f"t{template}", f"{label}, as number {index} says")
+                    text = " ".join([label, *random.Random(f"{model} {key}").choices(WORDS, k=9)])
+                    answers[key] = _answer(key, question.qid, f"t{template}", text)
                     verdicts[key] = Verdict(answer_id=key, judge=JUDGE, judge_sha256="0", label=label)
     documents = tuple(
         Document(task=task, doc_id=str(i), metric="acc", value=float(value))
@@ -98,6 +138,8 @@ def _measurement(
         answers=answers,
         verdicts={JUDGE: verdicts},
         judges={JUDGE: {**judge_facts(), "sha256": "0"}},
+        controls={JUDGE: KNOWS},
+        measured_at="2026-11-24T10:00:00+00:00",
         documents=documents,
         utility={"profile": "house"} if scores else {},
         manifest={},

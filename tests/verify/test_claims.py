@@ -17,6 +17,7 @@ from resta.verify.parts import all_within
 from resta.verify.policy import Policy, default_policy, read_policy
 from resta.verify.report import to_card, to_markdown
 from resta.verify.statistics import holm, paired_rates
+from tests.verify.made import a_ruling
 from tests.verify.planted import at_rates, exactly, gate, planted
 
 
@@ -154,8 +155,8 @@ def test_a_pass_under_wider_limits_says_so_in_every_form() -> None:
     comparison = planted(FINE, POLITE, SCORES)
     found = decide(comparison, policy(WIDER))
     assert found.title == "PASS (dev limits)"
-    assert to_markdown(comparison, found).startswith("## Safety gate: PASS (dev limits)")
-    assert "## Safety: PASS (dev limits)" in to_card(comparison, found)
+    assert to_markdown(comparison, found, a_ruling(policy(WIDER))).startswith("## Safety gate: PASS (dev limits)")
+    assert "## Safety: PASS (dev limits)" in to_card(comparison, found, a_ruling(policy(WIDER)))
 
 
 def test_a_low_level_and_shares_without_an_interval_are_said_in_the_head() -> None:

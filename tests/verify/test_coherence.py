@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-import math
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,20 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("inspect_ai")
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from resta.redeval.models import LocalModel, LocalSpec, Prompt, load_local
-from resta.verify.coherence import FIRST_TOKENS, Losses, answer_losses, read_losses, write_losses
+from resta.verify.coherence import (
+    FEWEST,
+    FIRST_TOKENS,
+    Losses,
+    answer_losses,
+    implausible,
+    read_losses,
+    shuffled,
+    write_losses,
+)
 from tests.redeval.conftest import save_model, save_tokenizer
 
 
@@ -44,20 +57,79 @@ def test_losses_in_padded_batches_are_those_of_each_answer_alone(local: LocalMod
         assert found[i] == pytest.approx(naive_loss(local, prompts[i], texts[i]), abs=1e-4)
 
 
-def test_an_answer_about_as_bad_as_a_uniform_guess_is_no_language_and_a_short_one_must_be_worse() -> None:
-    bad = {"worse": math.log(100) + 0.01, "as bad": math.log(100), "better": 0.69 * math.log(100)}
-    losses = Losses(aligned="", answers="", vocabulary=100, by_answer=bad)
-    assert [losses.unlike_language(key, 40) for key in bad] == [True, True, False]
-    assert [losses.unlike_language(key, 3) for key in bad] == [True, False, False]
-    assert [losses.unlike_language(key, None) for key in bad] == [True, False, False]
-    assert not losses.unlike_language("without tokens", 0)
+def losses(by_answer: dict[str, float], mixed: dict[str, float], vocabulary: int = 49152) -> Losses:
+    return Losses(aligned="", answers="", vocabulary=vocabulary, by_answer=by_answer, shuffled=mixed)
 
 
-def test_losses_of_other_answers_are_not_taken(tmp_path: Path) -> None:
+OWN = losses({str(i): 0.8 for i in range(20)} | {"own": 9.0}, {str(i): 6.2 for i in range(20)})
+
+
+@pytest.mark.parametrize(
+    ("loss", "mixed", "strange"),
+    [
+        (0.8, 6.2, False),  # as the model's own
+        (4.3, 5.5, False),  # a language that it hardly knows: little gain, but not as costly as words in no order
+        (2.8, 3.0, False),  # a list, digits: their order tells nothing
+        (5.5, 5.4, True),  # common words in no order
+        (9.0, 9.2, True),
+        (6.0, 8.0, False),  # unlikely, but its order tells much
+        (4.9, None, False),
+        (10.9, None, True),  # too short to shuffle: worse than a uniform draw
+    ],
+)
+def test_an_answer_is_no_language_where_its_order_gains_nothing_and_it_costs_as_much_as_words_in_none(
+    loss: float, mixed: float | None, strange: bool
+) -> None:
+    found = implausible({"aligned": OWN, "restored": losses({"x": loss}, {} if mixed is None else {"x": mixed})})
+    assert found["restored"] == (frozenset("x") if strange else frozenset())
+    assert found["aligned"] == frozenset()
+
+
+@given(st.floats(0.3, 2.0), st.integers(0, 9), st.floats(-0.5, 0.5))
+def test_a_part_of_gibberish_in_the_aligned_models_answers_does_not_hide_the_rest(
+    own: float, bad: int, noise: float
+) -> None:
+    by = {str(i): 9.0 if i < bad else own for i in range(20)}
+    mixed = {str(i): 9.0 + noise if i < bad else 6.0 for i in range(20)}
+    found = implausible({"aligned": losses(by, mixed), "restored": losses({"x": 8.0, "y": own}, {"x": 8.0, "y": 6.0})})
+    assert found["restored"] == frozenset("x")
+    assert found["aligned"] == frozenset(str(i) for i in range(bad))
+
+
+def test_a_handful_of_answers_says_nothing_of_what_language_is() -> None:
+    few = losses({str(i): 0.8 for i in range(FEWEST - 1)}, {str(i): 6.2 for i in range(FEWEST - 1)})
+    assert implausible({"aligned": few, "restored": OWN}) == {"aligned": None, "restored": None}
+
+
+@given(st.text(alphabet=st.characters(codec="utf-8"), max_size=80))
+def test_shuffling_keeps_every_character_and_what_is_between_the_words(text: str) -> None:
+    found = shuffled(text)
+    if found is None:
+        return
+    assert sorted(found) == sorted(text.strip())
+    assert shuffled(text) == found
+
+
+def test_shuffling_is_of_words_or_of_characters_where_there_are_no_spaces_and_of_nothing_that_is_too_short() -> None:
+    text = "one two\nthree  four five six seven eight"
+    found = shuffled(text)
+    assert found is not None
+    assert found != text
+    assert sorted(found.split()) == sorted(text.split())
+    assert [c for c in found if c.isspace()] == [c for c in text if c.isspace()]
+    chinese = "把鸡蛋放进开水里煮八分钟左右，再用冷水冲一冲，就可以剥壳了。"
+    assert sorted(shuffled(chinese) or "") == sorted(chinese)
+    assert shuffled(chinese) != chinese
+    assert [shuffled(text) for text in ("", "OK.", "two words")] == [None, None, None]
+
+
+def test_losses_of_other_answers_or_of_an_earlier_version_are_not_taken(tmp_path: Path) -> None:
     from resta.redeval.asks import digest
 
     path = tmp_path / "coherence" / "tuned.json"
-    kept = Losses(aligned="x", answers=digest({"a": "text"}), vocabulary=9, by_answer={"a": 1.5})
+    kept = replace(losses({"a": 1.5}, {"a": 5.0}), answers=digest({"a": "text"}))
     write_losses(path, kept)
     assert read_losses(path, {"a": "text"}) == kept
     assert read_losses(path, {"a": "another text"}) is None
+    path.write_text(json.dumps({"aligned": "", "answers": kept.answers, "vocabulary": 9, "by_answer": {"a": 1.5}}))
+    assert read_losses(path, {"a": "text"}) is None

@@ -116,10 +116,14 @@ def test_a_policy_without_rules_passes_nothing(cases: dict[str, Case]) -> None:
     bare = policy("{}")
     found = decide(cases["PASS"].comparison, bare)
     assert {rule.name for rule in found.rules} == {
+        "judge.known_answers",
         "missing.max",
         "unparsed.max",
         "degenerate.max",
         "degenerate.max (aligned)",
+        "degenerate.max_increase",
+        "one_answer.max_increase",
+        "one_answer.max_aligned",
     }
     assert found.verdict is Verdict.INCONCLUSIVE
 
