@@ -10,10 +10,11 @@ import errno
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from resta.errors import ChangedError, CheckpointError, RestaError
 from resta.files import OpenFiles, open_regular, read_regular
@@ -24,6 +25,8 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_JSON_BYTES = 100_000_000
 MAX_NAME_BYTES = 255  # of a file name, on every file system that models lie on
+PROBE_BYTES = 1 << 12  # of each tensor, before two models are read whole to see whether they are one
+ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")  # how the Hub's cache calls the files that the Hub keeps in LFS
@@ -99,6 +102,12 @@ class Weights:
     tokenizer_folders: tuple[Path, ...]
     is_adapter: bool = False
     is_untied: bool = False
+
+    @cached_property
+    def expert_layout(self) -> Literal["one by one", "fused"] | None:
+        """How the experts of its layers are stored; None without any."""
+        names = (name for name in self.tensors if ".experts." in name)
+        return next(("one by one" if ONE_EXPERT.search(name) else "fused" for name in names), None)
 
 
 def read_weights(located: Located, *, strip_prefix: str | None = None) -> Weights:
@@ -245,6 +254,30 @@ def _open_input(path: Path) -> int:
         raise ChangedError(f"{path}: is gone since the merge was planned") from error
     except OSError as error:
         raise RestaError(f"{path}: cannot be opened: {error.strerror}") from error
+
+
+def same_content(pairs: Sequence[tuple[Operand, Operand]], reader: Reader) -> bool:
+    """Whether both tensors of every pair are the same by their bytes; where models differ, a few blocks mostly tell.
+
+    False where only arithmetic could tell: of an adapter, or where dtypes or shapes differ.
+    """
+    for mine, theirs in pairs:
+        if mine.low_rank or theirs.low_rank or (mine.dtype, mine.shape) != (theirs.dtype, theirs.shape):
+            return False
+    probed = all(same_bytes(mine.stored, theirs.stored, reader, most=PROBE_BYTES) for mine, theirs in pairs)
+    return probed and all(same_bytes(mine.stored, theirs.stored, reader) for mine, theirs in pairs)
+
+
+def same_bytes(mine: Stored, theirs: Stored, reader: Reader, *, most: int | None = None) -> bool:
+    """Whether two stored tensors of one size begin with the same bytes, `most` of them or all."""
+    nbytes, block = mine.spec.nbytes if most is None else min(most, mine.spec.nbytes), 1 << 20
+    for offset in range(0, nbytes, block):
+        parts = [bytearray(min(block, nbytes - offset)) for _ in range(2)]
+        for stored, part in zip((mine, theirs), parts, strict=True):
+            reader.read(stored, offset, memoryview(part))
+        if parts[0] != parts[1]:
+            return False
+    return True
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -9,9 +9,15 @@ A parameter, an element of a floating-point tensor of the result, is for one ter
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 EXAMPLES = 3  # tensors that are named for each reason
+
+
+def readable_share(share: float) -> str:
+    """Return a share in percent, cut and not rounded, so that nothing short of all reads as 100 %."""
+    return f"{math.floor(share * 10_000) / 100:.2f} %"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,17 +9,19 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from resta.adapter import is_adapter, read_adapter
-from resta.checkpoint import LowRank, Operand, Reader, Stored, Weights, read_weights
-from resta.coverage import Coverage, Ledger
+from resta.checkpoint import LowRank, Operand, Reader, Stored, Weights, read_weights, same_bytes, same_content
+from resta.coverage import Coverage, Ledger, readable_share
 from resta.errors import PlanError
 from resta.header import FLOAT_DTYPES, Spec, count_bytes, lay_out
 from resta.hub import locate
+from resta.naming import extra_advice, missing_advice
 from resta.printable import printable
 from resta.recipe import Recipe, Rule
 from resta.sidefiles import SideFile, plan_side_files, tokenizer_conflict
@@ -215,6 +217,9 @@ def make_plan(recipe: Recipe) -> Plan:
         problems.add("rounding", "stochastic rounding needs bfloat16 or float16 output; there is none")
     problems.raise_if_any()
     coverage = tuple(ledger.close() for ledger in ledgers)
+    _check_coverage(recipe, coverage, problems)
+    _check_zero(recipe, weights, drafts, coverage, problems)
+    problems.raise_if_any()
     heads, steps = _place(drafts, recipe.output.shard_size)
     donor = weights[recipe.files_from]
     dtypes = [(step.slot.spec.dtype, step.slot.spec.nbytes) for step in steps]
@@ -316,8 +321,10 @@ def _draft_steps(
 ) -> Iterator[Step]:
     files = {path: identity for model in weights.values() for path, identity in model.files.items()}
     with Reader(files) as reader:
-        for name, start in weights[recipe.start].tensors.items():
-            yield _draft_step(recipe, name, start, _Draft(weights, matcher(name), problems, reader, ledgers))
+        start = weights[recipe.start]
+        for name, operand in start.tensors.items():
+            draft = _Draft(weights, start, matcher(name), problems, reader, ledgers)
+            yield _draft_step(recipe, name, operand, draft)
 
 
 @dataclass
@@ -325,6 +332,7 @@ class _Draft:
     """What deciding one tensor needs to look at."""
 
     weights: Mapping[str, Weights]
+    start: Weights
     rule: Rule | None
     problems: _Problems
     reader: Reader
@@ -449,30 +457,10 @@ def _find(name: str, model: str, draft: _Draft) -> Operand | None:
     if not (rule and rule.missing):
         draft.problems.add(
             f"{model} lacks tensors of the start",
-            _missing_advice(name, draft.weights[model]),
+            missing_advice(name, draft.start, draft.weights[model]),
             name,
         )
     return None
-
-
-def _missing_advice(name: str, weights: Weights) -> str:
-    for prefix in _prefixes(next(iter(weights.tensors), "")):
-        if prefix + name in weights.tensors:
-            return f"Its names begin with {prefix!r}; say strip_prefix: {prefix!r} for that model"
-    for prefix in _prefixes(name):
-        if name.removeprefix(prefix) in weights.tensors:
-            return f"The start's names begin with {prefix!r}; say strip_prefix: {prefix!r} for the start"
-    if weights.config.get("tie_word_embeddings"):
-        return (
-            "If its output layer is tied to its embeddings, add a rule with match and "
-            "stand_in: model.embed_tokens.weight; to leave the terms out there, missing: skip"
-        )
-    return "To leave the terms out there, add a rule with match and missing: skip"
-
-
-def _prefixes(name: str) -> list[str]:
-    """What a name may have in front: "a.b.c" -> ["a.", "a.b."]."""
-    return [name[: index + 1] for index, letter in enumerate(name) if letter == "."]
 
 
 def _fits(name: str, start: Operand, end: _End, draft: _Draft) -> bool:
@@ -501,15 +489,8 @@ def _fits(name: str, start: Operand, end: _End, draft: _Draft) -> bool:
 
 def _check_equal(name: str, start: Operand, end: _End, draft: _Draft) -> None:
     model, operand = end
-    same = operand.dtype == start.dtype and operand.shape == start.shape
-    nbytes, block = start.stored.spec.nbytes, 1 << 20
-    for offset in range(0, nbytes if same else 0, block):
-        size = min(block, nbytes - offset)
-        mine, theirs = bytearray(size), bytearray(size)
-        draft.reader.read(start.stored, offset, memoryview(mine))
-        draft.reader.read(operand.stored, offset, memoryview(theirs))
-        same = same and mine == theirs
-    if not same:
+    alike = operand.dtype == start.dtype and operand.shape == start.shape
+    if not (alike and same_bytes(start.stored, operand.stored, draft.reader)):
         draft.problems.add(
             f"{model} differs from the start in {start.dtype} tensors, which cannot be interpolated",
             "To copy the start's tensor, add a rule with match and keep: true",
@@ -517,15 +498,56 @@ def _check_equal(name: str, start: Operand, end: _End, draft: _Draft) -> None:
         )
 
 
+def _check_coverage(recipe: Recipe, coverage: tuple[Coverage, ...], problems: _Problems) -> None:
+    for term, reached in zip(recipe.terms, coverage, strict=True):
+        if reached.share < recipe.min_coverage:
+            share = math.floor(reached.share * 100) / 100
+            problems.add(
+                f"{term.label} ({term.delta}) would reach {readable_share(reached.share)} of {reached.parameters:,} "
+                f"parameters, less than {readable_share(recipe.min_coverage)}",
+                f"the rest would stay as it is. Left out: {'; '.join(map(str, reached.left_out))}. Mend the rules or "
+                f"the models; or if it is meant, say min_coverage: {share:g} in the recipe (--min-coverage {share:g})",
+            )
+
+
+def _check_zero(
+    recipe: Recipe,
+    weights: Mapping[str, Weights],
+    drafts: list[Step],
+    coverage: tuple[Coverage, ...],
+    problems: _Problems,
+) -> None:
+    """A term that changes nothing restores nothing; what only the arithmetic can show, the merge finds at its end."""
+    files = {path: identity for model in weights.values() for path, identity in model.files.items()}
+    with Reader(files) as reader:
+        for index, (term, reached) in enumerate(zip(recipe.terms, coverage, strict=True)):
+            pairs = [
+                (step.operands[part.to], step.operands[part.frm])
+                for step in drafts
+                for part in step.terms
+                if part.term == index
+            ]
+            to, frm = term.ends
+            if term.scale != 0 and not pairs:
+                why = "; ".join(map(str, reached.left_out)) or f"{to} and {frm} are the same in every tensor"
+                problems.add(f"{term.label} ({term.delta})", f"changes nothing: {why}")
+            elif term.scale != 0 and same_content(pairs, reader):
+                problems.add(
+                    f"{term.label} ({term.delta})",
+                    f"changes nothing: {to} ({weights[to].located.source}) and {frm} ({weights[frm].located.source}) "
+                    "hold the same bytes in every tensor; one is a copy of the other. Name two models that differ",
+                )
+
+
 def _check_extras(recipe: Recipe, weights: Mapping[str, Weights], matcher: _Matcher, problems: _Problems) -> None:
-    start = weights[recipe.start].tensors
+    start = weights[recipe.start]
     for model in dict.fromkeys(end for term in recipe.terms for end in term.ends):
-        for name in (name for name in weights[model].tensors if name not in start):
+        for name in (name for name in weights[model].tensors if name not in start.tensors):
             rule = matcher(name)
             if not (rule and rule.extra):
                 problems.add(
                     f"{model} has tensors that the start {recipe.start!r} lacks",
-                    "If they may be left out of the result, add a rule with match and extra: ignore",
+                    extra_advice(name, start, weights[model]),
                     name,
                 )
 

@@ -51,6 +51,7 @@ def merged(folder: Path, *, digests: bool) -> tuple[Path, dict[str, str]]:
             "terms": TERMS,
             "output": {"shard_size": 60_000},
             "rules": [{"match": KEPT, "keep": True}],
+            "min_coverage": 0.9,
         }
     )
     return engine.merge(recipe, folder / "out", digests=digests).out, models

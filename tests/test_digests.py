@@ -80,7 +80,8 @@ def test_adapters_and_rows_that_are_not_read_are_hashed_whole(tmp_path: Path) ->
     models = lora_models(tmp_path)
     places = {name: model["source"] if isinstance(model, dict) else model for name, model in models.items()}
     rules = [{"match": "*mlp*", "keep": True}]
-    recipe = Recipe.model_validate({"models": models, "start": "tuned", "terms": RESTA, "rules": rules})
+    plain = {"models": models, "start": "tuned", "terms": RESTA, "rules": rules, "min_coverage": 0.8}
+    recipe = Recipe.model_validate(plain)
     assert_recorded(engine.merge(recipe, tmp_path / "out", digests=True).out, places)
 
 

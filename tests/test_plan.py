@@ -53,8 +53,9 @@ class Bench:
         return self
 
     def recipe(self, *rules: dict[str, Any], **more: Any) -> Recipe:
+        """What rules leave out is not held against the recipe here."""
         plain = {"models": self.models, "start": "tuned", "terms": [{"delta": "aligned - base", "scale": 0.5}]}
-        return make_recipe(plain | {"rules": rules} | more)
+        return make_recipe(plain | {"rules": rules, "min_coverage": 0} | more)
 
     def plan(self, *rules: dict[str, Any], **more: Any) -> Plan:
         return make_plan(self.recipe(*rules, **more))
@@ -399,6 +400,135 @@ def test_a_term_between_two_names_of_the_same_files_is_refused(bench: Bench) -> 
     bench.models["aligned"]["source"] = bench.models["base"]["source"]
     assert "aligned - base: both are the same files, so that the term is zero" in bench.refusal()
     assert bench.plan(terms=[{"delta": "aligned - base", "scale": 0}]).steps
+
+
+# ---- terms that change nothing, and terms that reach too little
+
+
+def test_a_copy_of_the_base_under_another_name_is_no_aligned_model(bench: Bench) -> None:
+    bench.trio(aligned=BASE)
+    message = bench.refusal()
+    assert "term (aligned - base): changes nothing: aligned (" in message
+    assert "hold the same bytes in every tensor" in message
+    assert "term (aligned - base): changes nothing" in bench.refusal(**RESTA_D)
+    assert bench.plan(terms=[{"delta": "aligned - base", "scale": 0}]).steps
+
+
+def test_a_copy_cut_into_other_shards_is_still_a_copy(bench: Bench) -> None:
+    bench.trio()
+    copy = save_model(bench.folder / "copy", dict(reversed(BASE.items())), shards=3)
+    bench.models["aligned"]["source"] = str(copy)
+    assert "hold the same bytes in every tensor" in bench.refusal()
+
+
+def test_models_that_differ_in_their_last_byte_alone_are_not_the_same(bench: Bench) -> None:
+    large = {"w": torch.zeros(3_000_001)}
+    other = {"w": large["w"].clone()}
+    other["w"][-1] = 1
+    bench.trio(base=large, aligned=other, tuned=large)
+    assert bench.plan().steps
+    bench.models["aligned"]["source"] = str(save_model(bench.folder / "same", large))
+    assert "hold the same bytes in every tensor" in bench.refusal()
+
+
+@pytest.mark.parametrize(
+    ("rule", "reason"),
+    [
+        ({"match": "*", "keep": True}, "rules keep the tensors of the start"),
+        ({"match": "*", "scale_by": 0}, "rules scale it by 0"),
+        ({"match": "*", "missing": "skip", "extra": "ignore"}, "its models lack the tensors, and rules skip it there"),
+    ],
+)
+def test_a_term_that_rules_leave_out_everywhere_is_refused_whatever_coverage_is_allowed(
+    bench: Bench, rule: dict[str, Any], reason: str
+) -> None:
+    bench.trio()
+    if "missing" in rule:
+        for name in ("base", "aligned"):
+            bench.models[name]["source"] = str(save_model(bench.folder / f"{name}_", prefixed(BASE, "model.")))
+    assert f"term (aligned - base): changes nothing: {reason} (86,336 parameters: " in bench.refusal(rule)
+
+
+def test_scaling_a_named_term_by_nothing_is_refused_though_another_moves_the_weights(bench: Bench) -> None:
+    terms = [RESTA_D["terms"][0], RESTA_D["terms"][1] | {"name": "safety"}]
+    rule = {"match": "*", "scale_by": {"safety": 0}}
+    assert "term safety (aligned - base): changes nothing" in bench.trio().refusal(rule, start="base", terms=terms)
+
+
+COUNT = sum(value.numel() for value in BASE.values())
+
+
+def test_coverage_is_counted_in_parameters_and_refused_below_95_percent(bench: Bench) -> None:
+    bench.trio()
+    norms = {"match": "*norm*", "keep": True}
+    assert bench.plan(norms, min_coverage=0.95).coverage[0].not_covered == 5 * 64  # 5 of 20 tensors, 0.4 %
+    message = bench.refusal(norms, {"match": HEAD, "scale_by": 0}, min_coverage=0.95)
+    share = 1 - (5 * 64 + 6144) / COUNT
+    assert f"would reach {100 * share:.2f} % of {COUNT:,} parameters, less than 95.00 %: " in message
+    assert "rules scale it by 0 (6,144 parameters: lm_head.weight)" in message
+    assert "rules keep the tensors of the start (320 parameters: " in message
+    assert "min_coverage: 0.92" in message
+    assert bench.plan(norms, {"match": HEAD, "scale_by": 0}, min_coverage=0.92).steps
+
+
+def test_every_term_is_held_to_the_coverage_by_itself(bench: Bench) -> None:
+    bench.trio(aligned=without(ALIGNED, HEAD))
+    message = bench.refusal({"match": HEAD, "missing": "skip"}, min_coverage=0.95, **RESTA_D)
+    assert "term (aligned - base) would reach 92.88 %" in message
+    assert "tuned - base" not in message
+
+
+def test_rows_that_only_the_start_has_are_not_covered(bench: Bench) -> None:
+    plan = bench.trio(tuned=taller(TUNED, 5)).plan(SHARED)
+    assert plan.coverage[0].parameters == COUNT + 2 * 5 * 64
+    assert plan.coverage[0].covered == COUNT
+    assert plan.coverage[0].left_out[0].reason == "only the start has those rows"
+
+
+def test_integers_are_no_parameters_and_a_term_of_scale_zero_selects_none(bench: Bench) -> None:
+    ids = {"ids": torch.arange(1000)}
+    bench.trio(base=BASE | ids, aligned=ALIGNED | ids, tuned=TUNED | ids)
+    plan = bench.plan(terms=[{"delta": "aligned - base", "scale": 0}], min_coverage=1)
+    assert (plan.coverage[0].parameters, plan.coverage[0].not_selected) == (COUNT, COUNT)
+    assert bench.plan(min_coverage=1).coverage[0].covered == COUNT
+
+
+def experts(count: int, *, fused: bool) -> Tensors:
+    """One layer with experts, in a tensor each or in one for all."""
+    stem = "model.layers.0.mlp.experts."
+    parts = {f"{stem}{expert}.down_proj.weight": torch.full((4, 4), float(expert)) for expert in range(count)}
+    return {f"{stem}down_proj": torch.stack(list(parts.values()))} if fused else parts
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_experts_in_two_layouts_are_refused_without_advice_that_loses_them(bench: Bench, fused: bool) -> None:
+    mine, theirs = experts(4, fused=fused), experts(4, fused=not fused)
+    bench.trio(tuned=TUNED | mine, base=BASE | theirs, aligned=ALIGNED | theirs)
+    message = bench.refusal()
+    layouts = ("one by one", "fused") if fused else ("fused", "one by one")
+    assert f"Its experts are stored {layouts[0]}, those of the start {layouts[1]}" in message
+    assert "load and save each with the same version of transformers" in message
+    assert "missing: skip" not in message
+    assert "extra: ignore" not in message
+
+
+def test_experts_that_rules_leave_out_are_counted_and_refused(bench: Bench) -> None:
+    """Whoever leaves them out all the same is told by how much the restoration falls short."""
+    large = {name: value.repeat(100, 1) for name, value in experts(8, fused=False).items()}
+    bench.trio(tuned=TUNED | large)
+    rule = {"match": "*.experts.*", "missing": "skip", "extra": "ignore"}
+    lost = sum(value.numel() for value in large.values())
+    share = 100 * COUNT / (COUNT + lost)
+    assert f"would reach {int(share * 100) / 100:.2f} % of" in bench.refusal(rule, min_coverage=0.95)
+
+
+@pytest.mark.parametrize("model", ["base", "tuned"])
+def test_names_with_a_prefix_are_never_advised_to_be_left_out(bench: Bench, model: str) -> None:
+    plain = {"base": BASE, "tuned": TUNED}
+    message = bench.trio(**{model: prefixed(plain[model], "module.")}).refusal()
+    assert "say strip_prefix: 'module.'" in message
+    assert "missing: skip" not in message
+    assert "extra: ignore" not in message
 
 
 # ---- the model that the config comes from

@@ -21,7 +21,7 @@ LAYERS = {
             "header hub recipe chat_templates",
             "checkpoint safety",
             "tied",
-            "adapter sidefiles digests",
+            "adapter sidefiles digests naming",
             "plan",
             "compute manifest output",
             "directory",

@@ -50,6 +50,7 @@ class Flags:
     dtype: str
     rounding: str
     shard_size: str
+    min_coverage: float | None = None
 
 
 def to_recipe(flags: Flags) -> Recipe:
@@ -87,6 +88,7 @@ def to_recipe(flags: Flags) -> Recipe:
             "start": start,
             "terms": terms,
             "seed": flags.seed,
+            **({} if flags.min_coverage is None else {"min_coverage": flags.min_coverage}),
             "output": {
                 "dtype": flags.dtype,
                 "rounding": flags.rounding,
@@ -175,6 +177,12 @@ def _absolute(source: str) -> str:
     default="nearest",
     show_default=True,
     help="To the dtype.",
+)
+@click.option(
+    "--min-coverage",
+    type=click.FloatRange(0, 1),
+    metavar="SHARE",
+    help="Least share of the parameters that each term must reach [default: 0.95].",
 )
 @click.option("--shard-size", default="5GB", show_default=True, help="Most tensor bytes per file.")
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), required=True, help="Directory to be made.")
