@@ -39,6 +39,9 @@ HARMLESS |= {
     "qalora_group_size",
     "peft_version",
 }
+MOST_STEPS = 1e7  # paths that the patterns for one module may have: a tenth of a second, and real ones have hundreds
+_REPETITION = re.compile(r"[*+?]|\{\d*,?\d*\}")
+_TOKEN = re.compile(rf"\\.|\[\^?\]?[^\]]*\]|\((?:\?:)?|{_REPETITION.pattern}|.", re.DOTALL)
 # Initialisations that leave the base weights as they were; PiSSA, OLoRA, CorDA and LoftQ change them.
 BASE_KEEPING = (True, False, None, "gaussian", "eva", "orthogonal")
 
@@ -105,6 +108,9 @@ def _check_config(config: Mapping[str, Any], folder: Path) -> None:
             f"{folder}: init_lora_weights is {initial!r}, which also changes the base weights; "
             "convert the adapter to plain LoRA with peft first"
         )
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+        raise AdapterError(f"{folder / CONFIG}: modules_to_save is {saved!r}; expected a list of names")
     unknown = sorted(key for key, value in config.items() if value and key not in APPLIED | HARMLESS)
     if unknown:
         raise AdapterError(
@@ -143,9 +149,14 @@ def _same_files(base: Weights, folder: Path) -> dict[Path, bool | None]:
     """
     manifest = folder / MANIFEST
     facts = read_json(manifest) if manifest.is_file() else {}
-    noted = facts.get("base", {}).get("files", {}) if facts.get("kind") == "sft" else {}
-    known = {path: noted.get(path.name, {}).get("sketch") for path in base.files}
+    noted = _mapping(_mapping(facts.get("base")).get("files")) if facts.get("kind") == "sft" else {}
+    known = {path: _mapping(noted.get(path.name)).get("sketch") for path in base.files}
     return {path: None if digest is None else sketch(path) == digest for path, digest in known.items()}
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    """Return a mapping that another program wrote, or none in its place."""
+    return value if isinstance(value, dict) else {}
 
 
 def _same_model(recorded: str, located: Located) -> bool:
@@ -288,6 +299,13 @@ def _is_conv1d(module: str, shape: tuple[int, int], config: Mapping[str, Any], b
 def _pattern(config: Mapping[str, Any], name: str, module: str, default: Any, folder: Path) -> Any:
     """Look a module up among regular expressions the way peft does: the first that matches its end wins."""
     patterns, value = config.get(name) or {}, default
+    if not isinstance(patterns, dict):
+        raise AdapterError(f"{folder / CONFIG}: {name} is {patterns!r}; expected a mapping from patterns to numbers")
+    if sum(_steps(pattern, module) for pattern in patterns) > MOST_STEPS:
+        raise AdapterError(
+            f"{folder / CONFIG}: {name} holds regular expressions that could take for ever to match {module!r}, such "
+            f"as {max(patterns, key=lambda pattern: _steps(pattern, module))!r}; write out the names of the modules"
+        )
     try:
         for pattern in patterns:
             if re.match(rf"(.*\.)?({pattern})$", module):
@@ -298,6 +316,23 @@ def _pattern(config: Mapping[str, Any], name: str, module: str, default: Any, fo
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise AdapterError(f"{folder}: {name} or its default gives {value!r} for {module!r}; expected a number")
     return value
+
+
+def _steps(pattern: str, module: str) -> float:
+    """Return at most how many paths through a regular expression a match of a module's name can try.
+
+    Every repetition may end at every letter, and every group go every way; a group that is repeated is not reckoned.
+    """
+    repetitions, ways, groups, before = 0, 1, 0, "("
+    for token in _TOKEN.findall(pattern):
+        if _REPETITION.fullmatch(token):
+            if before in ("(", "(?:", ")"):  # also what "(?" begins
+                return math.inf
+            repetitions += 1
+        groups += token in ("(", "(?:")
+        ways += token == "|"
+        before = token
+    return float((len(module) + 1) ** min(repetitions, 99) * ways ** min(max(groups, 1), 99) * (module.count(".") + 1))
 
 
 def _on_top(target: str, operand: Operand | None, low_rank: LowRank, folder: Path) -> Operand:

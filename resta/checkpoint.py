@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from resta.errors import ChangedError, CheckpointError, RestaError
 from resta.files import OpenFiles, open_regular, read_regular
-from resta.header import Spec, load_strict_json, read_header
+from resta.header import MOST_MEMORY, Spec, load_strict_json, read_header
 from resta.hub import Located
 
 SINGLE = "model.safetensors"
@@ -141,7 +141,7 @@ def read_weights(located: Located, *, strip_prefix: str | None = None) -> Weight
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, *, most_memory: int = MOST_MEMORY) -> dict[str, Any]:
     """Read one JSON object strictly.
 
     Raises:
@@ -154,7 +154,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     try:
-        return load_strict_json(text, error=CheckpointError)
+        return load_strict_json(text, error=CheckpointError, most_memory=most_memory)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
@@ -282,6 +282,9 @@ def same_bytes(mine: Stored, theirs: Stored, reader: Reader, *, most: int | None
 
 def _weight_files(folder: Path) -> list[Path]:
     single, index = folder / SINGLE, folder / INDEX
+    for path in (single, index):
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path}: is not a regular file but a directory, a FIFO or a device; remove it")
     if single.exists() and index.exists():
         raise CheckpointError(
             f"{folder}: has both {SINGLE} and {INDEX}, and readers disagree on which one counts; remove the stale one"
@@ -291,9 +294,7 @@ def _weight_files(folder: Path) -> list[Path]:
     elif index.exists():
         names = _index_names(index)
     else:
-        pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
-        advice = f"; {pickles[0]} is a pickle, which is never read: convert it with safetensors" if pickles else ""
-        raise CheckpointError(f"{folder}: has neither {SINGLE} nor {INDEX}{advice}")
+        raise CheckpointError(f"{folder}: has neither {SINGLE} nor {INDEX}{_other_weights(folder)}")
     files = [folder / name for name in names]
     for file in files:
         if not file.is_file():
@@ -303,6 +304,17 @@ def _weight_files(folder: Path) -> list[Path]:
                 f"{file}: is a link out of its model directory, to {file.resolve()}; copy the file in"
             )
     return files
+
+
+def _other_weights(folder: Path) -> str:
+    """Say which weights of another kind a directory holds, and what to do about them."""
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    ggufs = sorted(path.name for path in folder.glob("*.gguf"))
+    if pickles:
+        return f"; {pickles[0]} is a pickle, which is never read: convert it with safetensors"
+    if ggufs:
+        return f"; {ggufs[0]} is GGUF, made for llama.cpp: name the safetensors model that it was converted from"
+    return ""
 
 
 def _index_names(index: Path) -> list[str]:

@@ -7,7 +7,8 @@ cover the data without gaps or overlaps. This module knows nothing of models, ar
 Format: https://huggingface.co/docs/safetensors, whose library is the oracle of the tests. Stricter than it:
 a key that occurs twice is refused, since two readers could take two different tensors for the same name; the
 text must begin with "{", as the format says; an entry must be an object and its dtype a string, where the
-library would also take an array and {"F32": null}; a shape may not count past 63 bits, even if its next size is 0.
+library would also take an array and {"F32": null}; a shape may not count past 63 bits, even if its next size is 0;
+and a header that would take more than MOST_MEMORY to read (some 140,000 tensors in one file) is refused before it is.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from resta.files import open_regular
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAX_ELEMENTS = 2**63 - 1
 MAX_DEPTH = 127  # of nested arrays and objects; the library's limit
+MOST_MEMORY = 270_000_000  # bytes that reading a text of JSON may take, by `count_memory`
+PER_MARK = 120  # bytes of objects for each comma, colon and bracket: measured at 32 ("[],") to 115 (one more key)
 
 # Bits per element; sub-byte and 8-bit floats are parsed so that a plan can refuse them by name.
 DTYPE_BITS = {
@@ -111,12 +114,19 @@ def parse_header(text: bytes, *, data_bytes: int) -> dict[str, Spec]:
     return dict(ordered)
 
 
-def load_strict_json(text: bytes, *, error: type[Exception]) -> dict[str, Any]:
+def load_strict_json(text: bytes, *, error: type[Exception], most_memory: int = MOST_MEMORY) -> dict[str, Any]:
     """Parse a JSON object of which any two readers would make the same thing.
 
     Raises:
-        error: not UTF-8, not one object, a key twice, NaN, a number past float64, or nested too deeply.
+        error: not UTF-8, not one object, a key twice, NaN, a number past float64, nested too deeply, or so full of
+            values that it would take more than `most_memory` bytes.
     """
+    memory = count_memory(text)
+    if memory > most_memory:
+        raise error(
+            f"reading its {len(text):,} bytes of JSON would take about {memory // 1_000_000:,} MB of memory, and at "
+            f"most {most_memory // 1_000_000:,} MB are given to it; no model needs that many values in one file"
+        )
 
     def reject_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -160,6 +170,18 @@ def load_strict_json(text: bytes, *, error: type[Exception]) -> dict[str, Any]:
     if _is_deep(parsed):
         raise error("the JSON is nested too deeply")
     return parsed
+
+
+def count_memory(text: bytes) -> int:
+    r"""Return about how many bytes of memory JSON text takes at most while it is parsed, from its bytes alone.
+
+    Marks inside of strings are counted as well. Of letters there are up to three copies at once, the text's bytes
+    among them; Python gives each four bytes if there may be one outside of the basic plane, and `\u` is checked by
+    writing it.
+    """
+    marks = sum(text.count(mark) for mark in (b",", b":", b"[", b"{"))
+    per_letter = 13 if b"\\u" in text else 3 if text.isascii() else 9
+    return len(text) * per_letter + marks * PER_MARK
 
 
 def lay_out(specs: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, dict[str, Spec]]:

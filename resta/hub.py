@@ -5,13 +5,17 @@ Only safetensors, JSON, tokenizer and template files are ever fetched: never a p
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from resta.errors import CheckpointError
 
-FETCHED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "LICENSE*", "NOTICE*")
+FETCHED = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "LICENSE*", "NOTICE*")
+TEMPLATES = ("additional_chat_templates/*.jinja",)
+WEIGHTS = ("model.safetensors", "adapter_model.safetensors")  # where no index names others
+INDEX = "model.safetensors.index.json"
 NEVER_FETCHED = ("*/*", "*.py", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
@@ -62,9 +66,25 @@ def check_source(source: str) -> Path | None:
         found = "is a file" if folder.is_file() else "does not exist"
     except (OSError, RuntimeError) as error:  # a name too long, no permission, or the home of nobody
         raise CheckpointError(f"{source}: cannot be looked at: {error}") from error
+    if kind := _other_kind(source):
+        raise CheckpointError(f"{source}: {kind}")
     if _HUB_ID.fullmatch(source) is None or source.startswith((".", "~")):
         raise CheckpointError(f"{source}: expected a model directory or a Hub id like org/name@revision; it {found}")
     return None
+
+
+def _other_kind(source: str) -> str | None:
+    """Say what a source is that is known by its looks and not read, and what to do."""
+    if source.endswith(".gguf"):
+        return "is GGUF, made for llama.cpp; name the safetensors model that it was converted from"
+    scheme, divider, rest = source.partition("://")
+    if not divider or not scheme.isalnum():
+        return None
+    if scheme == "hf":
+        return f"name a model of the Hub by its id alone: {rest.removeprefix('models/')}"
+    if scheme in ("http", "https") and rest.startswith("huggingface.co/"):
+        return f"name a model of the Hub by its id alone: {'/'.join(rest.split('/')[1:3])}"
+    return f"{scheme}:// is not read from; copy the model into a directory first, and name that"
 
 
 def _download(hub_id: str, revision: str | None) -> Path:
@@ -72,9 +92,12 @@ def _download(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = snapshot_download(
+        small = snapshot_download(
             hub_id, revision=revision, allow_patterns=list(FETCHED), ignore_patterns=list(NEVER_FETCHED)
         )
+        # The index says which weights are read: repositories hold others, whole copies among them.
+        named = [*_weight_names(Path(small)), *TEMPLATES]
+        folder = snapshot_download(hub_id, revision=Path(small).name, allow_patterns=named)
     except Exception as error:  # among them those of its HTTP client, which it has changed twice
         name = f"{hub_id}@{revision}" if revision else hub_id
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -82,3 +105,12 @@ def _download(hub_id: str, revision: str | None) -> Path:
             f"{name}: there is no such directory, and it could not be fetched from the Hub: {reason}"
         ) from error
     return Path(folder)
+
+
+def _weight_names(folder: Path) -> list[str]:
+    """Return the names of the weight files that a model says are its own; whether it is right, its reader says."""
+    try:
+        names = json.loads((folder / INDEX).read_bytes())["weight_map"].values()
+        return [*WEIGHTS, *sorted({name for name in names if str(name).endswith(".safetensors")})]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):  # none, or not an index
+        return list(WEIGHTS)

@@ -28,6 +28,7 @@ NOT_COPIED = (
     "eval_results.json",
     "adapter_config.json",
 )
+MOST_TOKENIZER_MEMORY = 1_000_000_000  # a vocabulary of 262,144 tokens with its merges takes about half of it
 TEMPLATE_FOLDER = "additional_chat_templates"
 TORCH_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -123,7 +124,7 @@ def _find_tokenizer(model: Weights) -> Path | None:
 
 def _vocabulary(file: Path) -> dict[int, str]:
     """Return {id: token} of a `tokenizers` file, whatever its model."""
-    tokenizer = read_json(file)
+    tokenizer = read_json(file, most_memory=MOST_TOKENIZER_MEMORY)
     try:
         vocab = tokenizer["model"]["vocab"]
         if isinstance(vocab, list):  # Unigram keeps [token, score] in the order of ids

@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from resta.checkpoint import read_weights
 from resta.errors import CheckpointError
 from resta.hub import locate
 from tests.conftest import CONFIG
@@ -36,9 +37,13 @@ FILES = {
     "modeling_evil.py": b"raise SystemExit",
     "README.md": b"# model",
     "onnx/model.safetensors": b"nested",
+    "consolidated.safetensors": WEIGHTS,
+    "model.fp16.safetensors": WEIGHTS,
+    "additional_chat_templates/rag.jinja": b"{{ y }}",
     "original/params.json": b"{}",
 }
-FETCHED = {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "LICENSE"}
+TEMPLATE = "additional_chat_templates/rag.jinja"
+FETCHED = {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "LICENSE", TEMPLATE}
 
 
 def digest_of(name: str) -> str:
@@ -167,7 +172,7 @@ def test_a_model_is_fetched_by_id_and_revision_and_then_works_offline(home: Path
         first = run("org/name@v1", endpoint, home)
         files = {path.partition(f"/resolve/{COMMIT}/")[2] for path in requests if "/resolve/" in path}
     assert files == FETCHED  # not one request for a pickle, code or a nested file
-    assert set(first["present"]) == FETCHED
+    assert set(first["present"]) == FETCHED | {"additional_chat_templates"}
     assert (first["hub_id"], first["commit"], first["source"]) == ("org/name", COMMIT, "org/name@v1")
     assert first["tensors"] == ["w"]
     assert first["sha256"] == {"model.safetensors": hashlib.sha256(WEIGHTS).hexdigest()}
@@ -224,3 +229,40 @@ def test_a_file_is_refused_as_a_file(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(WEIGHTS)
     with pytest.raises(CheckpointError, match=r"expected a model directory .* it is a file"):
         locate(str(tmp_path / "model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("s3://bucket/model", "s3:// is not read from; copy the model into a directory"),
+        ("gs://bucket/model", "gs:// is not read from"),
+        ("https://example.org/model.safetensors", "https:// is not read from"),
+        ("hf://org/name", "by its id alone: org/name"),
+        ("https://huggingface.co/org/name/tree/main", "by its id alone: org/name"),
+        ("org/name.gguf", "GGUF"),
+    ],
+)
+def test_what_is_known_by_its_looks_and_not_read_is_refused_with_what_to_do(source: str, message: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        locate(source)
+    assert message in str(caught.value)
+
+
+def test_a_directory_or_a_file_of_gguf_is_called_so(tmp_path: Path) -> None:
+    (tmp_path / "model.Q4_K_M.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match="GGUF"):
+        locate(str(tmp_path / "model.Q4_K_M.gguf"))
+    with pytest.raises(CheckpointError, match="GGUF"):
+        read_weights(locate(str(tmp_path)))
+
+
+def test_of_the_weights_those_that_the_index_names_are_fetched(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = {f"model-0000{number}-of-00002.safetensors": save({f"w{number}": torch.ones(2)}) for number in (1, 2)}
+    index = {"weight_map": {f"w{name[10]}": name for name in shards}}
+    files = {name: content for name, content in FILES.items() if name != "model.safetensors"}
+    files |= {**shards, "model.safetensors.index.json": json.dumps(index).encode()}
+    monkeypatch.setattr(sys.modules[__name__], "FILES", files)
+    with serving() as (endpoint, _):
+        assert run("org/name", endpoint, home)["tensors"] == ["w1", "w2"]
+        present = set(run("org/name", endpoint, home)["present"])
+    assert {name for name in present if name.endswith(".safetensors")} == shards.keys()
