@@ -82,12 +82,14 @@ SHOW = options(
 @SHOW
 def run(**given: Any) -> None:
     """Ask, judge and report. The same command goes on with what is missing."""
+    from resta.redeval.judges import check_languages
     from resta.redeval.judging import check_judges, make_ready, note_judges
     from resta.redeval.records import RunLock, environment, find_run, start_run
     from resta.redeval.run import answer_phase, missing_asks, ready_target
 
     request, plan = plan_of_run(given)
     judges = check_judges(judges_of(given), request.target, allow_self=given["allow_self_judge"])
+    check_languages(judges, plan.questions)
     path = _place(given, request, plan)
     there = find_run(path, plan.config)
     asking = there is None or bool(missing_asks(there, plan))
@@ -115,11 +117,13 @@ def run(**given: Any) -> None:
 @SHOW
 def judge_run(path: Path, **given: Any) -> None:
     """Set more judges on the answers of the run in PATH."""
+    from resta.redeval.judges import check_languages
     from resta.redeval.judging import check_judges, make_ready, note_judges
     from resta.redeval.records import RunLock, load_run
 
     folder = load_run(path)
     judges = check_judges(judges_of(given), _target_of(folder), allow_self=given["allow_self_judge"])
+    check_languages(judges, folder.questions().values())
     make_ready(judges, folder, given["judge_device"])
     private()
     with RunLock(path):

@@ -19,6 +19,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from resta.redeval.asks import digest
+from resta.redeval.language import languages_of
 from resta.redeval.questions import Question
 from resta.redeval.records import Answer, Tested, Verdict, VerdictLabel, utc_now
 from resta.redeval.statistics import fisher_greater
@@ -94,26 +95,16 @@ class Control:
 # -- what is asked -------------------------------------------------------------------------------------------
 
 
-def language_of(text: str) -> str:
-    """Return the language that the known answers for a question are in: zh, vi, or en for all others."""
-    letters = [c for c in text.lower() if c.isalpha()]
-    han = sum("\u4e00" <= c <= "\u9fff" for c in letters)
-    if letters and han >= 0.3 * len(letters):
-        return "zh"
-    # Letters that no other large language in Latin script has: o and u with a horn, and what carries two marks.
-    return "vi" if sum(c in "ơư" or "\u1ea0" <= c <= "\u1ef9" for c in letters) >= 2 else "en"
-
-
-def languages_of(questions: Iterable[Question]) -> tuple[str, ...]:
-    """Return the languages of questions, sorted."""
-    return tuple(sorted({language_of(question.text) for question in questions}))
-
-
 @functools.cache
 def read_control(language: str) -> ControlSet:
     """Return the known answers in a language."""
     file = resources.files("resta.redeval") / "control" / f"{language}.json"
     return ControlSet.model_validate_json(file.read_text("utf-8"))
+
+
+def control_languages(questions: Iterable[Question]) -> tuple[str, ...]:
+    """Return the languages of the known answers for questions: Chinese and Vietnamese, English for all others."""
+    return tuple(sorted({each if each in ("vi", "zh") else "en" for each in languages_of(questions)}))
 
 
 def known_answers(control: ControlSet, language: str, measures: Collection[About]) -> list[Known]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from resta.errors import JudgeError, UnansweredError
 from resta.redeval.asks import Ask, NoReply, Outcome, Reply
-from resta.redeval.control import OWN, Known, known_answers, languages_of, read_control, record_of
+from resta.redeval.control import OWN, Known, control_languages, known_answers, read_control, record_of
 from resta.redeval.judges import (
     Chat,
     Classifier,
@@ -23,12 +23,12 @@ from resta.redeval.judges import (
     Judge,
     Tokens,
     classifier_verdict,
-    clip_characters,
     judge_asks,
     judge_messages,
     verdict_of,
     verdict_without_model,
 )
+from resta.redeval.language import cut_to_tokens
 from resta.redeval.models import (
     LocalModel,
     Prompt,
@@ -127,7 +127,7 @@ def untested(run: RunDir, judge: Judge) -> list[Known]:
     """Return the known answers that a judge has yet to be tested on, in the languages of the run's questions."""
     done = {(row.answer_id, row.sha256) for row in run.control() if row.judge_sha256 == judge.sha256}
     own, measures = judge.spec.control, judge.spec.measures
-    sets = {OWN: own} if own else {each: read_control(each) for each in languages_of(run.questions().values())}
+    sets = {OWN: own} if own else {each: read_control(each) for each in control_languages(run.questions().values())}
     known = [each for language, found in sets.items() for each in known_answers(found, language, measures)]
     return [each for each in known if (each.answer.id, each.sha256) not in done]
 
@@ -282,7 +282,7 @@ def clip_for(judge: Judge, pairs: Pairs, local: LocalModel | None) -> Callable[[
     """
     tokens = judge.spec.clip_tokens
     if local is None:
-        return lambda text: clip_characters(text, tokens)
+        return lambda text: cut_to_tokens(text, tokens)
     longest = max((question.text for question, _ in pairs), key=len)
     bare = _prompt(
         judge,

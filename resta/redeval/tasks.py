@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from resta.redeval.asks import Ask, Decoding, Finish, Reply
 from resta.redeval.engine import Task, redeval_task, task
-from resta.redeval.judges import parse_judge, verdict_without_model
+from resta.redeval.judges import check_languages, parse_judge, verdict_without_model
 from resta.redeval.questions import Question, read_bank
 from resta.redeval.records import make_private
 from resta.redeval.run import Request, keep_answer, make_plan
@@ -41,6 +41,7 @@ def _task(bank: str, template: str, max_new_tokens: int, *, wanted: str) -> Task
     )
     plan = make_plan(request)
     judge = parse_judge("refusal-strings")
+    check_languages([judge], plan.questions)
     asks: dict[str, Ask] = {ask.id: ask for ask in plan.asks}
     questions: dict[str, Question] = {question.qid: question for question in plan.questions}
 

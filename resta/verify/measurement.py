@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from resta.errors import CompareError
-from resta.redeval.control import OWN, Control, controls, languages_of
+from resta.redeval.control import OWN, Control, control_languages, controls
 from resta.redeval.questions import Question
 from resta.redeval.records import Answer, RunDir, Verdict, differences, load_run
 from resta.redeval.run import plan_of
@@ -123,7 +123,7 @@ def _labels(run: RunDir) -> dict[str, dict[str, Verdict]]:
 
 
 def _controls(run: RunDir) -> dict[str, tuple[Control, ...]]:
-    rows, languages = run.control(), languages_of(run.questions().values())
+    rows, languages = run.control(), control_languages(run.questions().values())
     return {
         name: controls(
             [row for row in rows if row.judge == name], facts["measures"], [OWN] if facts.get("control") else languages

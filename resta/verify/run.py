@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from resta.errors import CompareError, ModelError
 from resta.redeval.asks import digest
-from resta.redeval.judges import Judge
+from resta.redeval.judges import Judge, check_languages
 from resta.redeval.judging import check_judges, judge_phase, make_ready, note_judges
 from resta.redeval.models import LocalModel, load_local
 from resta.redeval.records import RunLock, content_of, differences, environment, find_run, load_run, start_run
@@ -79,6 +79,7 @@ def check_budget(budget: Budget, targets: Mapping[str, Target | Path]) -> None:
     fresh = next((target for target in targets.values() if isinstance(target, Target)), None)
     if fresh is None:
         return
+    check_languages(budget.judges, budget.plan(fresh).questions)
     wanted = {
         "redeval": conditions_of(budget.plan(fresh).config),
         "utility": budget.suite_facts(fresh),

@@ -12,14 +12,15 @@ from hypothesis import strategies as st
 from scipy.stats import fisher_exact
 
 from resta.errors import JudgeError
-from resta.redeval.control import LEAST, Known, controls, known_answers, language_of, read_control, record_of
+from resta.redeval.control import LEAST, Known, controls, known_answers, read_control, record_of
 from resta.redeval.judges import Judge, built_in, parse_judge, read_judge, verdict_without_model
 from resta.redeval.judging import judge_phase, note_judges, untested
-from resta.redeval.questions import Question, read_bank
+from resta.redeval.questions import Question
 from resta.redeval.records import RunDir, Verdict, VerdictLabel, environment, start_run
 from resta.redeval.run import Conditions
 from resta.redeval.statistics import fisher_greater
 from tests.redeval.conftest import Stub, chat
+from tests.redeval.test_records import CONFIG
 
 LANGUAGES = ("en", "zh", "vi")
 BOTH = ("harm", "refusal")
@@ -114,8 +115,8 @@ def test_a_kind_that_is_missing_or_a_language_that_was_not_asked_shows_nothing()
     assert not controls(said(known, right), ["harm"], ["zh"])[0].passed
 
 
-def test_refusal_strings_know_english_and_no_other_language() -> None:
-    for language, passes in {"en": True, "zh": False, "vi": False}.items():
+def test_refusal_strings_know_refusals_in_every_language_of_the_control() -> None:
+    for language in LANGUAGES:
         known = known_answers(read_control(language), language, BOTH)
 
         def label(each: Known) -> VerdictLabel:
@@ -123,17 +124,7 @@ def test_refusal_strings_know_english_and_no_other_language() -> None:
             assert verdict is not None
             return verdict.label
 
-        assert {control.passed for control in controls(said(known, label), BOTH, [language])} == {passes}
-
-
-def test_the_language_of_a_question_is_told_by_its_letters() -> None:
-    assert {language_of(q.text) for bank in ("smoke", "smoke-safe") for q in read_bank(bank).questions} == {"en"}
-    for language in LANGUAGES:
-        control = read_control(language)
-        pairs = [*control.refusal, *control.benign, *(pair for found in control.compliance.values() for pair in found)]
-        assert {language_of(question) for question, _ in pairs} == {language}
-    assert language_of("¿Cómo se dice «árbol» en français, où êtes-vous, naïve?") == "en"
-    assert language_of("12 + 30 = ?") == "en"
+        assert {control.passed for control in controls(said(known, label), BOTH, [language])} == {True}
 
 
 # -- in a run ------------------------------------------------------------------------------------------------
@@ -144,7 +135,7 @@ def run_of(path: Path, texts: list[str]) -> RunDir:
     questions = [
         Question(bank="b", category="", subcategory="", index=i, text=text, safe=False) for i, text in enumerate(texts)
     ]
-    return start_run(path, {"target": {"kind": "served", "name": "m"}}, questions, environment())
+    return start_run(path, CONFIG | {"target": {"kind": "served", "name": "m"}}, questions, environment())
 
 
 def test_every_built_in_judge_is_tested_on_what_it_measures(tmp_path: Path) -> None:
