@@ -295,6 +295,8 @@ def not_proved(manifest: Manifest, *, moved: Mapping[str, str], is_sample: bool,
             "that the inputs are in every byte the files that the merge read: it recorded no digests of them "
             "(--digests). The result was compared with what these inputs give"
         )
+    if not is_sample:
+        yield "the last digits of recorded norms: they are compared to one part in 10,000"
     if any(rule.nonfinite for rule in manifest.recipe.rules):
         yield "the recorded norms of tensors in which a rule allows NaN or infinity"
     if has_verdict:

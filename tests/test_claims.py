@@ -432,6 +432,7 @@ def test_what_is_not_proved_is_printed_with_every_verdict(
     report = audit(out, moved=moved, sample=2 if sample else None)
     assert lines == list(report.not_proved)
     assert any("outside of the sample" in line for line in lines) == sample
+    assert any("last digits of recorded norms" in line for line in lines) != sample
     assert any("nothing in it is signed" in line for line in lines)
     assert any("the model is safe" in line for line in lines)
     document = json.loads(CliRunner().invoke(main, ["audit", str(out), *flags, "--json"]).stdout)
