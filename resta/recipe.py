@@ -19,6 +19,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from resta.errors import RecipeError
+from resta.mergekit import convert, is_mergekit
 from resta.unique_keys import UniqueKeyLoader
 
 _NAME = re.compile(r"[^\W\d][\w.]*")  # letters of any script
@@ -310,18 +311,35 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def parse_recipe(text: str) -> Recipe:
-    """Validate a recipe's text.
+    """Validate a recipe's text, or translate a mergekit configuration's.
 
     Raises:
         RecipeError: see `load_recipe`.
     """
+    parsed = _parse_yaml(text)
+    return make_recipe(convert(parsed) if is_mergekit(parsed) else parsed)
+
+
+def mergekit_note(path: Path) -> str | None:
+    """Say how a recipe file that is a mergekit configuration is understood; None if it is a recipe of resta."""
+    parsed = _parse_yaml(path.read_text(encoding="utf-8"))
+    if not is_mergekit(parsed):
+        return None
+    dtype = parsed.get("dtype")
+    narrow = "" if dtype in (None, "float32") else f" (at dtype: {dtype} it rounds every intermediate result to that)"
+    return (
+        f"{path.name} is a mergekit configuration ({parsed['merge_method']}), translated: --dry-run prints the recipe. "
+        f"The arithmetic is in float32 with one rounding at the end, as mergekit's is at dtype: float32{narrow}"
+    )
+
+
+def _parse_yaml(text: str) -> Any:
     try:
-        parsed = yaml.load(text, Loader=_StrictLoader)
+        return yaml.load(text, Loader=_StrictLoader)
     except RecursionError:
         raise RecipeError("not valid YAML: nested too deeply") from None
     except (yaml.YAMLError, *_SCALAR_ERRORS) as error:
         raise RecipeError(f"not valid YAML: {error}") from error
-    return make_recipe(parsed)
 
 
 def make_recipe(parsed: object) -> Recipe:

@@ -18,6 +18,7 @@ LAYERS = {
     for number, names in enumerate(
         (
             "version errors kernels sketch unique_keys printable files coverage",
+            "mergekit",
             "header hub recipe chat_templates",
             "checkpoint safety",
             "tied",

@@ -455,3 +455,11 @@ def test_a_recipe_that_cannot_be_read_is_a_recipe_error_that_names_it(tmp_path: 
         with pytest.raises(RecipeError) as caught:
             load_recipe(tmp_path / name)
         assert str(tmp_path) in str(caught.value)
+
+
+def test_a_key_that_occurs_twice_is_found_among_twenty_thousand() -> None:
+    text = "models: {" + ", ".join(f"m{number}: x" for number in range(20_000)) + "}\nstart: m0\nterms: []\n"
+    with pytest.raises(RecipeError, match="terms is empty"):
+        parse_recipe(text)
+    with pytest.raises(RecipeError, match="'m7' occurs twice"):
+        parse_recipe(text.replace("m19999: x", "m7: x"))

@@ -20,7 +20,7 @@ from resta.manifest import change_warning, total_change
 from resta.output import check_place, check_space, check_vacant
 from resta.plan import Plan, make_plan
 from resta.printable import printable, printable_lines
-from resta.recipe import SCALE_ADVICE, Recipe, dump_recipe, load_recipe, make_recipe
+from resta.recipe import SCALE_ADVICE, Recipe, dump_recipe, load_recipe, make_recipe, mergekit_note
 from resta.report import digest_line, merge_progress, print_plan, print_result
 
 EPILOG = """\b
@@ -206,6 +206,8 @@ def command(ctx: click.Context, /, tuned_or_recipe: str, out: Path, **options: A
     overwrite, workers, digests = options.pop("overwrite"), options.pop("workers"), options.pop("digests")
     dry_run, quiet, as_json = options.pop("dry_run"), options.pop("quiet"), options.pop("as_json")
     recipe = _recipe(ctx, tuned_or_recipe, options)
+    if is_recipe(tuned_or_recipe) and not (quiet or as_json) and (note := mergekit_note(Path(tuned_or_recipe))):
+        click.echo(f"note: {printable(note)}", err=True)
     plan = make_plan(recipe)
     if dry_run:
         _dry_run(plan, out, overwrite=overwrite, as_json=as_json)
@@ -223,8 +225,13 @@ def command(ctx: click.Context, /, tuned_or_recipe: str, out: Path, **options: A
         click.echo(f"evaluate it:  resta redeval {printable(shlex.quote(str(result.out)))}")
 
 
+def is_recipe(tuned_or_recipe: str) -> bool:
+    """Whether the first argument names a recipe's file."""
+    return tuned_or_recipe.endswith((".yaml", ".yml"))
+
+
 def _recipe(ctx: click.Context, tuned_or_recipe: str, options: dict[str, Any]) -> Recipe:
-    if not tuned_or_recipe.endswith((".yaml", ".yml")):
+    if not is_recipe(tuned_or_recipe):
         return to_recipe(Flags(tuned=tuned_or_recipe, **options))
     for name in options:
         if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
