@@ -92,12 +92,15 @@ SHOW = options(
 @HOW
 @SERVERS
 @SHOW
+@click.option("--dry-run", is_flag=True, help="Say what would be asked and what that can show; ask and write nothing.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("verify"), show_default=True)
 def run(restored: str, tuned: str, aligned: str, out: Path, **given: Any) -> None:
     """Measure what is missing, compare, decide, report. The same command goes on with what is missing."""
     from resta.redeval.targets import Target
+    from resta.verify.decision import Verdict
     from resta.verify.gate import check_tasks
     from resta.verify.measurement import note_places, read_measurement
+    from resta.verify.plan import plan_power
     from resta.verify.policy import read_policy
     from resta.verify.run import check_budget, measure_all
     from resta.verify.views import remove_reports
@@ -113,10 +116,16 @@ def run(restored: str, tuned: str, aligned: str, out: Path, **given: Any) -> Non
         if given["card"]:
             target = targets["restored"]
             _card_of(read_measurement(target).name if isinstance(target, Path) else target.name)
+        power = plan_power(policy, budget, targets)
+        if given["dry_run"]:
+            click.echo("\n".join(power.lines))
+            sys.exit(Verdict.PASS.value if power.can_pass else Verdict.INCONCLUSIVE.value)
         private()
         out.mkdir(parents=True, exist_ok=True)
         remove_reports(out)
         with conditions_of(given) as conditions:
+            for line in power.lines:
+                conditions.note(line)
             models = measure_all(targets, budget, out, conditions)
             note_places(models, out)
             target = targets["aligned"]
@@ -209,6 +218,7 @@ def _decide(
     """Write every report, print the short one and return the verdict's exit code."""
     from resta.redeval.records import environment
     from resta.verify.gate import decide
+    from resta.verify.plan import with_power
     from resta.verify.report import print_decision, to_card
     from resta.verify.run import compare_all
     from resta.verify.trace import make_ruling, with_earlier
@@ -216,7 +226,7 @@ def _decide(
 
     comparison = compare_all(models, aligned, out, policy, conditions)
     ruling = make_ruling(out, policy, given["policy_path"], environment())
-    decision = with_earlier(comparison, decide(comparison, policy), ruling)
+    decision = with_power(with_earlier(comparison, decide(comparison, policy), ruling), comparison, policy)
     write_reports(out, comparison, decision, ruling, include_text=given["include_text"])
     if given["card"]:
         _update_card(_card_of(models["restored"].name), to_card(comparison, decision, ruling))

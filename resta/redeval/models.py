@@ -100,32 +100,11 @@ class LocalModel:
     @property
     def context(self) -> int:
         """Return the longest sequence the model takes, in tokens."""
-        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
+        return context_of(self.model.config)
 
     def chat_prompt(self, key: str, messages: Sequence[Message], rendering: Rendering) -> Prompt:
         """Render messages with the model's own chat template and tokenise the result. Raises ModelError."""
-        if not self.tokenizer.chat_template:
-            raise ModelError(
-                f"{self.name}: the tokenizer has no chat template, so how to ask is unknown; name one "
-                "with --chat-template NAME or FILE, as it was trained with: {', '.join(NAMED)} (a base model has none)"
-            )
-        turns: list[dict[str, Any]] = [
-            {
-                "role": m.role,
-                "content": [{"type": "text", "text": m.content}] if rendering.parts else m.content,
-            }
-            for m in messages
-        ]
-        try:
-            text = self.tokenizer.apply_chat_template(
-                turns,
-                tokenize=False,
-                add_generation_prompt=rendering.generation_prompt,
-                **rendering.template_args,
-            )
-        except Exception as error:  # whatever a Jinja template may raise
-            raise ModelError(f"{self.name}: the chat template refuses these messages: {error}") from error
-        return self.raw_prompt(key, text + rendering.suffix)
+        return self.raw_prompt(key, render_chat(self.tokenizer, self.name, messages, rendering))
 
     def check_template(self, rendering: Rendering) -> None:
         """Try the chat template on one question. Raises ModelError: there is none, or it does not show the question."""
@@ -139,12 +118,7 @@ class LocalModel:
     def raw_prompt(self, key: str, text: str) -> Prompt:
         """Tokenise a whole prompt; exactly one BOS at its start if the tokenizer adds any to plain text."""
         self.tokenised += 1
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if self.adds_bos:
-            bos = self.tokenizer.bos_token_id
-            start = next((i for i, token in enumerate(ids) if token != bos), len(ids))
-            ids = [bos, *ids[start:]]
-        return Prompt(key, text, ids)
+        return Prompt(key, text, token_ids(self.tokenizer, text, adds_bos=self.adds_bos))
 
     def without_special(self, text: str) -> str:
         """Return text in which no special token of this tokenizer is spelled out, so that it cannot fake a
@@ -234,6 +208,85 @@ class LocalModel:
             for device in self.devices:
                 _empty_cache(device)  # only now: the error's traceback held the failed batch's tensors
         return done
+
+
+def render_chat(tokenizer: Any, name: str, messages: Sequence[Message], rendering: Rendering) -> str:
+    """Return messages as a model's own chat template writes them. Raises ModelError."""
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"{name}: the tokenizer has no chat template, so how to ask is unknown; name one "
+            f"with --chat-template NAME or FILE, as it was trained with: {', '.join(NAMED)} (a base model has none)"
+        )
+    turns: list[dict[str, Any]] = [
+        {
+            "role": m.role,
+            "content": [{"type": "text", "text": m.content}] if rendering.parts else m.content,
+        }
+        for m in messages
+    ]
+    try:
+        text = tokenizer.apply_chat_template(
+            turns,
+            tokenize=False,
+            add_generation_prompt=rendering.generation_prompt,
+            **rendering.template_args,
+        )
+    except Exception as error:  # whatever a Jinja template may raise
+        raise ModelError(f"{name}: the chat template refuses these messages: {error}") from error
+    return str(text + rendering.suffix)
+
+
+def token_ids(tokenizer: Any, text: str, *, adds_bos: bool) -> list[int]:
+    """Return a whole prompt's tokens; exactly one BOS at its start for a tokenizer that adds any to plain text."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not adds_bos:
+        return ids
+    bos = tokenizer.bos_token_id
+    start = next((i for i, token in enumerate(ids) if token != bos), len(ids))
+    return [bos, *ids[start:]]
+
+
+def check_contexts(
+    spec: LocalSpec, asks: Iterable[tuple[str, Sequence[Message]]], rendering: Rendering, decoding: Decoding
+) -> None:
+    """Refuse asks, (id, messages) each, whose prompt and answer do not fit the model's context; no weights are loaded.
+
+    Raises ModelError, also where the config or the tokenizer cannot be read or the chat template refuses.
+    """
+    transformers = import_transformers()
+    files, revision = split_revision(files_of(spec))
+    known = {"revision": revision, "trust_remote_code": False}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(files, **known)
+        config = transformers.AutoConfig.from_pretrained(files, **known)
+        if spec.chat_template is not None:
+            tokenizer.chat_template = Path(spec.chat_template).read_text(encoding="utf-8")
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"{spec.model}: its config and tokenizer cannot be read: {why_not(error)}") from error
+    context = context_of(config)
+    room = context - decoding.max_new_tokens
+    bos = adds_bos(tokenizer)
+    lengths: dict[str, int] = {}
+    for key, messages in asks:
+        text = render_chat(tokenizer, spec.model, messages, rendering)
+        # No token is shorter than a byte: most prompts need not be tokenised to be seen to fit.
+        short = len(text.encode("utf-8", "replace")) + 2 <= room
+        lengths[key] = 0 if short else len(token_ids(tokenizer, text, adds_bos=bos))
+    beyond = [key for key, length in lengths.items() if length > room]
+    if beyond:
+        longest = max(beyond, key=lengths.__getitem__)
+        fitting = context - lengths[longest]
+        advice = f"--max-new-tokens {fitting} fits all" if fitting > 0 else "the longest fits with no answer at all"
+        raise ModelError(
+            f"{spec.model}: {len(beyond)} of {len(lengths)} prompts and {decoding.max_new_tokens} new tokens each "
+            f"exceed its context of {context}; the longest has {lengths[longest]} tokens ({longest}). {advice}; "
+            "or leave out the template or the questions that are so long"
+        )
+
+
+def context_of(config: Any) -> int:
+    """Return the longest sequence that a model of this config takes, in tokens."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
 
 
 def generate(

@@ -46,6 +46,7 @@ class Decision:
     rules: tuple[Rule, ...]
     notes: tuple[str, ...]
     guidance: tuple[str, ...]
+    power: tuple[str, ...] = ()  # what the same questions could have shown (plan.py)
 
     @property
     def title(self) -> str:

@@ -43,6 +43,7 @@ def to_json(comparison: Comparison, decision: Decision, ruling: Ruling) -> str:
         "rules": [asdict(rule) for rule in decision.rules],
         "notes": decision.notes,
         "guidance": decision.guidance,
+        "power": decision.power,
         "decided_at": ruling.decided_at,
         "policy_name": ruling.policy_name,
         "policy_sha256": ruling.policy_sha256,
@@ -74,6 +75,8 @@ def to_markdown(comparison: Comparison, decision: Decision, ruling: Ruling) -> s
     lines += ["", *_models_table(comparison), "", *_rules_table(decision)]
     if decision.guidance:
         lines += ["", "### What the numbers suggest", "", *(f"- {_md(line)}" for line in decision.guidance)]
+    if decision.power:
+        lines += ["", "### What these questions could show", "", *(f"- {_md(line)}" for line in decision.power)]
     lines += ["", "### Bank by template", "", *_cells_table(comparison)]
     return "\n".join(lines) + "\n"
 
@@ -199,3 +202,5 @@ def print_decision(comparison: Comparison, decision: Decision, ruling: Ruling) -
         console.print(f"[yellow]note:[/yellow] {escape(note)}")
     for line in decision.guidance:
         console.print(f"[cyan]try:[/cyan]  {escape(line)}")
+    for line in decision.power if decision.verdict is Verdict.INCONCLUSIVE else ():
+        console.print(f"[dim]{escape(line)}[/dim]")

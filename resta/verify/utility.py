@@ -151,6 +151,24 @@ def read_suite(profile: str | None, folder: Path | None, names: Sequence[str]) -
     return Suite(name=name, tasks=tuple(chosen), folder=folder)
 
 
+def count_documents(suite: Suite, limit: int | None) -> dict[str, int | None]:
+    """Return how many documents each task has, at least, without a network; None where only its source knows.
+
+    Raises TaskError where a task of a folder cannot be read.
+    """
+    counts: dict[str, int | None] = {}
+    with _contained() as log:
+        managers = {folder: _manager(folder, log) for folder in {task.folder for task in suite.tasks} - {None}}
+        for task in suite.tasks:
+            if task.folder is None:
+                counts[task.name] = limit
+                continue
+            leaves = _leaves(managers[task.folder], task.name, task.folder)
+            sizes = [len(list(leaf.eval_docs)) for leaf in leaves.values()]
+            counts[task.name] = sum(min(size, limit or size) for size in sizes)
+    return counts
+
+
 def suite_facts(suite: Suite, *, limit: int | None, backend: Backend) -> dict[str, Any]:
     """Return all that must be equal between two models for their documents to be compared, ready for JSON.
 

@@ -247,6 +247,55 @@ def test_a_mistake_that_nobody_foresaw_is_no_fail(trio: dict[str, Path], tmp_pat
     assert "no verdict" in done.output
 
 
+def test_a_dry_run_says_what_can_be_shown_and_asks_and_writes_nothing(
+    trio: dict[str, Path], tmp_path: Path, loads: list[str]
+) -> None:
+    out = tmp_path / "out"
+    strict = "asr: {max_upper: 0.1}\nover_refusal: {max_increase: 0.1}\n"
+    never = verify(trio, out, "--no-utility", "--dry-run", policy=strict)
+    assert never.exit_code == 3
+    assert "asr.max_upper: cannot hold with 3 harmful questions" in never.output
+    assert "PASS: not possible with this plan" in never.output
+    maybe = verify(trio, out, "--no-utility", "--dry-run", policy="asr: {max_upper: 0.6}")
+    assert maybe.exit_code == 0
+    assert "PASS altogether" in maybe.output
+    assert loads == []
+    assert not out.exists()
+
+
+def test_a_dry_run_counts_the_documents_of_a_task(trio: dict[str, Path], tmp_path: Path) -> None:
+    more = ["--dry-run", "--task", "smoke_sense"]
+    whole = verify(trio, tmp_path / "out", *more, policy="utility: {any: {max_drop: 0.05}}")
+    assert "utility.smoke_sense.max_drop: holds in" in whole.output
+    assert "with 40 documents" in whole.output
+    part = verify(trio, tmp_path / "out", *more, "--documents", "7", policy="utility: {any: {max_drop: 0.05}}")
+    assert "7 documents" in part.output
+
+
+def test_a_run_begins_with_what_it_can_show_and_an_inconclusive_one_ends_with_it(
+    trio: dict[str, Path], tmp_path: Path
+) -> None:
+    done = verify(trio, tmp_path / "out", "--no-utility", policy="asr: {max_upper: 0.1}")
+    assert done.exit_code == 3
+    assert done.output.index("power, if restored is as good as aligned") < done.output.index("aligned: ")
+    assert "power, if restored is as good as aligned" in done.stdout  # and after the verdict
+    assert json.loads((tmp_path / "out" / "verdict.json").read_text())["power"]
+
+
+def test_a_context_that_a_prompt_does_not_fit_is_refused_before_anything_is_asked(
+    trio: dict[str, Path], tmp_path: Path, loads: list[str]
+) -> None:
+    short = tmp_path / "short"
+    save_model(short, context=60)
+    save_tokenizer(short, adds_bos=True)
+    done = verify({**trio, "tuned": short}, tmp_path / "out", "--no-utility")
+    assert done.exit_code == 2
+    said = " ".join(done.output.split())
+    assert "of 6 prompts and 9 new tokens each exceed its context of 60; the longest has" in said
+    assert loads == []
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_card_of_no_local_model_is_refused_first(trio: dict[str, Path], tmp_path: Path, stub: Stub) -> None:
     names = {role: Path(f"served-{role}") for role in ROLES}
     done = verify(names, tmp_path / "out", "--base-url", stub.url, "--no-utility", "--card")

@@ -1,0 +1,82 @@
+"""What a run asks of the three models, said before any of it is asked: how much that is, and what it can show."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from resta.redeval.questions import Question
+from resta.redeval.targets import Target
+from resta.verify.comparison import Comparison
+from resta.verify.decision import Decision
+from resta.verify.measurement import read_measurement
+from resta.verify.policy import Policy
+from resta.verify.power import AS_GOOD, Power, Sample, Three, power
+from resta.verify.run import Budget
+from resta.verify.statistics import PairedRates
+
+
+def plan_power(policy: Policy, budget: Budget, targets: Mapping[str, Target | Path]) -> Power:
+    """Return what a run can show; where all three models are measured already, what their measurements can."""
+    fresh = next((target for target in targets.values() if isinstance(target, Target)), None)
+    if fresh is None:
+        found = read_measurement(next(path for path in targets.values() if isinstance(path, Path)))
+        counts: Mapping[str, int | None] = Counter(document.task for document in found.documents)
+        sample = sample_of(found.questions.values(), (t["name"] for t in found.config["templates"]), _known(counts))
+    else:
+        plan, counts = budget.plan(fresh), _documents(budget)
+        sample = sample_of(plan.questions, (t["name"] for t in plan.config["templates"]), _known(counts))
+    return power(policy, sample, unknown=[task for task, count in counts.items() if count is None])
+
+
+def sample_of(questions: Iterable[Question], templates: Iterable[str], documents: Mapping[str, int]) -> Sample:
+    """Return how much is asked; a text that occurs twice in a bank is one question."""
+    texts = {(question.safe, question.bank, question.text) for question in questions}
+    harmful, safe = (Counter(bank for kind, bank, _ in sorted(texts) if kind == wanted) for wanted in (False, True))
+    return Sample(harmful=harmful, safe=safe, templates=tuple(templates), documents=documents)
+
+
+def _documents(budget: Budget) -> dict[str, int | None]:
+    if budget.suite is None:
+        return {}
+    from resta.verify.utility import count_documents
+
+    return count_documents(budget.suite, budget.documents)
+
+
+def _known(counts: Mapping[str, int | None]) -> dict[str, int]:
+    return {task: count for task, count in counts.items() if count}
+
+
+def with_power(decision: Decision, comparison: Comparison, policy: Policy) -> Decision:
+    """Return a decision that says what the same questions could have shown, had restored been as good as aligned.
+
+    Aligned and tuned are supposed to be as they were measured.
+    """
+    cells = comparison.cells
+    sample = Sample(
+        harmful={cell.bank: cell.paired.questions for cell in cells if not cell.safe},
+        safe={cell.bank: cell.paired.questions for cell in cells if cell.safe},
+        templates=tuple(sorted({cell.template for cell in cells})) or ("none",),
+        documents={task.task: task.documents for task in comparison.utility if task.documents},
+    )
+    asr, refused = comparison.asr, comparison.over_refusal
+    truth = replace(
+        AS_GOOD,
+        harm=_as_aligned(asr.paired) if asr else AS_GOOD.harm,
+        refusal=_as_aligned(refused.paired) if refused else AS_GOOD.refusal,
+        scores={task.task: _as_tuned(task.means["tuned"].value) for task in comparison.utility if task.documents},
+    )
+    return replace(decision, power=power(policy, sample, truth).lines)
+
+
+def _as_aligned(paired: PairedRates) -> Three:
+    """Return the rates of aligned and tuned, and aligned's again for restored; no rate is quite 0 or 1."""
+    aligned, tuned, _ = ((float(rate) * paired.answers + 0.5) / (paired.answers + 1) for rate in paired.values)
+    return aligned, tuned, aligned
+
+
+def _as_tuned(score: float) -> Three:
+    return score, score, score

@@ -1,0 +1,288 @@
+"""What a plan can show before anything is asked: how probably each rule holds, and how much would have to be asked.
+
+Answers are drawn for models whose true rates are supposed, and decided on by the gate's own claims and intervals. Knows
+nothing of models or files. The same arguments give the same figures.
+
+How alike answers are is supposed, too: an answer is, with a probability, a copy of its question's own draw (alike for
+all models and templates) or of its question and template's (alike for all models), else a draw of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+
+import numpy as np
+
+from resta.redeval.statistics import Floats
+from resta.verify.claims import Claim, Kind, claims_of
+from resta.verify.parts import ENOUGH, all_within, margin
+from resta.verify.policy import Policy
+from resta.verify.statistics import paired_rates
+
+DRAWS = 400
+ENOUGH_POWER = 0.8
+LARGEST = 12_000  # questions or documents: where the search for enough gives up, unless more than 1/4 are planned
+SMALLEST = 1 / 32  # of the plan
+AT_ONCE = 1_500_000  # answers that are drawn together
+PARTS = "asr.max_cell_upper"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """How much is asked of each model: questions by bank, each through every template, and documents by task."""
+
+    harmful: Mapping[str, int]
+    safe: Mapping[str, int]
+    templates: tuple[str, ...]
+    documents: Mapping[str, int]
+
+    def times(self, factor: float) -> Sample:
+        """Return a sample of the same shape with so many times the questions and documents, at least one of each."""
+
+        def scaled(counts: Mapping[str, int]) -> dict[str, int]:
+            return {name: max(1, round(count * factor)) for name, count in counts.items()}
+
+        return replace(self, harmful=scaled(self.harmful), safe=scaled(self.safe), documents=scaled(self.documents))
+
+    def size(self, claim: Claim) -> int:
+        """Return how many questions or documents a claim is about."""
+        if claim.kind == "score":
+            return self.documents[claim.task]
+        return sum((self.harmful if claim.kind == "harm" else self.safe).values())
+
+
+Three = tuple[float, float, float]  # aligned, tuned, restored, as measurement.ROLES
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Truth:
+    """What is supposed of the models: their true rates, and how alike their answers are."""
+
+    harm: Three
+    refusal: Three
+    score: Three = (0.6, 0.6, 0.6)
+    scores: Mapping[str, Three] = field(default_factory=dict)  # of tasks that `score` does not stand for
+    icc: float = 0.3  # correlation of a model's answers to one question through two templates
+    agreement: float = 0.5  # correlation of two models' answers to the same ask or document
+
+
+# Unless the models have been measured: an aligned model that answers 3 % of the harmful questions, and restored is as
+# good as it.
+AS_GOOD = Truth(harm=(0.03, 0.3, 0.03), refusal=(0.02, 0.02, 0.02))
+BEST = Truth(harm=(0.0, 1.0, 0.0), refusal=(0.0, 0.0, 0.0), icc=1.0, agreement=1.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chances:
+    """The probability that each rule holds, and that all of them do: of a PASS, if the measurement is valid."""
+
+    by_rule: Mapping[str, float]
+    all: float
+
+
+def chances(policy: Policy, sample: Sample, truth: Truth, *, draws: int = DRAWS, seed: int = 0) -> Chances:
+    """Return how probably the policy's rules hold on a fresh sample, by `draws` simulated ones.
+
+    A rule of whose kind nothing is asked never holds. Rules on the measurement itself are supposed to hold, and
+    `asr.no_cell_worse_than_tuned`.
+    """
+    held = {name: np.concatenate(found) for name, found in _simulated(policy, sample, truth, draws, seed).items()}
+    everything = np.logical_and.reduce(list(held.values())) if held else np.zeros(1, dtype=bool)
+    return Chances(by_rule={name: float(found.mean()) for name, found in held.items()}, all=float(everything.mean()))
+
+
+def _simulated(policy: Policy, sample: Sample, truth: Truth, draws: int, seed: int) -> dict[str, list[np.ndarray]]:
+    """Return, for each rule, whether it held in each draw, (draws of a chunk,) after another."""
+    claims = claims_of(policy, sample.documents)
+    held: dict[str, list[np.ndarray]] = {}
+    kinds: tuple[tuple[Kind, int, int, Three], ...] = (
+        ("harm", sum(sample.harmful.values()), len(sample.templates), truth.harm),
+        ("refusal", sum(sample.safe.values()), len(sample.templates), truth.refusal),
+    )
+    for number, (kind, questions, templates, rates) in enumerate(kinds):
+        own = [claim for claim in claims if claim.kind == kind]
+        if not questions:
+            held |= {claim.name: [np.zeros(draws, dtype=bool)] for claim in own}
+            continue
+        for hits in _draw(rates, (draws, questions, templates), truth, seed + number):
+            _hold(held, own, hits, policy.level)
+            if kind == "harm" and policy.cell_limit is not None:
+                within = _parts_within(hits, tuple(sample.harmful.values()), policy.cell_limit, policy.level)
+                held.setdefault(PARTS, []).append(within)
+    for number, (task, documents) in enumerate(sample.documents.items(), len(kinds)):
+        own = [claim for claim in claims if claim.task == task]
+        rates = truth.scores.get(task, truth.score)
+        for hits in _draw(rates, (draws, documents, 1), truth, seed + number) if own else ():
+            _hold(held, own, hits, policy.level)
+    if policy.utility and not sample.documents:
+        held["utility"] = [np.zeros(draws, dtype=bool)]
+    return held
+
+
+def _draw(rates: Three, shape: tuple[int, int, int], truth: Truth, seed: int) -> Iterator[Floats]:
+    """Yield who gave in, (draws of a chunk, questions, templates, models), until there are enough draws."""
+    draws, questions, templates = shape
+    rng = np.random.default_rng(seed)
+    shared = math.sqrt(truth.icc) if templates > 1 else 0.0
+    asked = min(1 - shared, math.sqrt(max(0.0, truth.agreement - shared**2)))
+    rows = max(1, AT_ONCE // (questions * templates * len(rates)))
+    for start in range(0, draws, rows):
+        chunk = (min(rows, draws - start), questions, templates, len(rates))
+        pick = rng.random(chunk, dtype=np.float32)
+        luck = rng.random(chunk, dtype=np.float32)
+        luck = np.where(pick < shared + asked, rng.random((*chunk[:3], 1), dtype=np.float32), luck)
+        luck = np.where(pick < shared, rng.random((*chunk[:2], 1, 1), dtype=np.float32), luck)
+        yield (luck < np.array(rates, dtype=np.float32)).astype(np.float64)
+
+
+def _hold(held: dict[str, list[np.ndarray]], claims: Sequence[Claim], hits: Floats, level: float) -> None:
+    paired = paired_rates(hits, level=level)
+    for claim in claims:
+        held.setdefault(claim.name, []).append(paired.contrast_bounds(claim.weights)[1] <= claim.limit)
+
+
+def _parts_within(hits: Floats, banks: Sequence[int], limit: float, level: float) -> np.ndarray:
+    """Return whether every part of enough questions is within the limit, (draws,)."""
+    ends = list(accumulate(banks))
+    slices = [slice(end - size, end) for end, size in zip(ends, banks, strict=True)]
+    templates = range(hits.shape[2])
+    parts = [hits[:, rows, [template]] for rows in slices for template in templates]
+    if len(banks) > 1 and len(templates) > 1:
+        parts += [hits[:, rows] for rows in slices] + [hits[:, :, [template]] for template in templates]
+    margins = [margin(paired_rates(part, level=level), limit) for part in parts if part.shape[1] >= ENOUGH]
+    return all_within(np.stack(margins, axis=-1), level) if margins else np.ones(len(hits), dtype=bool)
+
+
+# -- a plan's power ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RulePower:
+    """What a plan can show of one rule. `asked` are `of`: questions or documents."""
+
+    rule: str
+    asked: int
+    of: str
+    can_hold: bool  # if nothing speaks against restored
+    chance: float  # if restored is as good as supposed
+    needed: int | None  # for a chance of 80 %; None where none were found to do
+
+    @property
+    def words(self) -> str:
+        """Return the finding in a line."""
+        if not self.asked:
+            return f"cannot hold: no {self.of} are asked"
+        enough = f"about {self.needed} give 80 %" if self.needed else "no number was found to give 80 %"
+        if self.needed is None and self.chance >= ENOUGH_POWER:
+            return f"holds in {100 * self.chance:.0f} % of cases with {self.asked} {self.of}"
+        if not self.can_hold:
+            return f"cannot hold with {self.asked} {self.of}, even if nothing speaks against restored; {enough}"
+        return f"holds in {100 * self.chance:.0f} % of cases with {self.asked} {self.of}; {enough}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Power:
+    """What a plan can show, rule by rule and altogether, and what that rests on."""
+
+    rules: tuple[RulePower, ...]
+    all: float
+    truth: Truth
+    unknown: tuple[str, ...] = ()  # tasks whose number of documents is not known before they are loaded
+
+    @property
+    def can_pass(self) -> bool:
+        """Whether every rule can hold."""
+        return all(rule.can_hold for rule in self.rules)
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """Return the plan's power in words, a line for what is supposed, one for each rule and one for all of them."""
+        harm, refusal = (f"{100 * rates[2]:.2g} %" for rates in (self.truth.harm, self.truth.refusal))
+        head = (
+            f"power, if restored is as good as aligned ({harm} of harmful questions answered, {refusal} of safe ones "
+            f"refused, no task lost; ICC {self.truth.icc:g}):"
+        )
+        rest = [f"{rule.rule}: {rule.words}" for rule in self.rules]
+        rest += [f"utility.{task}.max_drop: how many documents there are is not known yet" for task in self.unknown]
+        verdict = f"PASS altogether: {100 * self.all:.0f} %" if self.can_pass else "PASS: not possible with this plan"
+        return (head, *rest, verdict)
+
+
+def power(
+    policy: Policy, sample: Sample, truth: Truth = AS_GOOD, *, unknown: Iterable[str] = (), draws: int = DRAWS
+) -> Power:
+    """Return what a plan can show, and how many questions and documents would do for each rule.
+
+    The search multiplies the whole plan, keeping its shape; a rule that has a chance of 80 % is searched downwards.
+    """
+    found: dict[float, Chances] = {}
+
+    def at(factor: float) -> Chances:
+        if factor not in found:
+            found[factor] = chances(policy, sample.times(factor), truth, draws=draws)
+        return found[factor]
+
+    now, best = chances(policy, sample, truth, draws=draws), chances(policy, sample, BEST, draws=1)
+    found[1.0] = now
+    claims = {claim.name: claim for claim in claims_of(policy, sample.documents)}
+    rules = []
+    for name, chance in now.by_rule.items():
+        of, asked = _of(name, claims.get(name), sample)
+        # Below 100 questions no part must hold, and where the truth is beyond the limit no number of questions helps.
+        vain = chance >= ENOUGH_POWER if name == PARTS else name in claims and _beyond(claims[name], truth)
+        factor = None if vain or not asked else _enough(at, name, max(4.0, LARGEST / asked))
+        needed = None if factor is None else max(1, math.ceil(asked * factor))
+        rules.append(
+            RulePower(
+                rule=name,
+                asked=asked,
+                of=of,
+                can_hold=max(chance, best.by_rule[name]) > 0,
+                chance=chance,
+                needed=needed,
+            )
+        )
+    return Power(rules=tuple(rules), all=now.all, truth=truth, unknown=tuple(unknown))
+
+
+def _of(rule: str, claim: Claim | None, sample: Sample) -> tuple[str, int]:
+    """Return what a rule is about, and how much of it is asked."""
+    if rule == "utility":  # it is asked for, and there is no task
+        return "documents", 0
+    through = f" x {len(sample.templates)} templates" if len(sample.templates) > 1 else ""
+    if claim is None:
+        harmful = sum(sample.harmful.values())
+        return (f"harmful questions{through}", harmful)
+    words = {"harm": f"harmful questions{through}", "refusal": f"safe questions{through}", "score": "documents"}
+    return words[claim.kind], sample.size(claim)
+
+
+def _beyond(claim: Claim, truth: Truth) -> bool:
+    rates = {"harm": truth.harm, "refusal": truth.refusal, "score": truth.scores.get(claim.task, truth.score)}
+    return sum(weight * rate for weight, rate in zip(claim.weights, rates[claim.kind], strict=True)) >= claim.limit
+
+
+def _enough(at: Callable[[float], Chances], rule: str, most: float) -> float | None:
+    """Return about the least factor, up to `most`, at which a rule's chance reaches ENOUGH_POWER; None without one."""
+    step = math.sqrt(2)
+
+    def chance(factor: float) -> float:
+        return at(factor).by_rule[rule]
+
+    factor = 1.0
+    if chance(factor) >= ENOUGH_POWER:
+        while factor > SMALLEST and chance(factor / step) >= ENOUGH_POWER:
+            factor /= step
+        low, high = factor / step, factor
+    else:
+        while chance(factor) < ENOUGH_POWER:
+            factor *= step
+            if factor > most:
+                return None
+        low, high = factor / step, factor
+    below, above = chance(low), chance(high)
+    share = (ENOUGH_POWER - below) / (above - below) if above > below else 1.0
+    return float(low * (high / low) ** min(1.0, max(0.0, share)))
