@@ -242,7 +242,6 @@ def list_known() -> None:
 
 def plan_of_run(given: dict[str, Any]) -> tuple[Request, Plan]:
     """Return what is asked of the one model that is named, and the plan of it."""
-    from resta.redeval.models import check_contexts
     from resta.redeval.run import make_plan
 
     request = request_of(given, given["model"])
@@ -251,11 +250,7 @@ def plan_of_run(given: dict[str, Any]) -> tuple[Request, Plan]:
         raise ModelError(f"--base is for an adapter's directory; {local.model} holds no adapter_config.json")
     if local and local.files is not None and not local.is_recipe:
         raise ModelError(f"--files is for a recipe; {local.model} is none (.yaml)")
-    plan = make_plan(request)
-    if local:
-        asks = ((ask.id, ask.messages) for ask in plan.asks)
-        check_contexts(local, asks, plan.protocol.rendering, plan.decoding)
-    return request, plan
+    return request, make_plan(request)
 
 
 def _target_of(folder: RunDir) -> Target:

@@ -253,16 +253,14 @@ def check_contexts(
 
     Raises ModelError, also where the config or the tokenizer cannot be read or the chat template refuses.
     """
-    transformers = import_transformers()
     files, revision = split_revision(files_of(spec))
-    known = {"revision": revision, "trust_remote_code": False}
+    tokenizer = read_tokenizer(spec)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(files, **known)
-        config = transformers.AutoConfig.from_pretrained(files, **known)
+        config = import_transformers().AutoConfig.from_pretrained(files, revision=revision, trust_remote_code=False)
         if spec.chat_template is not None:
             tokenizer.chat_template = Path(spec.chat_template).read_text(encoding="utf-8")
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{spec.model}: its config and tokenizer cannot be read: {why_not(error)}") from error
+        raise ModelError(f"{spec.model}: its config cannot be read: {why_not(error)}") from error
     context = context_of(config)
     room = context - decoding.max_new_tokens
     bos = adds_bos(tokenizer)

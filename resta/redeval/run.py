@@ -14,7 +14,7 @@ from resta.errors import BankError, ResumeError
 from resta.redeval.asks import Ask, Decoding, Message, NoReply, Outcome, Rendering, Reply, sha256_text
 from resta.redeval.clean import Clean, clean_reply, strip_thoughts, strip_thoughts_as_published
 from resta.redeval.judges import Judge, Strings, verdict_without_model
-from resta.redeval.models import LocalModel, estimate_seconds, load_local
+from resta.redeval.models import LocalModel, check_contexts, estimate_seconds, load_local
 from resta.redeval.questions import Bank, Duplicates, Question, choose
 from resta.redeval.records import Answer, Failure, Journal, RunDir, Verdict, checked
 from resta.redeval.targets import Target, api_key, check_endpoint
@@ -384,6 +384,7 @@ def ready_target(target: Target, plan: Plan) -> LocalModel | None:
 
     Nothing is written or paid for. Raises ModelError, UnansweredError.
     """
+    check_fits(target, plan)
     if target.local is not None:
         local = load_local(target.local)
         local.check_template(plan.protocol.rendering)
@@ -392,6 +393,16 @@ def ready_target(target: Target, plan: Plan) -> LocalModel | None:
         check_endpoint(target.base_url, judge=False)
     _connect(target, plan, None)
     return None
+
+
+def check_fits(target: Target, plan: Plan) -> None:
+    """Refuse a plan of which some prompt and its answer do not fit a local model's context; no weights are read.
+
+    A served model's context is not known. Raises ModelError.
+    """
+    if target.local is not None:
+        asks = ((ask.id, ask.messages) for ask in plan.asks)
+        check_contexts(target.local, asks, plan.protocol.rendering, plan.decoding)
 
 
 def _connect(target: Target, plan: Plan, limits: Any) -> Any:

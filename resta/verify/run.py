@@ -16,9 +16,19 @@ from resta.errors import CompareError, ModelError
 from resta.redeval.asks import digest
 from resta.redeval.judges import Judge, check_languages
 from resta.redeval.judging import check_judges, judge_phase, make_ready, note_judges
-from resta.redeval.models import LocalModel, check_contexts, load_local
+from resta.redeval.models import LocalModel, load_local
 from resta.redeval.records import RunLock, content_of, differences, environment, find_run, load_run, start_run
-from resta.redeval.run import Conditions, Plan, Request, answer_phase, make_plan, missing_asks, plan_of, ready_target
+from resta.redeval.run import (
+    Conditions,
+    Plan,
+    Request,
+    answer_phase,
+    check_fits,
+    make_plan,
+    missing_asks,
+    plan_of,
+    ready_target,
+)
 from resta.redeval.targets import Target
 from resta.verify.coherence import FIRST_TOKENS, Losses, answer_losses, read_losses, shuffled, write_losses
 from resta.verify.comparison import Comparison, compare
@@ -71,7 +81,7 @@ def check_budget(budget: Budget, targets: Mapping[str, Target | Path]) -> None:
     for role, target in targets.items():
         if isinstance(target, Target):
             check_judges(budget.judges, target, allow_self=budget.allow_self_judge)
-            _check_contexts(budget, target)
+            check_fits(target, budget.plan(target))
             if budget.suite is not None and target.local is None and (target.base_url is None or not budget.tokenizer):
                 raise ModelError(
                     f"{role} ({target.name}) is served: utility needs its server's --base-url and, to count tokens, "
@@ -98,14 +108,6 @@ def check_budget(budget: Budget, targets: Mapping[str, Target | Path]) -> None:
                     f"{role}: the measurement in {path} was not made with these settings: {'; '.join(found[:6])}. "
                     "Give the same settings, or the model itself in place of its measurement"
                 )
-
-
-def _check_contexts(budget: Budget, target: Target) -> None:
-    """Refuse a local model whose context some prompt and its answer do not fit; a served one's is not known."""
-    if target.local is not None:
-        plan = budget.plan(target)
-        asks = ((ask.id, ask.messages) for ask in plan.asks)
-        check_contexts(target.local, asks, plan.protocol.rendering, plan.decoding)
 
 
 def measure(

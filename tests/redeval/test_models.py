@@ -18,6 +18,7 @@ from resta.redeval.models import (
     LocalModel,
     LocalSpec,
     Prompt,
+    check_contexts,
     classify,
     clip_text,
     cut_prompt,
@@ -215,6 +216,25 @@ def test_a_chat_template_that_raises_is_a_clear_error(tiny: Path, tmp_path: Path
     spec = LocalSpec(model=str(tiny), device="cpu", chat_template=str(tmp_path / "t.jinja"))
     with pytest.raises(ModelError, match="no system turns"):
         prompts(load_local(spec))
+
+
+def test_a_context_is_refused_without_weights_exactly_where_the_loaded_model_refuses(tmp_path: Path) -> None:
+    save_model(tmp_path / "short", context=64)
+    save_tokenizer(tmp_path / "short", adds_bos=True)
+    spec = LocalSpec(model=str(tmp_path / "short"), device="cpu")
+    local, decoding, refused = load_local(spec), Decoding(max_new_tokens=5), 0
+    for size in range(20, 35):  # characters of two tokens each
+        asks = [(key, [Message(role="user", content=text)]) for key, text in (("one", "?"), ("two", "\u00e9" * size))]
+        try:
+            for key, messages in asks:
+                local.check_length(local.chat_prompt(key, messages, Rendering()), decoding)
+        except ModelError:
+            refused += 1
+            with pytest.raises(ModelError, match=r"1 of 2 prompts .* context of 64; the longest has .* \(two\)"):
+                check_contexts(spec, asks, Rendering(), decoding)
+        else:
+            check_contexts(spec, asks, Rendering(), decoding)
+    assert 0 < refused < 15
 
 
 def test_a_prompt_beyond_the_context_is_refused(tmp_path: Path) -> None:
