@@ -258,7 +258,7 @@ def check_contexts(
     try:
         config = import_transformers().AutoConfig.from_pretrained(files, revision=revision, trust_remote_code=False)
         if spec.chat_template is not None:
-            tokenizer.chat_template = Path(spec.chat_template).read_text(encoding="utf-8")
+            tokenizer.chat_template = read_chat_template(spec.chat_template, tokenizer.get_vocab())
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"{spec.model}: its config cannot be read: {why_not(error)}") from error
     context = context_of(config)
