@@ -143,6 +143,7 @@ def _measurement(
         documents=documents,
         utility={"profile": "house"} if scores else {},
         manifest={},
+        measured_at=None,
     )
 
 
