@@ -143,7 +143,6 @@ def _measurement(
         documents=documents,
         utility={"profile": "house"} if scores else {},
         manifest={},
-        measured_at=None,
     )
 
 
