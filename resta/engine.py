@@ -28,7 +28,7 @@ from resta.digests import Digests, Followed, Follower
 from resta.directory import small_files, weight_bytes, with_digests
 from resta.errors import ChangedError, NoChangeError, NonFiniteError
 from resta.header import DTYPE_BITS, Spec
-from resta.manifest import TensorFacts, from_json, tensor_facts
+from resta.manifest import Change, TensorFacts, from_json, result_warnings, tensor_facts, total_change
 from resta.output import Output, check_place, check_space, check_vacant, recover
 from resta.plan import Plan, Step, make_plan
 from resta.recipe import Recipe, load_recipe
@@ -64,6 +64,24 @@ class Result:
     plan: Plan
     tensors: Mapping[str, TensorFacts]
     digests: Digests | None = None
+
+    def __repr__(self) -> str:
+        """Show the equation, what came of it, and what to know first; the facts of each tensor are in `tensors`."""
+        change = self.change
+        cosine = "-" if change.cosine is None else f"{change.cosine:.3f}"
+        shown = [f"Result({self.plan.recipe.equation}", f"out={str(self.out)!r}", f"tensors={len(self.tensors)}"]
+        shown += [f"change={change.relative_size:.2e} of the weights", f"cosine={cosine}"]
+        return ", ".join([*shown, *(f"warning={each!r}" for each in self.warnings)]) + ")"
+
+    @property
+    def change(self) -> Change:
+        """The intended against the realised change, over the whole model."""
+        return total_change(self.tensors.values())
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What whoever uses the result should know first, each in a sentence."""
+        return tuple(result_warnings(self.plan, self.tensors))
 
 
 def merge(

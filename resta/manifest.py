@@ -218,8 +218,8 @@ def change_warning(change: Change, rounding: str) -> str | None:
         return None
     return (
         f"rounding lost much of the change: {change.changed:.0%} of the entries moved, and the cosine between "
-        f"realised and intended change is {change.cosine:.2f}. Use --dtype float32 to keep all of it, or "
-        "--rounding stochastic to keep it on average"
+        f"realised and intended change is {change.cosine:.2f}. The output dtype float32 keeps all of "
+        "it, stochastic rounding keeps it on average"
     )
 
 

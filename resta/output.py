@@ -82,7 +82,7 @@ def check_vacant(out: Path, *, overwrite: bool) -> None:
     if not is_full:
         return
     if not overwrite:
-        raise PlanError(f"{out}: already exists; choose another output, or replace it with --overwrite")
+        raise PlanError(f"{out}: already exists; choose another output, or replace it: overwrite=True (--overwrite)")
     if not (out / MARK).is_file():
         raise PlanError(f"{out}: was not made by resta (it has no {MARK}); remove it yourself if it may go")
 

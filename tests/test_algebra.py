@@ -214,3 +214,14 @@ def test_expressions_show_their_equations() -> None:
     assert repr(0.5 * vector - vector) == "Delta(0.5 * (aligned - base) - 1 * (aligned - base))"
     assert repr(-vector) == "Delta(- 1 * (aligned - base))"
     assert repr(resta.load("org/tuned")) == "Checkpoint('org/tuned')"
+
+
+def test_a_result_shows_its_change_and_not_every_tensor(trio: dict[str, str], tmp_path: Path) -> None:
+    tuned, aligned, base = (resta.load(trio[name]) for name in ("tuned", "aligned", "base"))
+    seen: list[str] = []
+    result = (tuned + 0.5 * (aligned - base)).save(tmp_path / "out", progress=lambda name, nbytes: seen.append(name))
+    assert set(seen) == set(read(result.out))
+    assert len(repr(result)) < 600
+    assert "tuned + 0.5 * (aligned - base)" in repr(result)
+    assert f"cosine={result.change.cosine:.3f}" in repr(result)
+    assert result.warnings == ()
