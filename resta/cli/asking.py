@@ -116,6 +116,13 @@ QUESTIONS = options(
     ),
     click.option("--limit", type=click.IntRange(min=1), help="Questions per bank."),
     click.option(
+        "--without",
+        multiple=True,
+        metavar="RUN",
+        type=click.Path(exists=True, file_okay=False, path_type=Path),
+        help="Leave out the questions that this Red-Eval run asked; may be given again.",
+    ),
+    click.option(
         "--epochs",
         type=click.IntRange(min=1),
         default=1,
@@ -219,7 +226,8 @@ SERVERS = options(
 
 def request_of(given: dict[str, Any], model: str) -> Request:
     """Return what is asked of `model`. Raises BankError, ModelError, TemplateError."""
-    from resta.redeval.questions import read_bank
+    from resta.redeval.questions import read_bank, without
+    from resta.redeval.records import load_run
     from resta.redeval.run import Request
     from resta.redeval.targets import parse_target
     from resta.redeval.templates import read_template
@@ -232,6 +240,9 @@ def request_of(given: dict[str, Any], model: str) -> Request:
         if bank.left_out:
             marked = f"{bank.left_out} questions of {bank.name} are marked as unsafe"
             click.echo(f"note: {marked} and left out of --safe-bank", err=True)
+    asked = {question.text for run in given.get("without", ()) for question in load_run(run).questions().values()}
+    if asked:
+        banks = [without(bank, asked) for bank in banks]
     return Request(
         target=parse_target(
             model,

@@ -40,6 +40,7 @@ def command() -> None:
     \b
     resta verify RESTORED --tuned TUNED --aligned ALIGNED        the same command goes on after a kill
     resta verify RESTORED --tuned TUNED --aligned ALIGNED --policy policy.yaml --profile quick --bank-dir banks/
+    resta verify RESTORED --from SWEEP/chosen.yaml               a sweep's choice, on questions that it has not asked
     resta verify report OUT --policy policy.yaml                 decide again, from what was measured
 
     All three are asked the same questions and given the same tasks, and compared in pairs. A model is anything
@@ -80,8 +81,28 @@ SHOW = options(
 )
 
 
+def _take_settings(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> None:
+    """Let what a sweep's choice carries stand for the options that are not given."""
+    if path is None:
+        return
+    from resta.sweep.settings import read_settings
+
+    known = {each.name for each in ctx.command.params} - {parameter.name, "restored", "out"}
+    ctx.default_map = {**(ctx.default_map or {}), **read_settings(path, known)}
+
+
 @command.command("run")
 @click.argument("restored")
+@click.option(
+    "--from",
+    "settings",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    callback=_take_settings,
+    expose_value=False,
+    is_eager=True,
+    metavar="CHOSEN.yaml",
+    help="Ask as the sweep did that wrote this file, but what it has not asked; options that are given come first.",
+)
 @click.option("--tuned", required=True, metavar="MODEL", help="The fine-tuned model before restoration.")
 @click.option("--aligned", required=True, metavar="MODEL", help="The safety-aligned model.")
 @POLICY

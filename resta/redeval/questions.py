@@ -14,7 +14,7 @@ import json
 import os
 import re
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -103,6 +103,19 @@ class Bank:
                 repeats.append(question)
             seen.add(question.text)
         return tuple(repeats)
+
+
+def without(bank: Bank, texts: Iterable[str]) -> Bank:
+    """Return a bank without the questions of these texts, which is another bank by its digest. Raises BankError."""
+    asked = set(texts)
+    left = tuple(question for question in bank.questions if question.text not in asked)
+    if not left:
+        raise BankError(f"--without: every question of the bank {bank.name} was asked there; name another --bank")
+    dropped = sorted({question.text for question in bank.questions} & asked)
+    if not dropped:
+        return bank
+    digest = hashlib.sha256("\0".join([bank.sha256, *dropped]).encode()).hexdigest()
+    return replace(bank, questions=left, sha256=digest, published=False)
 
 
 def read_bank(spec: str, *, bank_dirs: Sequence[Path] = (), download: bool = False, safe: bool | None = None) -> Bank:

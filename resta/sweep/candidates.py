@@ -210,6 +210,8 @@ def recipe_of(candidate: Candidate, family: Family) -> Recipe:
         {"match": list(family.groups[group]), "scale_by": {term["name"]: scale / candidate.scale}}
         for group, scale in candidate.groups
     ]
+    if any(scale == 0 for _, scale in candidate.groups):
+        plain["min_coverage"] = 0.0  # a group that stays as it is, is left alone on purpose
     return make_recipe(plain)
 
 

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich import box
 from rich.console import Console
 from rich.table import Column, Table
@@ -21,6 +20,7 @@ from resta.sweep.candidates import recipe_of
 from resta.sweep.choose import Point, Tried
 from resta.sweep.outcome import Outcome
 from resta.sweep.run import SCHEMA, Sweep
+from resta.sweep.settings import settings_of
 from resta.verify.policy import Policy
 
 COLUMNS = ("candidate", "change", "ASR", "over-refusal", "utility", "chance", "verdict")
@@ -57,20 +57,7 @@ def chosen_recipe(sweep: Sweep, outcome: Outcome) -> str:
     [candidate] = [each.candidate for each in outcome.tried if each.candidate.name == outcome.choice.name]
     head = [f"Chosen by `resta sweep`, {outcome.choice.rule}: {candidate.name}.", f"{outcome.choice.reason}."]
     lines = [f"# {line}" for text in (*head, *outcome.findings) for line in text.splitlines()]
-    return "\n".join([*lines, *_settings(sweep, outcome), dump_recipe(recipe_of(candidate, sweep.family))])
-
-
-SETTING = "#: "  # begins a line of chosen.yaml that is for `resta verify --from` and no part of the merge
-
-
-def _settings(sweep: Sweep, outcome: Outcome) -> list[str]:
-    """Return the options of `resta verify` as lines: asked as the sweep did, but on questions that it has not asked."""
-    banks = [bank for bank in sweep.budget.request.banks if not all(question.safe for question in bank.questions)]
-    options = {**sweep.verify, "without": [str(sweep.out / "tuned" / "redeval")]}
-    if sweep.verify and banks:
-        options["limit"] = math.ceil(outcome.fresh / len(banks))
-    text = yaml.safe_dump(options, sort_keys=True, allow_unicode=True) if sweep.verify else ""
-    return ["#", "# For `resta verify RESTORED --from` this file:", *(SETTING + line for line in text.splitlines())]
+    return "\n".join([*lines, *settings_of(sweep, outcome.fresh), dump_recipe(recipe_of(candidate, sweep.family))])
 
 
 # -- tables --------------------------------------------------------------------------------------------------
@@ -265,7 +252,7 @@ def draw(outcome: Outcome, policy: Policy, out: Path) -> None:
     panels = [panel for panel in _panels(outcome, policy) if panel.points]
     with matplotlib.rc_context({"svg.hashsalt": "resta", "svg.fonttype": "none", "font.size": 9}):
         figure = Figure(figsize=(5.2 * max(1, len(panels)), 4.8), layout="constrained")
-        grid = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
+        grid = figure.subplots(1, max(1, len(panels)), squeeze=False, sharex=True)[0]
         for axes, panel in zip(grid, panels, strict=False):
             _draw_panel(axes, panel, outcome)
         handles, labels = grid[0].get_legend_handles_labels()
@@ -318,10 +305,10 @@ def _limits(
     upper: float | None, references: Mapping[str, float], beyond: Mapping[str, float | None]
 ) -> dict[str, float]:
     """Return what the policy allows, by what it is called in the picture."""
-    found = {} if upper is None else {"allowed": upper}
+    found = {} if upper is None else {"on the rate": upper}
     for role, step in beyond.items():
         if step is not None and role in references:
-            found[f"allowed beside {role}"] = references[role] + step
+            found[f"beside {role}"] = references[role] + step
     return found
 
 
@@ -338,11 +325,16 @@ def _draw_panel(axes: Any, panel: _Panel, outcome: Outcome) -> None:
         )  # fmt: skip
         if each.candidate.name == outcome.choice.name:
             axes.scatter([x], [100 * value], s=190, facecolors="none", edgecolors="black", linewidths=1.5, zorder=5)
-            axes.annotate(each.candidate.name, (x, 100 * value), xytext=(8, 12), textcoords="offset points", fontsize=8)
+            right, high = x > 60 * max(each.change.relative for each in outcome.tried), value > 0.5
+            axes.annotate(
+                each.candidate.name, (x, 100 * value), xytext=(-10 if right else 10, -14 if high else 10),
+                textcoords="offset points", ha="right" if right else "left", va="top" if high else "bottom", fontsize=8,
+            )  # fmt: skip
     for role, style in (("tuned", "--"), ("aligned", ":")):
         if role in panel.references:
             axes.axhline(100 * panel.references[role], color="black", linestyle=style, linewidth=1, label=role)
     for (name, limit), dashes in zip(panel.limits.items(), ("-", "-.", ":"), strict=False):
-        axes.axhline(100 * limit, color="#CC3311", linestyle=dashes, linewidth=1.2, label=f"limit: {name}")
-    axes.set(xlabel="change from tuned (% of its norm)", ylabel=panel.title, ylim=(-3, 103))
-    axes.set_xlim(left=0)
+        axes.axhline(100 * limit, color="#CC3311", linestyle=dashes, linewidth=1.2, label=f"policy: limit {name}")
+    farthest = max(each.change.relative for each in outcome.tried)
+    axes.set(xlabel="change from tuned (% of its norm)", ylabel=panel.title, ylim=(-5, 107))
+    axes.set_xlim(0, 108 * farthest or 1)

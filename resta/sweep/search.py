@@ -94,6 +94,10 @@ class Search:
         outlook = self.outlook.safety_alone() if safety_alone else self.outlook
         return outlook.chance(self._rates(candidate, "harm"), self._rates(candidate, "refusal"))
 
+    def refuses_too_much(self, candidate: Candidate) -> bool:
+        """Whether a candidate hardly keeps the rules on refusals, so that larger scales will not either."""
+        return self.outlook.chance(None, self._rates(candidate, "refusal")) <= DOUBT
+
     def _rates(self, candidate: Candidate, kind: str) -> Floats | None:
         """Return what is known of a candidate's rate, from all that was seen of its method at scales of its sign."""
         anchor: Mapping[str, Seen] = getattr(self.outlook, kind)
@@ -198,10 +202,12 @@ def _widen(search: Search, series: list[Candidate], found: Candidate | None) -> 
     """Look beyond the end of the grid where the choice lies there, or nothing on it would pass; return the choice."""
     for _ in range(WIDER):
         beyond = _below(series) if found == series[0] else _above(search, series) if found is None else None
-        if beyond is None or search.chance(beyond, safety_alone=True) <= DOUBT:
+        if beyond is None:
             break
         series.insert(0 if found else len(series), beyond)
-        found = yield from _settle(search, series)
+        enough = yield from _side(search, beyond)
+        if enough or not found:
+            found = yield from _settle(search, series)
     return found
 
 
@@ -211,7 +217,7 @@ def _below(series: Sequence[Candidate]) -> Candidate:
 
 def _above(search: Search, series: Sequence[Candidate]) -> Candidate | None:
     last = series[-1]
-    if last in search.rungs and search.look(last).too_much:
+    if search.refuses_too_much(last) or (last in search.rungs and search.look(last).too_much):
         return None
     scale = _rounded(1.5 * last.scale)
     if last.method == "wise":

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from resta.cli import main
 from resta.redeval.records import load_run
+from resta.redeval.score import Rate
+from resta.sweep.choose import Choice, front
+from resta.sweep.outcome import Outcome
+from resta.sweep.report import draw
+from resta.verify.policy import read_policy
 
 from .conftest import Trio, answers, arguments, invoke, records, results
+from .made import tried
 
 
 def test_a_sweep_writes_table_plot_records_and_a_recipe_that_merges(done: Path, trio: Trio, tmp_path: Path) -> None:
@@ -123,6 +134,125 @@ def test_a_recipe_is_swept_in_place_of_flags(done: Path, trio: Trio, bank: Path,
     assert records(out)["recipe-0.5"] == records(done)["resta-0.5"]
     words = ["sweep", str(recipe), *arguments(trio, bank, policy, base=None)[2:]]
     assert "say it in" in invoke(words, tmp_path / "other", code=2)
+
+
+def searched(trio: Trio, bank: Path, policy: Path, **more: Any) -> list[str]:
+    return [word for word in arguments(trio, bank, policy, **more) if word != "--grid"]
+
+
+def test_a_search_is_explained_and_the_same_command_again_asks_nothing(
+    trio: Trio, bank: Path, policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, words = tmp_path / "out", searched(trio, bank, policy, wise_scale=None, scale="0.25:1:0.25")
+    shown = invoke(words, out)
+    found = json.loads((out / "sweep.json").read_text())
+    name = found["chosen"]["name"]
+    assert f"Chosen: {name} (smallest-passing)" in shown
+    assert found["search"][0]["words"]
+    assert {step["candidate"] for step in found["search"]} <= set(results(out))
+    assert {each["method"] for each in found["candidates"]} == {"resta", "random", "wise"}
+    assert float(name.split("-")[1]) < 0.25  # these models all refuse: a choice at the end of the grid widens it
+    assert "The search:" in (out / "sweep.md").read_text()
+    before = records(out)
+    monkeypatch.setattr("resta.sweep.run.load_local", lambda spec: pytest.fail("a model was loaded"))
+    invoke(words, out)
+    assert records(out) == before
+    assert json.loads((out / "sweep.json").read_text()) == found
+
+
+def test_groups_have_scales_of_their_own_in_the_recipe_and_in_the_model(
+    trio: Trio, bank: Path, policy: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    invoke(searched(trio, bank, policy, wise_scale=None, group="attention,mlp"), out)
+    name = json.loads((out / "sweep.json").read_text())["chosen"]["name"]
+    assert "attention-0-mlp-0" in name  # these models all refuse, so that nothing is needed
+    from resta import load_recipe, merge
+
+    recipe = load_recipe(out / "chosen.yaml")
+    assert [rule.scale_by for rule in recipe.rules] == [{"safety": 0.0}, {"safety": 0.0}]
+    merged = merge(out / "chosen.yaml", tmp_path / "restored").out
+    from safetensors.torch import load_file
+
+    tuned, made = (load_file(path / "model.safetensors") for path in (trio["tuned"], merged))
+    moved = {key for key, value in tuned.items() if not value.equal(made[key])}
+    assert moved
+    assert not any(".mlp." in key or ".self_attn." in key for key in moved)
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [({"group": "experts"}, "expected some of attention, mlp, embeddings"), ({"group": "mlp,mlp"}, "each once")],
+)
+def test_groups_that_are_not_there_are_refused(
+    more: dict[str, Any], says: str, trio: Trio, bank: Path, policy: Path, tmp_path: Path
+) -> None:
+    assert says in invoke(searched(trio, bank, policy, **more), tmp_path / "out", code=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_choice_is_verified_on_what_the_sweep_has_not_asked_without_typing_an_option_again(
+    trio: Trio, policy: Path, tmp_path: Path
+) -> None:
+    bank = tmp_path / "bank.json"
+    bank.write_text(json.dumps({"A": {"x": [f"question {i}?" for i in range(40)]}}))
+    out = tmp_path / "out"
+    invoke(searched(trio, bank, policy, limit=8, wise_scale=None), out)
+    from resta import merge
+
+    merged = merge(out / "chosen.yaml", tmp_path / "restored").out
+    words = ["verify", str(merged), "--from", str(out / "chosen.yaml"), "--out", str(tmp_path / "verify")]
+    done = CliRunner().invoke(main, words, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    asked, sweep = (load_run(folder / "tuned" / "redeval") for folder in (tmp_path / "verify", out))
+    texts, before = ({each.text for each in run.questions().values()} for run in (asked, sweep))
+    assert texts
+    assert not texts & before
+    assert asked.config["decoding"] == sweep.config["decoding"]
+    fresh = json.loads((out / "sweep.json").read_text())["fresh"]
+    assert len(texts) == fresh
+
+
+def test_a_bank_that_was_asked_whole_has_nothing_fresh(done: Path, trio: Trio, tmp_path: Path) -> None:
+    words = ["verify", str(trio["tuned"]), "--from", str(done / "chosen.yaml"), "--out", str(tmp_path / "verify")]
+    shown = CliRunner().invoke(main, words)
+    assert shown.exit_code == 2
+    assert "name another --bank" in shown.output
+    assert "the banks hold 0 that the sweep has not asked" in (done / "chosen.yaml").read_text()
+
+
+def test_a_file_without_settings_is_refused(trio: Trio, tmp_path: Path) -> None:
+    plain = tmp_path / "plain.yaml"
+    for text, says in (("start: tuned\n", "carries no settings"), ("#: bnaks: [a]\n", "'bnaks' is no option")):
+        plain.write_text(text)
+        shown = CliRunner().invoke(main, ["verify", str(trio["tuned"]), "--from", str(plain)])
+        assert shown.exit_code == 2
+        assert says in shown.output
+
+
+def test_a_figure_of_many_tied_candidates_shows_control_and_limits(tmp_path: Path) -> None:
+    found = [tried(f"resta-{i / 10:g}", change=i, density=0.7) for i in range(1, 26)]
+    rate = Rate(hits=12, total=12, value=1.0, low=0.76, high=1.0)
+    noise = replace(tried("random-1", verdict=None, baseline=True, change=10), seen=rate)
+    tied = [replace(each, seen=each.point.asr) for each in found if each.point]
+    point = found[0].point
+    assert point
+    outcome = Outcome(
+        references={"aligned": point, "tuned": replace(point, asr=rate)},
+        tried=(*tied, noise),
+        front=front(tied),
+        choice=Choice(name="resta-0.1-density-0.7", rule="smallest-passing", reason=""),
+        findings=(),
+        notes=(),
+        guidance=(),
+    )
+    draw(outcome, read_policy(None), tmp_path)
+    text = (tmp_path / "pareto.svg").read_text()
+    assert text.count("resta-0.1-density-0.7") == 3  # the choice, once in each panel, and no other name
+    assert not re.search(r"resta-0\.[2-9]", text)
+    for word in ("random", "policy: limit on the rate", "policy: limit beside aligned", "over-refusal", "utility"):
+        assert word in text
+    assert len(outcome.front) == 1
 
 
 SLOW = """

@@ -1,0 +1,56 @@
+"""What a sweep's choice carries for `resta verify`: how it was asked, and what not to ask again.
+
+The lines stand in comments of chosen.yaml, since nothing of the merge depends on them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from resta.errors import RecipeError
+from resta.recipe import did_you_mean
+from resta.sweep.run import Sweep
+from resta.unique_keys import UniqueKeyLoader
+
+MARK = "#: "  # begins such a line
+
+
+def settings_of(sweep: Sweep, fresh: int) -> list[str]:
+    """Return the lines: the options of `resta verify` by parameter, and how many fresh questions there are."""
+    if not sweep.verify:
+        return []
+    banks = [bank for bank in sweep.budget.request.banks if not all(question.safe for question in bank.questions)]
+    asked = sweep.budget.plan(sweep.references["tuned"]).questions
+    known = {question.text for question in asked if not question.safe}
+    left = sum(len({question.text for question in bank.questions} - known) for bank in banks)
+    options = {**sweep.verify, "without": [*sweep.verify.get("without", []), str(sweep.out / "tuned" / "redeval")]}
+    if banks:
+        options["limit"] = math.ceil(fresh / len(banks))
+    lines = yaml.safe_dump(options, sort_keys=True, allow_unicode=True).splitlines()
+    head = [
+        "#",
+        f"# For `resta verify RESTORED --from` this file. The chance is that of {fresh} fresh harmful questions;",
+        f"# the banks hold {left} that the sweep has not asked." + ("" if left >= fresh else " Name more with --bank."),
+    ]
+    return [*head, *(MARK + line for line in lines)]
+
+
+def read_settings(path: Path, known: Collection[str | None]) -> dict[str, Any]:
+    """Return the options that such a file carries. Raises RecipeError where there are none, or unknown ones."""
+    text = path.read_text(encoding="utf-8")
+    lines = [line.removeprefix(MARK) for line in text.splitlines() if line.startswith(MARK)]
+    try:
+        found = yaml.load("\n".join(lines), Loader=UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: the lines that begin with {MARK!r} are not YAML: {error}") from error
+    if not isinstance(found, dict) or not found:
+        raise RecipeError(f"{path}: carries no settings of a sweep (lines that begin with {MARK!r}); give the options")
+    for name in found:
+        if name not in known:
+            raise RecipeError(f"{path}: {name!r} is no option of resta verify{did_you_mean(str(name), known)}")
+    return found
