@@ -74,14 +74,14 @@ class Search:
         outlook: by which chances are told; its factor grows where no candidate would pass on fewer questions.
         rungs: how far each candidate was asked.
         steps: every measurement, in order.
-        notes: what a reader should know of where the search ended.
+        reach: the largest scale on the grid, so that all curves of a search are over one range.
     """
 
     records: Field
     outlook: Outlook
     rungs: dict[Candidate, int] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    reach: float = 0.0
 
     def look(self, candidate: Candidate) -> Look:
         """Return what a candidate showed on all that it was asked."""
@@ -110,7 +110,7 @@ class Search:
             found = getattr(self.look(other), kind) if at is not None else None
             if found is not None and at is not None:
                 seen.append(replace(found, scale=at))
-        reach = max(abs(each.scale) for each in [*seen, Seen(scale=place, share=0.0, questions=0)]) or 1.0
+        reach = max(abs(scale) for scale in (self.reach, place, *(each.scale for each in seen))) or 1.0
         return fit(tuple(sorted(seen, key=lambda each: each.scale)), reach).draws(place)
 
     def passing(self) -> list[Candidate]:
@@ -259,6 +259,7 @@ def explore(
     `factors` are how many times the sweep's questions may be asked afresh, the first that any candidate would pass on
     being taken.
     """
+    search.reach = max((abs(each.scale) for each in candidates), default=0.0)
     methods = series_of(each for each in candidates if not each.baseline)
     search.outlook = replace(search.outlook, factor=factors[0])
     found = _together(search, [_find(search, series) for series in methods])
@@ -278,6 +279,7 @@ def explore(
 def ask_all(search: Search, candidates: Sequence[Candidate]) -> None:
     """Ask everything of these candidates, or until they break a rule whatever else they answer."""
     search.records.measure([(each, LAST) for each in candidates])
+    search.reach = max([search.reach, *(abs(each.scale) for each in candidates)])
     search.rungs.update(dict.fromkeys(candidates, LAST))
 
 
