@@ -33,7 +33,7 @@ FACTORS = (
     8.0,
 )  # how many times as many fresh questions as the sweep asked are thought of
 ON_FRESH = ("asr.max_upper", "asr.max_increase_over_aligned", "asr.max_cell_upper", "regained.min", "over_refusal.")
-REPEATS = 5  # fresh samples per draw of the rates
+REPEATS = 3  # fresh samples per draw of the rates
 SEEDS = {"aligned": 1, "tuned": 2}
 
 Bools = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]

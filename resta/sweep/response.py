@@ -22,7 +22,7 @@ from resta.redeval.statistics import Floats
 STEEPNESS = (3.0, 60.0)  # over the range of scales: from "all of it is one slope" to "a step"
 MIDDLE = (-0.1, 1.4)  # in shares of the range
 DRAWS = 400  # walkers, and so curves that stand for the posterior
-STEPS = 150
+STEPS = 100
 STRETCH = 2.0  # the move's usual parameter
 UNLIKELY = 1e-3  # an observation less likely than this under the curves says that no such curve holds
 
