@@ -194,10 +194,11 @@ def row(cell: Cell, sweeps: int) -> str:
     return "| " + " | ".join(parts) + " |"
 
 
-HEAD = """\
-| slope | questions | aligned's ASR | first passing: passes | grid: passes | search: passes | search as grid: same / within \
-a step | fresh questions (median) | answers: every candidate | answers: before | answers: search | of every | of before |
-|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
+COLUMNS = (
+    "slope", "questions", "aligned's ASR", "first passing: passes", "grid: passes", "search: passes",
+    "search as grid: same / within a step", "fresh questions (median)", "answers: every candidate", "answers: before",
+    "answers: search", "of every", "of before",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -226,7 +227,8 @@ def main() -> None:
         .replace("first passing    ", "- first passing: ")
         .replace("grid             ", "- grid: ")
         .replace("search           ", "- search: "),
-        HEAD,
+        "| " + " | ".join(COLUMNS) + " |",
+        "|---" * len(COLUMNS) + "|",
         *rows,
         "",
         "`passes`: of the sweeps that made a choice, the share whose choice passed on the fresh questions, and of how "
