@@ -24,7 +24,7 @@ from resta.verify.gate import decide
 from resta.verify.measurement import Measurement, pick_judges, read_measurement
 from resta.verify.run import measure_losses
 
-UNFINISHED = "not asked more; the same command goes on with --grid"
+UNFINISHED = "not finished; the same command goes on"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
