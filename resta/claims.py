@@ -32,6 +32,7 @@ from resta.recipe import Recipe
 VERDICT = re.compile(r"\n\n<!-- resta verify: start -->.*<!-- resta verify: end -->\n*\Z", re.DOTALL)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 RELEASE = re.compile(r"\d[\w.+!-]{0,40}", re.ASCII)  # what a version looks like
+MANIFEST_MEMORY = 1_100_000_000  # bytes; what a merge of a hundred thousand tensors records takes 800 million
 MOST_ADDED = 1 << 20  # bytes by which a small file may be too long and still be read
 MOST_SHOWN = 80  # letters of a value in a finding
 
@@ -98,7 +99,7 @@ def read_manifest(out: Path) -> Manifest:
     if not path.is_file():
         raise CheckpointError(f"{out}: has no {MARK}; expected the output directory of `resta merge`")
     try:
-        parsed = read_json(path)
+        parsed = read_json(path, most_memory=MANIFEST_MEMORY)
         kind = (parsed["schema"], parsed["kind"], parsed["checksum"])
         if kind != (SCHEMA, "merge", CHECKSUM):
             raise AuditError(f"{path}: is {kind}; this version audits {(SCHEMA, 'merge', CHECKSUM)}")

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 
 from resta import engine
 from resta.audit import Report, audit
-from resta.claims import output_digests
+from resta.claims import output_digests, read_manifest
 from resta.cli import main
 from resta.errors import AuditError, CheckpointError
+from resta.header import MOST_MEMORY, count_memory
 from resta.recipe import make_recipe
 from resta.verify.report import CARD_END, CARD_START, with_section
 from tests.conftest import llama_tensors, nudged, save_model
@@ -277,6 +278,16 @@ def test_a_version_is_not_proved_but_must_be_one(value: Any, out: Path, moved: d
     document = json.loads((out / "resta.json").read_text())
     document["versions"]["numpy"] = value
     assert any("resta.json: versions.numpy" in line for line in refusals(out, moved, document))
+
+
+def test_the_manifest_of_a_very_large_merge_can_be_read(out: Path) -> None:
+    """A mixture of experts may have ninety thousand tensors; these already take more than a header may."""
+    document = json.loads((out / "resta.json").read_text())
+    fact = next(fact for fact in document["tensors"].values() if fact["terms"])
+    document["tensors"] = {f"model.layers.{i}.mlp.experts.{i}.up_proj.weight": fact for i in range(36_000)}
+    (out / "resta.json").write_text(json.dumps(document, indent=1))
+    assert count_memory((out / "resta.json").read_bytes()) > MOST_MEMORY
+    assert len(read_manifest(out).tensors) == 36_000
 
 
 def test_a_key_that_occurs_twice_is_refused(out: Path, moved: dict[str, str]) -> None:
