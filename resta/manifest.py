@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from resta.cautions import cautions
 from resta.coverage import Coverage
 from resta.plan import Plan, Step
 from resta.recipe import Recipe
@@ -26,6 +27,7 @@ from resta.version import VERSION
 SCHEMA = 2  # 1 had no facts of single terms
 CHECKSUM = "resta-fold-1"  # kernels.fold over each 2^24 elements, BLAKE2b of those digests
 WARN_BELOW_COSINE = 0.9
+LARGE_CHANGE = 0.5  # of the weights' norm
 LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -225,8 +227,17 @@ def change_warning(change: Change, rounding: str) -> str | None:
 
 def result_warnings(plan: Plan, facts: Mapping[str, TensorFacts]) -> list[str]:
     """Return what whoever uses the result should know first, each in a sentence."""
-    warning = change_warning(total_change(facts.values()), plan.recipe.output.rounding)
-    return [warning] if warning else []
+    found = cautions(plan)
+    for index, term in enumerate(plan.recipe.terms):
+        size = term_change(facts.values(), index).relative_size
+        if size > LARGE_CHANGE:
+            found.append(
+                f"{term.label} ({term.delta}) is {size:.0%} of the weights in norm, where a safety vector is about a "
+                "thousandth of them: the models are hardly related, or the scale is far too large"
+            )
+    change = total_change(facts.values())
+    warning = change_warning(change, plan.recipe.output.rounding)
+    return [*found, warning] if warning else found
 
 
 def to_json(facts: TensorFacts | TermFacts | Change | TermChange) -> dict[str, Any]:
@@ -348,6 +359,8 @@ def render_card(plan: Plan, facts: Mapping[str, TensorFacts]) -> str:
         f"# {recipe.files_from} {'with a safety vector' if safety.restored else 'after a merge'}",
         "",
         safety.statement,
+        "",
+        *(f"- Warning: {warning}." for warning in result_warnings(plan, facts)),
         "",
         "Made by task arithmetic on weights (RESTA, [arXiv 2402.11746](https://arxiv.org/abs/2402.11746)):",
         "",

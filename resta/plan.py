@@ -17,6 +17,7 @@ from typing import Any
 
 from resta.adapter import is_adapter, read_adapter
 from resta.checkpoint import LowRank, Operand, Reader, Stored, Weights, read_weights, same_bytes, same_content
+from resta.compatibility import differences
 from resta.coverage import Coverage, Ledger, readable_share
 from resta.errors import PlanError
 from resta.header import FLOAT_DTYPES, Spec, count_bytes, lay_out
@@ -284,6 +285,14 @@ def _check_models(recipe: Recipe, weights: Mapping[str, Weights], problems: _Pro
                 problems.add(
                     name,
                     f"config.json has {key} {theirs!r} but {recipe.start} has {mine!r}; these are different models",
+                )
+        for setting, mine, theirs in differences(start.config, model.config):
+            if setting not in recipe.allow_config and start.config and model.config:
+                problems.add(
+                    name,
+                    f"config.json has {setting} {theirs!r} but {recipe.start} has {mine!r}, so that the same weights "
+                    "mean something else there; merge models that agree, or if it is known to do no harm, say "
+                    f"allow_config: [{setting}] in the recipe (--allow-config {setting})",
                 )
         if recipe.tokenizers == "same" and model is not start:
             conflict = tokenizer_conflict(start, model)

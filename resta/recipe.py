@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from resta.compatibility import MEANING
 from resta.errors import RecipeError
 from resta.mergekit import convert, is_mergekit
 from resta.unique_keys import UniqueKeyLoader
@@ -215,6 +216,9 @@ class Recipe(_Frozen):
         default=0.95,
         description="Least share of the parameters that rules and missing tensors must leave to each term.",
     )
+    allow_config: tuple[Line, ...] = Field(
+        default=(), description="Settings of config.json in which the models may differ though weights depend on them."
+    )
     output: OutputChoices = OutputChoices()
     rules: tuple[Rule, ...] = ()
 
@@ -233,6 +237,10 @@ class Recipe(_Frozen):
             raise ValueError(f"{name!r} is not among the models{did_you_mean(name, self.models)}")
         for name in self.models.keys() - used:
             raise ValueError(f"model {name!r} is never used; remove it or name it in a term")
+        for key in self.allow_config:
+            if key not in MEANING:
+                hint = did_you_mean(key, MEANING) or f"; known: {', '.join(MEANING)}"
+                raise ValueError(f"allow_config names {key!r}, which is no setting that models must share{hint}")
         self._check_terms()
         return self
 

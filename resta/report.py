@@ -8,6 +8,7 @@ import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from rich.progress import (
     BarColumn,
@@ -20,9 +21,19 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from resta.cautions import cautions, name_cautions
+from resta.coverage import readable_share
 from resta.engine import Progress as OnProgress
 from resta.engine import Result
-from resta.manifest import Change, TensorFacts, change_warning, layer_of, total_change
+from resta.manifest import (
+    Change,
+    TensorFacts,
+    describe_terms,
+    judge,
+    layer_of,
+    result_warnings,
+    total_change,
+)
 from resta.output import MARK
 from resta.plan import Plan
 from resta.printable import console, printable
@@ -59,9 +70,14 @@ def print_plan(plan: Plan, bytes_free: int) -> None:
         commit = f" @ {weights.located.commit}" if weights.located.commit else ""
         table.add_row(printable(name), printable(f"{weights.located.folder}{commit}"))
     table.add_row("tensors", ", ".join(f"{count} {action}" for action, count in sorted(actions.items())))
-    for term in plan.recipe.terms:
+    for term, coverage in zip(plan.recipe.terms, plan.coverage, strict=True):
         sparsify = f", DARE keeps {term.sparsify.density:g} ({term.sparsify.rescale})" if term.sparsify else ""
         table.add_row(printable(f"term {term.name or ''}".rstrip()), f"{term.scale:g} * ({term.delta}){sparsify}")
+        share = readable_share(coverage.covered / max(coverage.parameters, 1))
+        reached = f"{share} of {coverage.parameters:,} parameters"
+        left_out = [f"not covered: {part}" for part in coverage.left_out]
+        off = [f"not selected: {coverage.not_selected:,}, its scale is 0"] if coverage.not_selected else []
+        table.add_row("  covers", printable("; ".join([reached, *left_out, *off])))
     table.add_row("reads", readable_bytes(plan.bytes_read))
     table.add_row("writes", f"{readable_bytes(plan.bytes_written)} in {len(plan.heads)} files")
     table.add_row("free disk", readable_bytes(bytes_free))
@@ -69,6 +85,12 @@ def print_plan(plan: Plan, bytes_free: int) -> None:
     if plan.left_out:
         table.add_row("leaves out", printable(", ".join(plan.left_out)))
     console().print(table)
+    for caution in (*cautions(plan), *name_cautions(plan)):
+        _print_warning(caution)
+
+
+def _print_warning(sentence: str) -> None:
+    console().print(Text.assemble(("warning:", "yellow"), f" {printable(sentence)}"))
 
 
 def print_result(result: Result, seconds: float) -> None:
@@ -78,10 +100,24 @@ def print_result(result: Result, seconds: float) -> None:
     nbytes = result.plan.bytes_written
     rate = readable_bytes(nbytes / max(seconds, 1e-9))
     terminal.print(f"{readable_bytes(nbytes)} in {seconds:.1f} s ({rate}/s) -> {printable(result.out)}", soft_wrap=True)
-    warning = change_warning(total_change(result.tensors.values()), result.plan.recipe.output.rounding)
-    if warning:
-        terminal.print(Text.assemble(("warning:", "yellow"), f" {printable(warning)}"))
+    for term in describe_terms(result.plan, result.tensors):
+        terminal.print(printable(_term_line(term)))
+    terminal.print(printable(judge(result.plan, result.tensors).statement))
+    for warning in result_warnings(result.plan, result.tensors):
+        _print_warning(warning)
     terminal.print(f"check it:     {printable(audit_command(result))}", soft_wrap=True)
+
+
+def _term_line(term: Mapping[str, Any]) -> str:
+    """Say what one term of a manifest reached, and what rounding left of it."""
+    coverage, kept = term["coverage"], term["change"]["kept"]
+    shares = [
+        f"{words} {readable_share(coverage[key] / max(coverage['parameters'], 1))}"
+        for key, words in (("covered", "covers"), ("not_covered", "not covered"), ("not_selected", "not selected"))
+        if coverage[key] or key == "covered"
+    ]
+    rounding = "" if kept is None else f"; rounding kept {kept:.1%}"
+    return f"{term['name'] or term['delta']}: {', '.join(shares)} of {coverage['parameters']:,} parameters{rounding}"
 
 
 def digest_line(result: Result) -> str:

@@ -17,14 +17,15 @@ LAYERS = {
     name: number
     for number, names in enumerate(
         (
-            "version errors kernels sketch unique_keys printable files coverage",
+            "version errors kernels sketch unique_keys printable files coverage compatibility",
             "mergekit",
             "header hub recipe chat_templates",
             "checkpoint safety",
             "tied",
             "adapter sidefiles digests naming",
             "plan",
-            "compute manifest output",
+            "compute cautions output",
+            "manifest",
             "directory",
             "engine",
             "algebra report diff claims",

@@ -13,10 +13,11 @@ from typing import Any
 import click
 
 from resta.adapter import base_name, is_adapter
+from resta.cautions import cautions, name_cautions
 from resta.engine import Result, carry_out, input_folders
 from resta.errors import RecipeError, RequestError
 from resta.hub import locate
-from resta.manifest import change_warning, total_change
+from resta.manifest import change_warning, describe_terms, judge, result_warnings, total_change
 from resta.output import check_place, check_space, check_vacant
 from resta.plan import Plan, make_plan
 from resta.printable import printable, printable_lines
@@ -51,6 +52,7 @@ class Flags:
     rounding: str
     shard_size: str
     min_coverage: float | None = None
+    allow_config: tuple[str, ...] = ()
 
 
 def to_recipe(flags: Flags) -> Recipe:
@@ -88,6 +90,7 @@ def to_recipe(flags: Flags) -> Recipe:
             "start": start,
             "terms": terms,
             "seed": flags.seed,
+            "allow_config": list(flags.allow_config),
             **({} if flags.min_coverage is None else {"min_coverage": flags.min_coverage}),
             "output": {
                 "dtype": flags.dtype,
@@ -184,6 +187,12 @@ def _absolute(source: str) -> str:
     metavar="SHARE",
     help="Least share of the parameters that each term must reach [default: 0.95].",
 )
+@click.option(
+    "--allow-config",
+    multiple=True,
+    metavar="KEY",
+    help="Allow configs to differ in this, such as rope_theta.",
+)
 @click.option("--shard-size", default="5GB", show_default=True, help="Most tensor bytes per file.")
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), required=True, help="Directory to be made.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier output, once the new one is complete.")
@@ -212,6 +221,9 @@ def command(ctx: click.Context, /, tuned_or_recipe: str, out: Path, **options: A
     if dry_run:
         _dry_run(plan, out, overwrite=overwrite, as_json=as_json)
         return
+    if not quiet:
+        for caution in (*cautions(plan), *name_cautions(plan)):
+            click.echo(f"warning: {printable(caution)}", err=True)
     began = time.perf_counter()
     with merge_progress(plan, shown=sys.stderr.isatty() and not (quiet or as_json)) as progress:
         result = carry_out(plan, out, workers=workers, overwrite=overwrite, progress=progress, digests=digests)
@@ -253,7 +265,9 @@ def _dry_run(plan: Plan, out: Path, *, overwrite: bool, as_json: bool) -> None:
     except RequestError as error:
         refusals.append(str(error))
     if as_json:
-        facts = {"bytes_read": plan.bytes_read, "bytes_written": plan.bytes_written, "bytes_free": free}
+        facts: dict[str, Any] = {"bytes_read": plan.bytes_read, "bytes_written": plan.bytes_written, "bytes_free": free}
+        facts |= {"warnings": [*cautions(plan), *name_cautions(plan)]}
+        facts |= {"coverage": [each.share for each in plan.coverage]}
         click.echo(json.dumps({"recipe": plan.recipe.model_dump(mode="json"), **facts, "refusals": refusals}))
     else:
         print_plan(plan, free)
@@ -274,4 +288,7 @@ def _summary(result: Result, seconds: float) -> dict[str, Any]:
         "change": asdict(change),
         "digests": {"files": len(taken.sha256), "core_s": taken.core_s, "after_s": taken.after_s} if taken else None,
         "warning": change_warning(change, result.plan.recipe.output.rounding),
+        "warnings": result_warnings(result.plan, result.tensors),
+        "terms": describe_terms(result.plan, result.tensors),
+        "safety": asdict(judge(result.plan, result.tensors)),
     }
