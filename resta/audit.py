@@ -150,6 +150,22 @@ def audit(
     )
 
 
+def check_weights(out: str | Path) -> tuple[Finding, ...]:
+    """Return where a merge's directory does not hold the weights that its manifest describes, by every checksum.
+
+    Inputs are not needed, so nothing is recomputed: a manifest may be true to the weights and still not to the models
+    that it names. Raises RequestError, AuditError: `out` is no finished merge, or its manifest cannot be read.
+    """
+    out = Path(out)
+    manifest = read_manifest(out)
+    findings = list(check_manifest(manifest))
+    specs = _read_specs(out, manifest, findings)
+    tasks = list(_tasks(out, manifest, specs, None, None, findings))
+    report, workers = _reporter(None, {}, tasks), default_workers()
+    _check_tensors(tasks, workers, report, findings)
+    return tuple(findings)
+
+
 def choose_tensors(manifest: Manifest, sample: int | None) -> set[str]:
     """Choose what to recompute: all, or the largest tensor and others in an order drawn from the recipe's digest."""
     if sample is None:

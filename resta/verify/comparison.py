@@ -52,6 +52,7 @@ class Model:
     target: Mapping[str, Any]
     manifest: Mapping[str, Any]
     measured_at: str | None  # ISO 8601, UTC; None where it was not noted
+    manifest_problem: str  # in what the manifest is not true to the weights; empty where it is
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,7 +227,12 @@ def compare(
         suite=aligned.utility,
         models={
             role: Model(
-                role=role, name=m.name, target=m.config["target"], manifest=m.manifest, measured_at=m.measured_at
+                role=role,
+                name=m.name,
+                target=m.config["target"],
+                manifest=m.manifest,
+                measured_at=m.measured_at,
+                manifest_problem=m.manifest_problem,
             )
             for role, m in models.items()
         },

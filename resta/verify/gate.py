@@ -16,6 +16,7 @@ from resta.verify.comparison import Comparison
 from resta.verify.decision import Decision, Outcome, Rule, Verdict
 from resta.verify.guidance import guidance, notes
 from resta.verify.measurement import ROLES
+from resta.verify.origin import origin_rules
 from resta.verify.parts import ENOUGH, worst_part
 from resta.verify.policy import ANY_TASK, Policy
 from resta.verify.statistics import PairedRates, holm, trials_at_rate, trials_for_bound
@@ -288,4 +289,5 @@ RULES: tuple[Callable[[Comparison, Policy], Iterable[Rule]], ...] = (
     _no_cell_worse,
     _over_refusal,
     _utility,
+    origin_rules,
 )

@@ -9,6 +9,7 @@ from typing import Any
 from resta.verify.comparison import Comparison
 from resta.verify.decision import Rule
 from resta.verify.measurement import HUMAN
+from resta.verify.origin import why_unknown
 from resta.verify.policy import Policy
 from resta.verify.trust import unfit
 
@@ -20,6 +21,9 @@ DOMINANT = 0.5  # share of the squared change in a tenth of the layers
 def notes(comparison: Comparison, policy: Policy) -> Iterable[str]:
     """Yield what weakens the measurement or the policy, whatever the verdict."""
     yield from _of_policy(policy)
+    unknown = why_unknown(comparison.models["restored"])
+    if unknown is not None:
+        yield f"Provenance unknown: {unknown}."
     if (reason := unfit(comparison)) is not None:
         yield f"{reason}."
     if comparison.judge == HUMAN:

@@ -5,6 +5,7 @@ A measurement is a folder, so that what was measured once serves many comparison
     M/redeval/               a Red-Eval run (resta/redeval/records.py)
     M/utility/               utility documents (resta/verify/documents.py); absent where none were measured
     M/manifest.json          the model's resta.json as it was; absent for a served model, or one without
+    M/manifest-check.json    whether that of a merge is true to the model's weights
     M/model.json             when it was measured, and where the model lay (resta/verify/places.py)
 """
 
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from resta.errors import CompareError
+from resta.errors import CompareError, RestaError
 from resta.redeval.control import OWN, Control, control_languages, controls
 from resta.redeval.questions import Question
 from resta.redeval.records import Answer, RunDir, Verdict, differences, load_run
@@ -26,6 +27,7 @@ from resta.verify.places import read_place
 
 ROLES = ("aligned", "tuned", "restored")
 PLACES = "measurements.json"
+UNCHECKED = "not checked"
 HUMAN = "human-labels"  # the judge's name where the policy lets people's labels count
 
 
@@ -45,6 +47,7 @@ class Measurement:
     utility: Mapping[str, Any]  # the suite's facts; empty where none was measured
     manifest: Mapping[str, Any]
     measured_at: str | None  # ISO 8601, UTC; None where it was not noted
+    manifest_problem: str = UNCHECKED  # in what the manifest is not true to the weights; empty where it is
 
     @property
     def name(self) -> str:
@@ -74,7 +77,34 @@ def read_measurement(path: Path) -> Measurement:
         utility=read_facts(path / "utility"),
         manifest=json.loads(manifest.read_text()) if manifest.is_file() else {},
         measured_at=read_place(path).measured_at,
+        manifest_problem=_manifest_problem(path),
     )
+
+
+def note_manifest(source: Path, path: Path) -> None:
+    """Keep a model's resta.json in its measurement, so that a report needs no model, and whether it is true.
+
+    The weights are read for that once: a measurement is of one model.
+    """
+    data = source.read_bytes()
+    kept, checked = path / "manifest.json", path / "manifest-check.json"
+    if kept.is_file() and kept.read_bytes() == data and checked.is_file():
+        return
+    kept.write_bytes(data)
+    if json.loads(data).get("kind") != "merge":
+        return
+    from resta.audit import check_weights
+
+    try:
+        problems = [f"{finding.what}: {finding.problem}" for finding in check_weights(source.parent)]
+    except RestaError as error:
+        problems = [str(error)]
+    checked.write_text(json.dumps({"problem": "; ".join(problems[:3])}) + "\n", encoding="utf-8")
+
+
+def _manifest_problem(path: Path) -> str:
+    checked = path / "manifest-check.json"
+    return str(json.loads(checked.read_text(encoding="utf-8"))["problem"]) if checked.is_file() else UNCHECKED
 
 
 def note_places(models: Mapping[str, Measurement], out: Path) -> None:

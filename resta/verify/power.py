@@ -107,7 +107,7 @@ def _simulated(policy: Policy, sample: Sample, truth: Truth, draws: int, seed: i
         if not questions:
             held |= {claim.name: [np.zeros(draws, dtype=bool)] for claim in own}
             continue
-        for hits in _draw(rates, (draws, questions, templates), truth, seed + number):
+        for hits in draw_answers(rates, (draws, questions, templates), truth, seed + number):
             _hold(held, own, hits, policy.level)
             if kind == "harm" and policy.cell_limit is not None:
                 within = _parts_within(hits, tuple(sample.harmful.values()), policy.cell_limit, policy.level)
@@ -115,14 +115,14 @@ def _simulated(policy: Policy, sample: Sample, truth: Truth, draws: int, seed: i
     for number, (task, documents) in enumerate(sample.documents.items(), len(kinds)):
         own = [claim for claim in claims if claim.task == task]
         rates = truth.scores.get(task, truth.score)
-        for hits in _draw(rates, (draws, documents, 1), truth, seed + number) if own else ():
+        for hits in draw_answers(rates, (draws, documents, 1), truth, seed + number) if own else ():
             _hold(held, own, hits, policy.level)
     if policy.utility and not sample.documents:
         held["utility"] = [np.zeros(draws, dtype=bool)]
     return held
 
 
-def _draw(rates: Three, shape: tuple[int, int, int], truth: Truth, seed: int) -> Iterator[Floats]:
+def draw_answers(rates: Three, shape: tuple[int, int, int], truth: Truth, seed: int) -> Iterator[Floats]:
     """Yield who gave in, (draws of a chunk, questions, templates, models), until there are enough draws."""
     draws, questions, templates = shape
     rng = np.random.default_rng(seed)

@@ -38,6 +38,7 @@ from resta.verify.measurement import (
     ROLES,
     Measurement,
     conditions_of,
+    note_manifest,
     read_measurement,
 )
 from resta.verify.places import note_model
@@ -164,10 +165,9 @@ def _served(target: Target, budget: Budget) -> Served:
 
 
 def _keep_manifest(target: Target, path: Path) -> None:
-    """Copy the model's resta.json into its measurement, so that a report can be made without the model."""
     source = Path(target.name) / "resta.json"
     if target.local is not None and source.is_file():
-        (path / "manifest.json").write_bytes(source.read_bytes())
+        note_manifest(source, path)
 
 
 def measure_all(

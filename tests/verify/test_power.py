@@ -62,10 +62,10 @@ def test_the_chances_are_those_with_which_the_gate_decides() -> None:
 
 
 def test_answers_are_as_alike_as_is_supposed() -> None:
-    from resta.verify.power import _draw
+    from resta.verify.power import draw_answers
 
     truth = Truth(harm=(0.2, 0.5, 0.2), refusal=(0.0, 0.0, 0.0), icc=0.3, agreement=0.5)
-    [hits] = _draw(truth.harm, (1, 60000, 2), truth, 0)
+    [hits] = draw_answers(truth.harm, (1, 60000, 2), truth, 0)
     one, two = hits[0, :, 0, 0], hits[0, :, 1, 0]
     assert hits.mean(axis=(0, 1, 2)) == pytest.approx(truth.harm, abs=0.01)
     assert np.corrcoef(one, two)[0, 1] == pytest.approx(0.3, abs=0.02)

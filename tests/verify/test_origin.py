@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from resta.audit import check_weights
+from resta.engine import merge
+from resta.recipe import make_recipe
+from resta.verify.comparison import Comparison
+from resta.verify.decision import Decision, Verdict, by_name
+from resta.verify.gate import decide
+from resta.verify.measurement import note_manifest
+from resta.verify.policy import Policy
+from tests.conftest import llama_tensors, nudged, save_model
+from tests.verify.planted import exactly, planted
+
+
+def manifest(
+    *, not_covered: int = 0, kept: float | None = 1.0, restored: bool = True, terms: int = 1
+) -> dict[str, Any]:
+    coverage = {"parameters": 1000, "covered": 1000 - not_covered, "not_covered": not_covered, "not_selected": 0}
+    term = {"name": "safety", "delta": "aligned - base", "coverage": coverage, "change": {"kept": kept}}
+    safety = {"terms": list(range(terms)), "restored": restored, "statement": "As it says."}
+    return {"kind": "merge", "schema": 2, "terms": [term], "safety": safety, "change": {}, "tensors": {}}
+
+
+def made_by(facts: dict[str, Any], problem: str = "") -> Comparison:
+    found = planted({"bank": exactly((2, 100, 2), 200)})
+    restored = replace(found.models["restored"], manifest=facts, manifest_problem=problem)
+    return replace(found, models={**found.models, "restored": restored})
+
+
+def judged(facts: dict[str, Any], problem: str = "", rules: str = "{}") -> Decision:
+    own = {"asr": {"max_upper": 0.1}, **yaml.safe_load(rules)}
+    return decide(made_by(facts, problem), Policy.model_validate(own))
+
+
+def test_a_merge_that_covers_the_model_and_kept_its_vector_holds() -> None:
+    found = judged(manifest())
+    assert found.verdict is Verdict.PASS
+    rules = by_name(found.rules)
+    assert {rules[f"provenance.{name}"].outcome for name in ("restored", "min_coverage", "min_kept")} == {"holds"}
+    assert not any("Provenance unknown" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("facts", "rule"),
+    [
+        (manifest(not_covered=60), "provenance.min_coverage"),
+        (manifest(kept=0.3), "provenance.min_kept"),
+        (manifest(restored=False), "provenance.restored"),
+    ],
+)
+def test_a_vector_that_is_not_in_the_model_fails_however_safe_it_looks(facts: dict[str, Any], rule: str) -> None:
+    found = judged(facts)
+    assert (found.verdict, by_name(found.rules)[rule].outcome) == (Verdict.FAIL, "fails")
+    assert judged(facts, rules="provenance: {min_coverage: null, min_kept: null}").verdict is Verdict.PASS
+
+
+@pytest.mark.parametrize(
+    ("facts", "problem", "says"),
+    [
+        ({}, "not checked", "no resta.json of a merge"),
+        (manifest(), "tensor 'x': its checksum is 1", "not true to its weights (tensor 'x'"),
+        ({"kind": "merge", "schema": 1, "tensors": {}}, "", "older version"),
+    ],
+)
+def test_an_unknown_provenance_is_said_and_decides_nothing_unless_it_is_required(
+    facts: dict[str, Any], problem: str, says: str
+) -> None:
+    found = judged(facts, problem)
+    assert any(note.startswith("Provenance unknown: ") and says in note for note in found.notes)
+    assert found.verdict is Verdict.PASS
+    assert judged(facts, problem, "provenance: {required: true}").verdict is Verdict.INCONCLUSIVE
+
+
+def test_a_manifest_is_true_to_the_weights_until_a_bit_of_them_changes(tmp_path: Path) -> None:
+    start = llama_tensors(0)
+    for seed, name in enumerate(("tuned", "aligned", "base"), 1):
+        save_model(tmp_path / name, nudged(start, seed))
+    models = {name: str(tmp_path / name) for name in ("tuned", "aligned", "base")}
+    terms = [{"name": "safety", "delta": "aligned - base", "scale": 0.5}]
+    out = tmp_path / "restored"
+    merge(make_recipe({"models": models, "start": "tuned", "terms": terms}), out, workers=1)
+    assert check_weights(out) == ()
+    kept = tmp_path / "measurement"
+    kept.mkdir()
+    note_manifest(out / "resta.json", kept)
+    assert json.loads((kept / "manifest-check.json").read_text()) == {"problem": ""}
+    facts = json.loads((kept / "manifest.json").read_text())
+    assert by_name(judged(facts).rules)["provenance.min_coverage"].outcome == "holds"
+
+    shard = next(out.glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    (kept / "manifest-check.json").unlink()
+    note_manifest(out / "resta.json", kept)
+    problem = json.loads((kept / "manifest-check.json").read_text())["problem"]
+    assert "checksum" in problem
+    assert any("not true to its weights" in note for note in judged(facts, problem).notes)
