@@ -1,8 +1,8 @@
 """How often the gate's verdicts are wrong, and how often a good model passes, over sizes, templates and ICC.
 
-Simulated answers, the gate's own claims and intervals, no models. About two minutes of one core:
+Simulated answers, the gate's own claims and intervals, no models. About a minute of one core:
 
-    python benchmarks/gate_characteristics.py > benchmarks/results/gate_characteristics_2026-11-24.md
+    python benchmarks/gate_characteristics.py > benchmarks/results/gate_characteristics_2-core-cpu_202611.md
 """
 
 from __future__ import annotations
