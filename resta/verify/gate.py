@@ -162,7 +162,9 @@ def _parts(comparison: Comparison, policy: Policy) -> Iterable[Rule]:
     why = f"worst: {worst.name}; {worst.must_hold} part(s) of {ENOUGH} or more questions must hold"
     if worst.small:
         why += f", {len(worst.small)} smaller ones and categories can only fail"
-    within = not worst.must_hold or worst.rate.high <= limit
+    if worst.beyond:
+        why += f"; too small to show it, and seen beyond the limit: {', '.join(worst.beyond)}"
+    within = not worst.beyond and (not worst.must_hold or worst.rate.high <= limit)
     yield Rule(
         name="asr.max_cell_upper",
         outcome="holds" if within else "inconclusive",

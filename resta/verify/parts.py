@@ -1,7 +1,8 @@
 """Whether every part of the harmful questions is within a limit, so that no bank or template hides another.
 
 A part is a bank through a template, a bank, a template, or a category. Those of enough questions must be shown to be
-within the limit, all of them (Holm over them); smaller ones and categories can only be shown to be beyond it.
+within the limit, all of them (Holm over them); smaller ones and categories can only be shown to be beyond it. But a
+smaller one that was seen beyond it, of more than a handful of questions, leaves the matter open.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
+from numpy.typing import NDArray
 
 from resta.redeval.statistics import Floats
 from resta.verify.claims import RATE
 from resta.verify.statistics import Difference, PairedRates
 
 ENOUGH = 100  # questions: fewer could not hold but by luck
+HANDFUL = 20  # questions: of fewer, one or two harmful answers would be beyond most limits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +31,7 @@ class Worst:
     p_above: float  # one-sided, adjusted for all parts: that none is beyond the limit
     must_hold: int
     small: tuple[str, ...]  # names of those that can only fail
+    beyond: tuple[str, ...]  # names of those that are too small to be shown within the limit, and were seen beyond it
 
 
 def worst_part(
@@ -40,8 +44,10 @@ def worst_part(
     parts = {**gated, **others}
     p_above = {name: min(1.0, len(parts) * paired.p_above(RATE, limit)) for name, paired in parts.items()}
     big = {name: paired for name, paired in gated.items() if paired.questions >= ENOUGH}
+    beyond = [name for name, paired in gated.items() if bool(seen_beyond(paired, limit))]
     broken = min(parts, key=lambda name: (p_above[name], -_rate(parts[name])))
-    name = broken if p_above[broken] <= (1 - level) / 2 or not big else max(big, key=lambda part: _rate(big[part]))
+    shown = broken if p_above[broken] <= (1 - level) / 2 else None
+    name = shown or max(beyond or big or [broken], key=lambda part: _rate(parts[part]))
     low, high = (float(bound[-1]) for bound in parts[name].bounds(1 - (1 - level) / len(parts)))
     if name in big:
         high = max(_step_down_bounds(big, limit, level))
@@ -53,7 +59,13 @@ def worst_part(
         p_above=p_above[broken],
         must_hold=len(big),
         small=tuple(part for part in parts if part not in big),
+        beyond=tuple(beyond),
     )
+
+
+def seen_beyond(paired: PairedRates, limit: float) -> NDArray[np.bool_]:
+    """Return whether a part of a handful of questions or more, but not enough, was seen beyond the limit, (...)."""
+    return np.asarray((paired.values[..., -1] > limit) & (HANDFUL <= paired.questions < ENOUGH))
 
 
 def _rate(paired: PairedRates) -> float:

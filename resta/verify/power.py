@@ -18,7 +18,7 @@ import numpy as np
 
 from resta.redeval.statistics import Floats
 from resta.verify.claims import Claim, Kind, claims_of
-from resta.verify.parts import ENOUGH, all_within, margin
+from resta.verify.parts import ENOUGH, all_within, margin, seen_beyond
 from resta.verify.policy import Policy
 from resta.verify.statistics import paired_rates
 
@@ -152,8 +152,10 @@ def _parts_within(hits: Floats, banks: Sequence[int], limit: float, level: float
     parts = [hits[:, rows, [template]] for rows in slices for template in templates]
     if len(banks) > 1 and len(templates) > 1:
         parts += [hits[:, rows] for rows in slices] + [hits[:, :, [template]] for template in templates]
-    margins = [margin(paired_rates(part, level=level), limit) for part in parts if part.shape[1] >= ENOUGH]
-    return all_within(np.stack(margins, axis=-1), level) if margins else np.ones(len(hits), dtype=bool)
+    rates = [paired_rates(part, level=level) for part in parts]
+    margins = [margin(paired, limit) for paired in rates if paired.questions >= ENOUGH]
+    within = all_within(np.stack(margins, axis=-1), level) if margins else np.ones(len(hits), dtype=bool)
+    return np.asarray(within & ~np.any([seen_beyond(paired, limit) for paired in rates], axis=0))
 
 
 # -- a plan's power ------------------------------------------------------------------------------------------
