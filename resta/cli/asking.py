@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -64,6 +65,20 @@ def options(*decorators: Callable[[Function], Function]) -> Callable[[Function],
         return function
 
     return add
+
+
+def template_args(given: Iterable[str]) -> dict[str, Any]:
+    """Return {name: value} of NAME=VALUE, values read as JSON where they are. Raises click.BadParameter."""
+    found: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise click.BadParameter(f"expected NAME=VALUE, found {text!r}")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
 
 
 QUESTIONS = options(
@@ -140,6 +155,14 @@ QUESTIONS = options(
         "--max-new-tokens",
         type=click.IntRange(min=1),
         help="Limit per answer. [default: 512, or 500 for red-instruct]",
+    ),
+    click.option(
+        "--template-arg",
+        "template_args",
+        multiple=True,
+        metavar="NAME=VALUE",
+        callback=lambda context, option, given: template_args(given),
+        help="Argument of the model's chat template, such as enable_thinking=false; may be given again.",
     ),
     click.option("--keep-thoughts", is_flag=True, help="Show judges the model's thoughts, too."),
 )
@@ -257,7 +280,7 @@ def request_of(given: dict[str, Any], model: str) -> Request:
         banks=tuple(banks),
         templates=tuple(read_template(name) for name in profile.templates),
         **{key: given[key] for key in ("protocol", "duplicates", "limit", "epochs", "temperature", "top_p")},
-        **{key: given[key] for key in ("seed", "max_new_tokens", "keep_thoughts")},
+        **{key: given[key] for key in ("seed", "max_new_tokens", "keep_thoughts", "template_args")},
     )
 
 

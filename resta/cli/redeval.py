@@ -165,7 +165,8 @@ def export(batch: Path, **given: Any) -> None:
     private()
     folder = start_run(_place(given, request, plan), plan.config, plan.questions, environment())
     with RunLock(folder.path):
-        count = write_batch(batch, missing_asks(folder, plan), request.target.name, plan.decoding)
+        extra = plan.protocol.rendering.template_args
+        count = write_batch(batch, missing_asks(folder, plan), request.target.name, plan.decoding, extra)
     click.echo(f"{count} requests in {batch}; import the replies with: resta redeval import {folder.path} FILE")
 
 

@@ -681,20 +681,18 @@ def score_logs(
 
 def redeval_task(
     asks: Iterable[Ask],
-    verdict: Callable[[str, str, Finish], Mapping[str, str | float]],
+    verdict: Callable[[Reply], Mapping[str, str | float]],
     decoding: Decoding,
     *,
     name: str,
 ) -> Task:
-    """Return an Inspect task whose score needs no model: verdict(ask id, answer, finish) -> {value,
-    label}.
-    """
+    """Return an Inspect task whose score needs no model: verdict(reply) -> {value, label}."""
 
     @scorer(metrics=[mean()], name=name)
     def by_verdict() -> Scorer:
         async def score(state: TaskState, target: Target) -> Score:
             reply = _reply(str(state.sample_id), state.output)
-            found = verdict(reply.id, reply.text, reply.finish)
+            found = verdict(reply)
             return Score(value=found["value"], answer=str(found["label"]))
 
         return score

@@ -116,10 +116,17 @@ def note_judges(run: RunDir, judges: Sequence[Judge]) -> None:
 
 
 def pending(run: RunDir, judge: Judge) -> list[tuple[Question, Answer]]:
-    """Return the answers that a judge has yet to judge, on the kinds of questions that it measures."""
-    done = {verdict.answer_id for verdict in run.verdicts() if verdict.judge_sha256 == judge.sha256}
+    """Return the answers that a judge has yet to judge, on the kinds of questions that it measures.
+
+    One that was judged as it came, and turned out to be a thought cut off, is among them.
+    """
+    done = {verdict.answer_id: verdict.label for verdict in run.verdicts() if verdict.judge_sha256 == judge.sha256}
     questions = run.questions()
-    pairs = [(questions[answer.qid], answer) for answer in run.answers() if answer.id not in done]
+    pairs = [
+        (questions[answer.qid], answer)
+        for answer in run.answers()
+        if answer.id not in done or ("cut_thought" in answer.flags and done[answer.id] != "unanswered")
+    ]
     return [(q, answer) for q, answer in pairs if judge.measures(safe_question=q.safe)]
 
 

@@ -25,7 +25,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -250,7 +250,9 @@ class RunDir:
                 raise ResumeError(
                     f"{path}: an answer to {row.qid!r}, which is no question of this run; remove that line"
                 )
-        return list({row.id: row for row in reversed(rows)}.values())[::-1]
+        rows = list({row.id: row for row in reversed(rows)}.values())[::-1]
+        told = self.config.get("keep_thoughts") or self.config.get("target", {}).get("kind") == "local"
+        return rows if told else _cut_unseen(rows)
 
     def verdicts(self) -> list[Verdict]:
         """Return all verdicts so far."""
@@ -302,6 +304,22 @@ class RunDir:
         path = self.path / "logs" / name
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         return path
+
+
+def _cut_unseen(answers: list[Answer]) -> list[Answer]:
+    """Flag the thoughts that the limit cut off where a server's template opens them unseen, in the prompt.
+
+    Such a reply holds no mark at all. Those that were not cut give it away: most of them end a thought that they never
+    began.
+    """
+    whole = [answer for answer in answers if answer.finish == "stop"]
+    unopened = sum("</think>" in answer.raw and "<think>" not in answer.raw for answer in whole)
+    if unopened * 2 <= len(whole):
+        return answers
+    cut = ("cut_thought", "unclosed_thought")
+    return [
+        replace(answer, flags=cut) if answer.finish == "length" and not answer.flags else answer for answer in answers
+    ]
 
 
 class RunLock:

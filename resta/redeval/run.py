@@ -6,7 +6,7 @@ Each answer is kept as it comes; whatever is there is not asked again.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -84,6 +84,7 @@ class Request:
     seed: int = 0
     max_new_tokens: int | None = None
     keep_thoughts: bool = False
+    template_args: Mapping[str, Any] = field(default_factory=dict)  # of the target's chat template
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,6 +104,7 @@ def make_plan(request: Request) -> Plan:
     numbers.
     """
     protocol = PROTOCOLS[request.protocol]
+    protocol = replace(protocol, rendering=replace(protocol.rendering, template_args=dict(request.template_args)))
     for what, names in (
         ("banks", [bank.name for bank in request.banks]),
         ("templates", [template.name for template in request.templates]),
@@ -148,12 +150,13 @@ def plan_of(run: RunDir) -> Plan:
     try:
         templates = [checked(Template, facts) for facts in config["templates"]]
         decoding = checked(Decoding, config["decoding"])
+        rendering = checked(Rendering, config["rendering"])
     except ValueError as error:
         raise ResumeError(f"{run.path / 'run.json'}: is damaged: {error}; the run cannot be read") from error
     questions = tuple(run.questions().values())
     return Plan(
         config=config,
-        protocol=PROTOCOLS[config["protocol"]],
+        protocol=replace(PROTOCOLS[config["protocol"]], rendering=rendering),
         decoding=decoding,
         questions=questions,
         asks=tuple(asks_of(questions, templates, config["epochs"])),
@@ -413,6 +416,7 @@ def _connect(target: Target, plan: Plan, limits: Any) -> Any:
         base_url=target.base_url,
         api_key=api_key(judge=False),
         decoding=plan.decoding,
+        template_args=plan.protocol.rendering.template_args,
         limits=limits,
     )
 

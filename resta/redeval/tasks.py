@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from resta.redeval.asks import Ask, Decoding, Finish, Reply
+from resta.redeval.asks import Ask, Decoding, Reply
 from resta.redeval.engine import Task, redeval_task, task
 from resta.redeval.judges import check_languages, parse_judge, verdict_without_model
 from resta.redeval.questions import Question, read_bank
@@ -45,8 +45,8 @@ def _task(bank: str, template: str, max_new_tokens: int, *, wanted: str) -> Task
     asks: dict[str, Ask] = {ask.id: ask for ask in plan.asks}
     questions: dict[str, Question] = {question.qid: question for question in plan.questions}
 
-    def verdict(ask_id: str, text: str, finish: Finish) -> Mapping[str, str | float]:
-        answer = keep_answer(plan, asks[ask_id], Reply(id=ask_id, text=text, finish=finish))
+    def verdict(reply: Reply) -> Mapping[str, str | float]:
+        answer = keep_answer(plan, asks[reply.id], reply)
         found = verdict_without_model(judge, answer, safe_question=questions[answer.qid].safe)
         assert found is not None
         return {"label": found.label, "value": float(found.label == wanted)}

@@ -317,6 +317,63 @@ def test_a_thought_that_the_template_opens_and_the_limit_cuts_is_unanswered(
         assert (verdict.label == "unanswered") == (answer.finish == "length")
 
 
+def test_a_thought_that_a_servers_template_opens_unseen_and_the_limit_cuts_is_unanswered(
+    bank: Path, tmp_path: Path, stub: Stub
+) -> None:
+    def answer(body: dict[str, Any]) -> tuple[int, Any]:
+        if asked(body) in ("one", "five"):  # among them the first, which is judged before the others are there
+            return 200, chat("First I would", finish="length")
+        return 200, chat("They want harm.</think>I'm sorry, no.")
+
+    stub.answer = answer
+    out = tmp_path / "run"
+    shown = invoke(*served(stub, bank, out))
+    assert json.loads((out / "report.json").read_text())["scores"]["cells"][0]["counts"] == {
+        "refused": 3,
+        "unanswered": 2,
+    }
+    assert "2 of 5 answers to six x standard ended in mid-thought" in " ".join(shown.split())
+    before = (out / "verdicts.jsonl").read_bytes()
+    invoke(*served(stub, bank, out))
+    assert (out / "verdicts.jsonl").read_bytes() == before
+
+
+def test_a_long_answer_of_a_model_that_does_not_think_is_judged(bank: Path, tmp_path: Path, stub: Stub) -> None:
+    stub.answer = lambda body: (200, chat("Step one", finish="length" if asked(body) == "one" else "stop"))
+    invoke(*served(stub, bank, tmp_path / "run"))
+    assert {v.label for v in verdicts(tmp_path / "run")} == {"harmful"}
+
+
+def test_one_local_prompt_that_is_too_long_is_unanswered_and_blocks_nothing(tiny: Path, tmp_path: Path) -> None:
+    bank = tmp_path / "bank.json"
+    bank.write_text(json.dumps(["one?", "two? " * 500, "three?"]))
+    options = ["--bank", bank, "--template", "standard", "--max-new-tokens", 4, "--device", "cpu"]
+    shown = invoke(tiny, *options, "--out", tmp_path / "run", code=5)
+    assert "1 of 3 questions have no answer" in shown
+    assert "exceed its context of 2048" in shown
+    assert len(answers(tmp_path / "run")) == 2
+
+
+def test_arguments_of_the_chat_template_reach_a_local_model_a_server_and_a_file(
+    tiny: Path, bank: Path, tmp_path: Path, stub: Stub
+) -> None:
+    args = ["--template-arg", "enable_thinking=false", "--template-arg", "reasoning_effort=low"]
+    common = ["--bank", bank, "--template", "standard", "--limit", 1, "--max-new-tokens", 4, *args]
+    wanted = {"enable_thinking": False, "reasoning_effort": "low"}
+    invoke("big", "--base-url", stub.url, *common, "--out", tmp_path / "served")
+    assert stub.bodies[0]["chat_template_kwargs"] == wanted
+    invoke("export", "big", *common, "--out", tmp_path / "batch", "--batch", tmp_path / "in")
+    assert json.loads((tmp_path / "in").read_text())["body"]["chat_template_kwargs"] == wanted
+    thinks = TEMPLATE.replace("<|assistant|>{%", "<|assistant|>{% if enable_thinking %}<think>{% endif %}{%")
+    (tmp_path / "thinks.jinja").write_text(thinks)
+    local = [tiny, "--device", "cpu", "--chat-template", tmp_path / "thinks.jinja"]
+    for value, cut in (("true", 1), ("false", 0)):
+        invoke(*local, *common, "--template-arg", f"enable_thinking={value}", "--out", tmp_path / value)
+        assert sum("unclosed_thought" in a.flags for a in answers(tmp_path / value)) == cut
+    assert load_run(tmp_path / "true").run_id != load_run(tmp_path / "false").run_id
+    assert "expected NAME=VALUE" in invoke("big", "--template-arg", "thinking", code=2)
+
+
 # -- before anything is paid for -----------------------------------------------------------------------------
 
 

@@ -38,7 +38,8 @@ def given(bank_dir: Path, **more: Any) -> dict[str, Any]:
     """Return what the command line gives `resta verify`."""
     usual = {
         "bank_dirs": [bank_dir], "download": False, "protocol": "resta", "epochs": 1, "top_p": 1.0, "seed": 0,
-        "keep_thoughts": False, "device": "cpu", "dtype": "auto", "no_utility": False, "allow_self_judge": False,
+        "keep_thoughts": False, "template_args": {},
+        "device": "cpu", "dtype": "auto", "no_utility": False, "allow_self_judge": False,
     }  # fmt: skip
     return dict.fromkeys(UNASKED) | dict.fromkeys(SEVERAL, ()) | usual | more
 
