@@ -57,10 +57,14 @@ class Reply:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NoReply:
-    """An ask that got no answer after all its retries; `reason` never holds the prompt."""
+    """An ask that got no answer after all its retries; `reason` never holds the prompt.
+
+    `own`: it is the question's own fault, such as its length, and tells nothing of whether others get an answer.
+    """
 
     id: str
     reason: str
+    own: bool = False
 
 
 Outcome = Reply | NoReply

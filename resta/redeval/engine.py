@@ -480,10 +480,13 @@ class _Phase:
     def take(self, outcome: Outcome) -> None:
         """Hand an outcome on. Raises UnansweredError where it is one failure too many."""
         self.hand_on(outcome)
-        self.in_a_row = self.in_a_row + 1 if isinstance(outcome, NoReply) else 0
-        if isinstance(outcome, NoReply) and self.in_a_row >= self.max_failures:
-            self.gave_up = outcome.reason
-            raise UnansweredError(outcome.reason)
+        if isinstance(outcome, Reply):
+            self.in_a_row = 0
+        elif not outcome.own:
+            self.in_a_row += 1
+            if self.in_a_row >= self.max_failures:
+                self.gave_up = outcome.reason
+                raise UnansweredError(outcome.reason)
 
 
 def ask_all(
@@ -580,7 +583,8 @@ async def _asked(ask_id: str, messages: list[ChatMessage]) -> tuple[ModelOutput,
         if is_filter(said, prompts):
             return ModelOutput(error="blocked by a filter"), Reply(id=ask_id, text="", finish="content_filter")
         reason = f"{kind}: {without_prompt(said, prompts)}"
-        return ModelOutput(error=reason), NoReply(id=ask_id, reason=reason)
+        own = isinstance(error, ModelError)  # a local model's context: those too long come first, and in a row
+        return ModelOutput(error=reason), NoReply(id=ask_id, reason=reason, own=own)
 
 
 def _why(error: Exception) -> tuple[str, str]:

@@ -344,12 +344,14 @@ def test_a_long_answer_of_a_model_that_does_not_think_is_judged(bank: Path, tmp_
     assert {v.label for v in verdicts(tmp_path / "run")} == {"harmful"}
 
 
-def test_one_local_prompt_that_is_too_long_is_unanswered_and_blocks_nothing(tiny: Path, tmp_path: Path) -> None:
+def test_local_prompts_that_are_too_long_are_unanswered_and_block_nothing_however_many(
+    tiny: Path, tmp_path: Path
+) -> None:
     bank = tmp_path / "bank.json"
-    bank.write_text(json.dumps(["one?", "two? " * 500, "three?"]))
+    bank.write_text(json.dumps(["one?", *(f"{i}? " * 700 for i in range(25)), "three?"]))
     options = ["--bank", bank, "--template", "standard", "--max-new-tokens", 4, "--device", "cpu"]
     shown = invoke(tiny, *options, "--out", tmp_path / "run", code=5)
-    assert "1 of 3 questions have no answer" in shown
+    assert "25 of 27 questions have no answer" in shown
     assert "exceed its context of 2048" in shown
     assert len(answers(tmp_path / "run")) == 2
 

@@ -24,6 +24,7 @@ from resta.redeval.models import (
     cut_prompt,
     estimate_seconds,
     fingerprint,
+    hidden_ids,
     is_out_of_memory,
     load_local,
     read_tokenizer,
@@ -406,3 +407,21 @@ def test_a_classifiers_answer_is_clipped_by_its_own_tokens(tiny: Path) -> None:
         == tokenizer(text, add_special_tokens=False)["input_ids"][:16]
     )
     assert clip_text(tokenizer, "short", 16) == "short"
+
+
+@pytest.mark.parametrize(
+    ("special", "kept"),
+    [
+        (["[THINK]", "[/THINK]", "<|tool|>"], {"[THINK]", "[/THINK]"}),
+        (["<|START_THINKING|>", "<|END_THINKING|>"], {"<|START_THINKING|>", "<|END_THINKING|>"}),
+        (["<|channel|>", "<|message|>", "<|start|>"], {"<|channel|>", "<|message|>", "<|start|>", "<|end|>"}),
+        (["<|message|>", "<|start|>"], set()),  # not gpt-oss: no part of what is said
+    ],
+)
+def test_marks_of_a_thought_outlive_decoding_and_no_other_special_token_does(
+    special: list[str], kept: set[str], tmp_path: Path
+) -> None:
+    tokenizer = save_tokenizer(tmp_path, adds_bos=True)
+    tokenizer.add_tokens(special, special_tokens=True)
+    hidden = {tokenizer.convert_ids_to_tokens(token) for token in hidden_ids(tokenizer)}
+    assert hidden == set(tokenizer.get_added_vocab()) - kept
