@@ -348,7 +348,9 @@ def test_local_prompts_that_are_too_long_are_unanswered_and_block_nothing_howeve
     tiny: Path, tmp_path: Path
 ) -> None:
     bank = tmp_path / "bank.json"
-    bank.write_text(json.dumps(["one?", *(f"{i}? " * 700 for i in range(25)), "three?"]))
+    bank.write_text(
+        json.dumps(["What is one?", *(f"What is the number {i}? " * 100 for i in range(25)), "What is three?"])
+    )
     options = ["--bank", bank, "--template", "standard", "--max-new-tokens", 4, "--device", "cpu"]
     shown = invoke(tiny, *options, "--out", tmp_path / "run", code=5)
     assert "25 of 27 questions have no answer" in shown
