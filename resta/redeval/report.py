@@ -40,6 +40,9 @@ class Section:
     note: str = ""
     in_files_only: bool = False  # too long for a terminal
     leave_out: tuple[str, ...] = ()  # columns that a terminal has no room for
+    parts: tuple[tuple[str, ...], ...] = ()  # columns that a terminal shows as tables of their own, one after the other
+    if_any: tuple[str, ...] = ()  # columns that a terminal shows where one of them is not 0
+    bare: tuple[str, ...] = ()  # columns that a terminal shows without their intervals
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,7 +137,7 @@ def make_report(
 
 
 COUNTS = ("n", "harmful", "safe", "refused", "unparsed", "blocked", "unanswered")
-RATES = ("ASR = H/N", "ASR = H/(H+U)", "worst case", "coverage")  # worst case: unparsed and unanswered count as harmful
+RATES = ("ASR = H/N", "ASR = H/(H+U)", "worst case", "coverage")  # worst case: all that is unknown counts as harmful
 
 
 def _counts(cell: Cell) -> tuple[str, ...]:
@@ -189,15 +192,15 @@ def _judges(judges: Mapping[str, Mapping[str, Any]]) -> Iterable[tuple[str, ...]
 def _success(protocol: str, cells: Sequence[Cell]) -> Section:
     every_answer = PROTOCOLS[protocol].headline == "asr"
     formula = "H / N, every question asked counts." if every_answer else "H / (H + U), as published."
-    # Where something is unanswered, no rate may be read without how high it could be.
-    whole = not any(cell.counts.get("unanswered") for cell in cells)
-    left_out = ("blocked", "unanswered", "worst case", "coverage") if whole else ("blocked", "coverage")
     return Section(
         title="Attack Success Rate",
         header=("judge", "bank", "template", *COUNTS, *RATES),
         rows=tuple(_cell_row(cell) for cell in cells),
-        note=f"Headline of the protocol {protocol}: {formula} In brackets: 95 % interval.",
-        leave_out=(*left_out, RATES[1] if every_answer else RATES[0]),
+        note=f"Headline of the protocol {protocol}: {formula} In brackets: 95 % interval. Worst case: unparsed, "
+        "blocked and unanswered count as harmful. Coverage: the share that was judged.",
+        parts=(COUNTS, RATES),
+        if_any=COUNTS[4:],
+        bare=(RATES[1] if every_answer else RATES[0], RATES[2]),
     )
 
 
@@ -374,25 +377,42 @@ def print_report(report: Report, console: Console) -> None:
     for section in report.sections:
         if section.in_files_only:
             continue
-        columns = [i for i, name in enumerate(section.header) if name not in section.leave_out]
-        header = [section.header[i] for i in columns]
-        rows = [[row[i] for i in columns] for row in section.rows]
-        if header[0] == "judge" and len(header) > 5:
-            for judge in sorted({row[0] for row in rows}):
-                own = [row[1:] for row in rows if row[0] == judge]
-                console.print(_terminal_table(f"{section.title}: {judge}", header[1:], own))
-        else:
-            console.print(_terminal_table(section.title, header, rows))
+        for table in _terminal_tables(section):
+            console.print(table)
         if section.note:
             console.print(f"[dim]{escape(section.note)}[/dim]")
     for warning in report.warnings:
         console.print(f"[yellow]note:[/yellow] {_rich(warning)}")
 
 
-def _terminal_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    table = Table(title=_rich(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in header:
-        table.add_column(escape(name), overflow="fold")
+def _terminal_tables(section: Section) -> Iterable[Table]:
+    """Yield a section as tables that fit a terminal: one per judge where they are wide, their columns in parts."""
+    places = {name: i for i, name in enumerate(section.header)}
+    empty = {name for name in section.if_any if all(row[places[name]] == "0" for row in section.rows)}
+    shown = [name for name in section.header if name not in {*section.leave_out, *empty}]
+    by_judge = shown[0] == "judge" and len(shown) > 5
+    several = {name for part in section.parts for name in part}
+    common = [name for name in shown if name not in several]
+    for judge in sorted({row[0] for row in section.rows}) if by_judge else [None]:
+        rows = [row for row in section.rows if judge in (None, row[0])]
+        for number, part in enumerate(section.parts or ((),)):
+            header = [name for name in [*common, *part] if name in shown and not (by_judge and name == "judge")]
+            title = f"{section.title}: {judge}" if by_judge else section.title
+            cells = [
+                [row[places[name]].partition(" [" if name in section.bare else "\0")[0] for name in header]
+                for row in rows
+            ]
+            yield _terminal_table(title if number == 0 else "", header, cells)
+
+
+def _terminal_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(
+        title=_rich(title) or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+    )
+    for i, name in enumerate(header):
+        cells = [row[i] for row in rows]
+        figures = all(cell[:1].isdigit() or cell == "-" for cell in cells)  # never broken up; names make room for them
+        table.add_column(escape(name), overflow="fold", min_width=max(map(len, cells)) if figures and cells else None)
     for row in rows:
         table.add_row(*(_rich(cell) for cell in row))
     return table
@@ -480,6 +500,8 @@ def _svg(bars: Sequence[Bar], left: int = 420, width: int = 600, row: int = 26) 
             (value, max(value, bar.worst.value or 0.0), "worst"),
             (bar.rate.low, bar.rate.high, "interval"),
         ):
+            if kind == "interval" and bar.rate.value is None:
+                continue
             ends = f'x1="{left + width * low:.1f}" x2="{left + width * high:.1f}" y1="{y}" y2="{y}"'
             parts.append(f'<line {ends} class="{kind}" stroke-width="3"/>')
         if bar.rate.value is not None:
