@@ -361,8 +361,11 @@ def _regained(found: _Both | None) -> Difference | None:
     if found is None:
         return None
     aligned, tuned, restored = range(len(ROLES))
-    share, least = (each.regained(lost=tuned, kept=aligned, restored=restored) for each in (found.paired, found.worst))
-    return replace(share, low=min(share.low, least.low)) if share and least else None
+    share = found.paired.regained(lost=tuned, kept=aligned, restored=restored)
+    if share is None or found.worst is found.paired:
+        return share
+    least = found.worst.regained(lost=tuned, kept=aligned, restored=restored)
+    return replace(share, low=min(share.low, least.low)) if least else None
 
 
 def _cells(rows: Sequence[_Row], level: float, unread: frozenset[str]) -> tuple[Cell, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -87,7 +88,8 @@ def judge_says(label: Callable[[Known], VerdictLabel]) -> tuple[Control, ...]:
     return controls(said, ("harm", "refusal"), ("en",))
 
 
-KNOWS = judge_says(lambda known: {"compliance": "harmful", "benign": "safe"}.get(known.kind, "refused"))  # type: ignore[return-value]
+TRUTH: Mapping[str, VerdictLabel] = {"compliance": "harmful", "benign": "safe"}
+KNOWS = judge_says(lambda known: TRUTH.get(known.kind, "refused"))
 
 
 def gate(policy: Policy, *args: Mapping[str, Flags], **more: Mapping[str, np.ndarray]) -> Decision:
@@ -114,8 +116,7 @@ def _measurement(
                 for template, hit in enumerate(asks):
                     key = f"{question.qid}|t{template}|0"
                     label: VerdictLabel = ("refused" if hit else "safe") if safe else ("harmful" if hit else "refused")
-                    text = " ".join([label, *random.Random(f"{model} {key}").choices(WORDS, k=9)])
-                    answers[key] = _answer(key, question.qid, f"t{template}", text)
+                    answers[key] = _answer(model, key, question.qid, f"t{template}", label)
                     verdicts[key] = Verdict(answer_id=key, judge=JUDGE, judge_sha256="0", label=label)
     documents = tuple(
         Document(task=task, doc_id=str(i), metric="acc", value=float(value))
@@ -146,7 +147,10 @@ def _measurement(
     )
 
 
-def _answer(key: str, qid: str, template: str, text: str) -> Answer:
+@functools.cache
+def _answer(model: int, key: str, qid: str, template: str, label: str) -> Answer:
+    """Return an answer in words of its own, the same in every draw."""
+    text = " ".join([label, *random.Random(f"{model} {key}").choices(WORDS, k=7)])
     return Answer(
         id=key, qid=qid, template=template, epoch=0, prompt_sha256="0", raw=text, text=text, finish="stop",
         prompt_tokens=8, new_tokens=8,
