@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from resta.checkpoint import INDEX, SINGLE, LowRank, Operand, Stored, Weights, identify, inside, read_json
+from resta.checkpoint import INDEX, LINK_ADVICE, SINGLE, LowRank, Operand, Stored, Weights, identify, inside, read_json
 from resta.errors import AdapterError
 from resta.header import FLOAT_DTYPES, Spec, read_header
 from resta.hub import Located
@@ -173,7 +173,7 @@ def _read_tensors(folder: Path) -> dict[str, Stored]:
         pickled = "; adapter_model.bin is a pickle, which is never read: save it as safetensors with peft"
         raise AdapterError(f"{folder}: has no {FILE}{pickled if (folder / 'adapter_model.bin').exists() else ''}")
     if not inside(file, folder):
-        raise AdapterError(f"{file}: is a link out of its directory, to {file.resolve()}; copy the file in")
+        raise AdapterError(f"{file}: is a link out of its directory, to {file.resolve()}; {LINK_ADVICE}")
     stored = {}
     for name, spec in read_header(file).items():
         if not name.startswith(PREFIX):

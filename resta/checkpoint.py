@@ -10,7 +10,9 @@ import errno
 import hashlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +31,9 @@ PROBE_BYTES = 1 << 12  # of each tensor, before two models are read whole to see
 ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
+LINK_ADVICE = "copy the file in, or say --follow-links (merge, diff, audit) if you trust the links of your models"
+
+_LINKS_TRUSTED: ContextVar[bool] = ContextVar("links_trusted", default=False)
 _SHA256 = re.compile(r"[0-9a-f]{64}")  # how the Hub's cache calls the files that the Hub keeps in LFS
 
 
@@ -149,7 +154,7 @@ def read_json(path: Path, *, most_memory: int = MOST_MEMORY) -> dict[str, Any]:
     """
     try:
         if not inside(path, path.parent):
-            raise CheckpointError(f"{path}: is a link out of its directory, to {path.resolve()}; copy the file in")
+            raise CheckpointError(f"{path}: is a link out of its directory, to {path.resolve()}; {LINK_ADVICE}")
         text = read_regular(path, MAX_JSON_BYTES)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
@@ -183,8 +188,24 @@ def identify(file: Path, located: Located) -> FileIdentity:
     )
 
 
+@contextmanager
+def following_links(*, trusted: bool) -> Iterator[None]:
+    """While it lasts, take links out of a model's directory for files in it, if the user says that they are trusted.
+
+    Directories of links to a common store are usual on clusters. In a directory from elsewhere a link could send any
+    file of this machine into the result, so nobody but the user of the moment may say so, and no recipe.
+    """
+    token = _LINKS_TRUSTED.set(trusted)
+    try:
+        yield
+    finally:
+        _LINKS_TRUSTED.reset(token)
+
+
 def inside(path: Path, folder: Path) -> bool:
     """Whether a file truly lies in a model directory, links followed, or in the Hub cache that the directory is of."""
+    if _LINKS_TRUSTED.get():
+        return True
     real, home = path.resolve(), folder.resolve()
     if real.is_relative_to(home):
         return True
@@ -300,9 +321,7 @@ def _weight_files(folder: Path) -> list[Path]:
         if not file.is_file():
             raise CheckpointError(f"{file}: {INDEX} names it but it is not there; download the model again")
         if not inside(file, folder):
-            raise CheckpointError(
-                f"{file}: is a link out of its model directory, to {file.resolve()}; copy the file in"
-            )
+            raise CheckpointError(f"{file}: is a link out of its model directory, to {file.resolve()}; {LINK_ADVICE}")
     return files
 
 

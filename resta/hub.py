@@ -12,10 +12,20 @@ from pathlib import Path
 
 from resta.errors import CheckpointError
 
-FETCHED = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "LICENSE*", "NOTICE*")
+# What belongs to a model beside its weights, by name; a directory may hold anything else, data and logs among it.
+MODEL_FILES = (
+    *("config.json", "generation_config.json", "configuration.json", "chat_template.json", "*.jinja"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tekken.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "vocab.bpe", "encoder.json", "bpe.codes", "normalizer.json"),
+    *("*.tiktoken", "tokenizer.model*", "spiece.model", "sentencepiece*.model"),
+    *("preprocessor_config.json", "processor_config.json", "*_processor_config.json", "*_preprocessor_config.json"),
+    *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
+    *("LICENSE*", "NOTICE*", "USE_POLICY*"),
+)
+INDEX = "model.safetensors.index.json"
+FETCHED = (*MODEL_FILES, INDEX, "adapter_config.json", "resta.json")
 TEMPLATES = ("additional_chat_templates/*.jinja",)
 WEIGHTS = ("model.safetensors", "adapter_model.safetensors")  # where no index names others
-INDEX = "model.safetensors.index.json"
 NEVER_FETCHED = ("*/*", "*.py", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")

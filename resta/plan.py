@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from resta.adapter import is_adapter, read_adapter
 from resta.checkpoint import LowRank, Operand, Reader, Stored, Weights, read_weights, same_bytes, same_content
 from resta.compatibility import differences
@@ -38,6 +40,7 @@ QUANTISED_NAMES = (
     *(".weight_packed", ".weight_scale", ".weight_scale_inv", "_blocks", "_scales"),
 )
 KEEP_ALL = 2**32
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 _End = tuple[str, Operand]  # one side of a term: whose tensor, and the tensor
 
@@ -271,7 +274,9 @@ class _Matcher:
         return None
 
     def unmatched(self) -> list[Rule]:
-        return [rule for index, rule in enumerate(self._rules) if index not in self._used]
+        """Rules that decide nothing, but for a last one for all the rest, of which there may be none."""
+        rules = self._rules[:-1] if self._rules and "*" in self._rules[-1].globs else self._rules
+        return [rule for index, rule in enumerate(rules) if index not in self._used]
 
 
 def _check_models(recipe: Recipe, weights: Mapping[str, Weights], problems: _Problems) -> None:
@@ -355,6 +360,7 @@ def _draft_step(recipe: Recipe, name: str, start: Operand, draft: _Draft) -> Ste
     terms, reached = [], {}
     for index, (to, frm) in ends.items() if floating else ():
         scale = recipe.terms[index].scale * _factor(rule, recipe.terms[index].name)
+        _check_scale(recipe, index, name, scale, draft)
         fits = [scale != 0 and _fits(name, start, end, draft) for end in (to, frm)]  # both are reported
         if all(fits) and to[1] == frm[1]:  # an adapter does not touch this tensor: the difference is exactly zero
             reached[index] = _count_shared([start, to[1]])
@@ -405,6 +411,16 @@ def _note_coverage(recipe: Recipe, name: str, count: int, reached: Mapping[int, 
         else:
             reason = "its models lack the tensors, and rules skip it there"
         ledger.note(name, count, reached.get(index, 0), reason)
+
+
+def _check_scale(recipe: Recipe, index: int, name: str, scale: float, draft: _Draft) -> None:
+    term = recipe.terms[index]
+    if abs(scale) / (term.sparsify.density if term.sparsify else 1.0) > FLOAT32_MAX:
+        draft.problems.add(
+            f"{term.delta}: its scale of {scale:g} is more than float32 holds, in which the arithmetic is",
+            "Choose a smaller scale or scale_by",
+            name,
+        )
 
 
 def derive_key(seed: int, purpose: str, term: int, tensor: str) -> int:

@@ -38,6 +38,7 @@ from resta.output import MARK
 from resta.plan import Plan
 from resta.printable import console, printable
 
+MOST_NAMES = 12
 MOST_BANDS = 8  # rows into which the layers of a summary are gathered
 
 
@@ -83,7 +84,7 @@ def print_plan(plan: Plan, bytes_free: int) -> None:
     table.add_row("free disk", readable_bytes(bytes_free))
     table.add_row("copies beside", printable(", ".join(file.name for file in plan.side_files)))
     if plan.left_out:
-        table.add_row("leaves out", printable(", ".join(plan.left_out)))
+        table.add_row("leaves out", printable(left_out_names(plan)))
     console().print(table)
     for caution in (*cautions(plan), *name_cautions(plan)):
         _print_warning(caution)
@@ -105,6 +106,8 @@ def print_result(result: Result, seconds: float) -> None:
     terminal.print(printable(judge(result.plan, result.tensors).statement))
     for warning in result_warnings(result.plan, result.tensors):
         _print_warning(warning)
+    if result.plan.left_out:
+        terminal.print(f"left out:     {printable(left_out_names(result.plan))}", soft_wrap=True)
     terminal.print(f"check it:     {printable(audit_command(result))}", soft_wrap=True)
 
 
@@ -130,6 +133,12 @@ def digest_line(result: Result) -> str:
         f"digests:      SHA-256 of {len(taken.sha256)} files took {taken.core_s:.1f} s of one core; the merge waited "
         f"{taken.after_s:.1f} s for them at its end"
     )
+
+
+def left_out_names(plan: Plan) -> str:
+    """Name the files beside the weights that the result does not get, code among them."""
+    shown, more = plan.left_out[:MOST_NAMES], len(plan.left_out) - MOST_NAMES
+    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
 
 
 def audit_command(result: Result) -> str:

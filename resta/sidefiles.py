@@ -6,6 +6,8 @@ other values from it; so it is edited as text.
 
 from __future__ import annotations
 
+import fnmatch
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -14,24 +16,24 @@ from pathlib import Path
 
 from resta.checkpoint import Weights, inside, read_json
 from resta.errors import CheckpointError
+from resta.files import read_regular
+from resta.hub import MODEL_FILES
 
-COPIED_SUFFIXES = (".json", ".jinja", ".model", ".tiktoken", ".txt")
-COPIED_NAMES = ("LICENSE", "NOTICE")
-# JSON files that describe another file set, a training run or an adapter, not the model.
+# Written anew, or of another file set or an adapter: neither copied nor worth a word.
 NOT_COPIED = (
+    "README.md",
     "model.safetensors.index.json",
     "pytorch_model.bin.index.json",
     "resta.json",
-    "trainer_state.json",
-    "all_results.json",
-    "train_results.json",
-    "eval_results.json",
     "adapter_config.json",
 )
 MOST_TOKENIZER_MEMORY = 1_000_000_000  # a vocabulary of 262,144 tokens with its merges takes about half of it
+MOST_FILE_BYTES = 200_000_000
+WITH_AUTO_MAP = ("config.json", "tokenizer_config.json")
 TEMPLATE_FOLDER = "additional_chat_templates"
 TORCH_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
+_AUTO_MAP = re.compile(r'(,)?\s*"auto_map"\s*:\s*\{[^{}]*\}\s*(,)?')
 _TIED_FIELD = re.compile(r'("tie_word_embeddings"\s*:\s*)(?:true|null)')
 _DTYPE_FIELD = re.compile(r'("(?:torch_)?dtype"\s*:\s*")(float64|float32|float16|bfloat16)(")')
 
@@ -60,16 +62,43 @@ def plan_side_files(donor: Weights, dtypes: Iterable[tuple[str, int]]) -> tuple[
                 left_out.append(name)  # the plan went by the base's
             elif _is_copied(path) and inside(path, folder):
                 found[name] = path
-            elif not path.is_dir() and path.suffix != ".safetensors" and name not in ("README.md", *NOT_COPIED):
+            elif not path.is_dir() and path.suffix != ".safetensors" and name not in NOT_COPIED:
                 left_out.append(name)
     dtype = _main_dtype(dtypes)
     files = []
     for name, path in sorted(found.items()):
-        content = path.read_bytes()
+        try:
+            content = read_regular(path, MOST_FILE_BYTES)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
         if name == "config.json":
             content = _corrected(content.decode("utf-8"), dtype, is_untied=donor.is_untied).encode("utf-8")
+        if name in WITH_AUTO_MAP and (without := _without_local_code(content)):
+            content = without
+            left_out.append(f"auto_map of {name} (it names code, which is not copied)")
         files.append(SideFile(name=name, content=content))
     return tuple(files), tuple(left_out)
+
+
+def _without_local_code(text: bytes) -> bytes | None:
+    """Return a config without its `auto_map` if that names code beside the config; None where there is nothing to do.
+
+    Left in, it would send a reader that trusts code to files that are not there, even where it knows the model itself.
+    """
+    try:
+        config = json.loads(text)
+        classes = config.get("auto_map", {}).values()
+    except (ValueError, AttributeError, RecursionError):
+        return None
+    named = [name for value in classes for name in (value if isinstance(value, list) else [value]) if name]
+    if all("--" in str(name) for name in named):  # "org/name--module.Class" lies elsewhere
+        return None
+    cut = _AUTO_MAP.sub(lambda match: "," if match[1] and match[2] else "", text.decode("utf-8"), count=1)
+    try:
+        same = json.loads(cut) == {key: value for key, value in config.items() if key != "auto_map"}
+    except ValueError:
+        same = False
+    return cut.encode("utf-8") if same else None
 
 
 def _corrected(config: str, dtype: str | None, *, is_untied: bool) -> str:
@@ -105,7 +134,7 @@ def tokenizer_conflict(mine: Weights, theirs: Weights) -> str | None:
 def _is_copied(path: Path) -> bool:
     if not path.is_file() or path.name in NOT_COPIED:
         return False
-    return path.suffix in COPIED_SUFFIXES or path.name.startswith(COPIED_NAMES)
+    return any(fnmatch.fnmatchcase(path.name, glob) for glob in MODEL_FILES)
 
 
 def _main_dtype(dtypes: Iterable[tuple[str, int]]) -> str | None:

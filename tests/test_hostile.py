@@ -14,17 +14,19 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from resta.adapter import CONFIG, FILE, _steps, read_adapter
 from resta.checkpoint import Weights, read_weights
+from resta.cli import main
 from resta.errors import AdapterError, CheckpointError, HeaderError, RequestError
 from resta.files import read_regular
 from resta.header import MOST_MEMORY, count_memory, parse_header
 from resta.hub import locate
-from tests.conftest import llama_tensors, save_model
+from tests.conftest import llama_tensors, nudged, save_model
 
 # ---- what is no file
 
@@ -220,3 +222,29 @@ def test_a_checkpoint_error_is_no_traceback(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").mkdir()
     with pytest.raises(CheckpointError, match="directory"):
         read_weights(locate(str(tmp_path)))
+
+
+# ---- links
+
+
+def test_links_to_a_common_store_are_followed_when_the_user_says_so_and_only_then(tmp_path: Path) -> None:
+    for seed, name in enumerate(("base", "aligned", "tuned")):
+        store = save_model(tmp_path / "store" / name, nudged(llama_tensors(0), seed))
+        (tmp_path / name).mkdir()
+        for file in store.iterdir():
+            (tmp_path / name / file.name).symlink_to(file)
+    models = ["--aligned", str(tmp_path / "aligned"), "--base", str(tmp_path / "base"), "--scale", "1"]
+    command = ["merge", str(tmp_path / "tuned"), *models, "-o", str(tmp_path / "out")]
+    refused = CliRunner().invoke(main, command)
+    assert refused.exit_code == 2
+    assert "say --follow-links" in refused.stderr
+    assert CliRunner().invoke(main, [*command, "--follow-links"]).exit_code == 0
+    assert (tmp_path / "out" / "config.json").is_file()
+    assert not (tmp_path / "out" / "config.json").is_symlink()
+    places = [flag for name in ("base", "aligned", "tuned") for flag in ("--model", f"{name}={tmp_path / name}")]
+    audited = CliRunner().invoke(main, ["audit", str(tmp_path / "out"), *places, "--follow-links"])
+    assert audited.exit_code == 0, audited.output
+    assert CliRunner().invoke(main, ["audit", str(tmp_path / "out"), *places]).exit_code != 0
+    pair = ["diff", str(tmp_path / "base"), str(tmp_path / "tuned")]
+    assert CliRunner().invoke(main, pair).exit_code == 2
+    assert CliRunner().invoke(main, [*pair, "--follow-links"]).exit_code == 0

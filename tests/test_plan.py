@@ -679,3 +679,16 @@ def test_the_digest_of_a_plan_sees_whatever_decides_the_output(bench: Bench, cha
     elif change == "time":
         os.utime(folder / "model.safetensors", ns=(0, 1))
     assert bench.plan(seed=1 if change == "recipe" else 0).digest != before
+
+
+def test_a_scale_past_float32_is_refused_as_what_it_is(bench: Bench) -> None:
+    bench.trio()
+    assert "scale of 1e+39 is more than float32 holds" in bench.refusal(
+        {"match": "*", "scale_by": 1e30}, terms=[{"delta": "aligned - base", "scale": 1e9}]
+    )
+
+
+def test_a_last_rule_for_the_rest_may_find_no_rest(bench: Bench) -> None:
+    rules = [{"match": ["model.*", "lm_head.*"], "scale_by": 0.5}, {"match": "*", "keep": True}]
+    assert all(step.terms for step in bench.trio().plan(*rules).steps)
+    assert "no tensor is decided by the rule '*'" in bench.refusal(rules[1], {"match": "*", "keep": True}, rules[0])

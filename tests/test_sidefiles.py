@@ -95,7 +95,8 @@ def test_tokenizer_templates_and_licences_are_copied_and_everything_else_is_left
     wanted = ["generation_config.json", "tokenizer.json", "tokenizer.model", "vocab.txt", "merges.txt", "x.tiktoken"]
     wanted += ["chat_template.jinja", "additional_chat_templates/rag.jinja", "LICENSE", "NOTICE.md"]
     named = ["modeling_x.py", "pytorch_model.bin", "training_args.bin", "optimizer.pt", "run.sh", "logs.csv"]
-    silent = ["README.md", "resta.json", "trainer_state.json", "adapter_config.json", "pytorch_model.bin.index.json"]
+    named += ["train.txt", "predictions.json", "trainer_state.json", "all_results.json"]
+    silent = ["README.md", "resta.json", "adapter_config.json", "pytorch_model.bin.index.json"]
     model(tmp_path / "m")
     for name in (*wanted, *named, *silent, "checkpoint-1/config.json"):
         path = tmp_path / "m" / name
@@ -108,14 +109,55 @@ def test_tokenizer_templates_and_licences_are_copied_and_everything_else_is_left
     assert set(left_out) == set(named)
 
 
+def test_what_does_not_belong_to_a_model_is_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    donor = model(tmp_path / "m", train__txt="secret", tokenizer__json="{}")
+    opened = []
+    monkeypatch.setattr("resta.sidefiles.read_regular", lambda path, most: opened.append(path.name) or b"{}")
+    assert plan_side_files(donor, [])[1] == ("train.txt",)
+    assert sorted(opened) == ["config.json", "tokenizer.json"]
+
+
+AUTO_MAPS = {
+    "first": ('{"auto_map": {"AutoModel": "modeling_x.X"},\n "a": 1}', '{\n "a": 1}'),
+    "last": ('{"a": 1,\n "auto_map": {"AutoTokenizer": ["tokenization_x.X", null]}\n}', '{"a": 1}'),
+    "middle": ('{"a": 1, "auto_map": {"AutoModel": "modeling_x.X"}, "b": [2e0]}', '{"a": 1, "b": [2e0]}'),
+    "elsewhere": ('{"auto_map": {"AutoModel": "org/x--modeling_x.X"}}', None),
+    "empty": ('{"auto_map": {}}', None),
+    "in a text": ('{"a": "auto_map: {x.y}", "b": "\\"auto_map\\": {}"}', None),
+    "odd": ('{"auto_map": [3]}', None),
+}
+
+
+@pytest.mark.parametrize("case", AUTO_MAPS)
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_auto_map_goes_with_the_code_that_it_names(tmp_path: Path, case: str, name: str) -> None:
+    text, expected = AUTO_MAPS[case]
+    donor = model(tmp_path / "m", **{"modeling_x__py": "raise SystemExit", name.replace(".", "__"): text})
+    files, left_out = plan_side_files(donor, [])
+    content = next(file.content for file in files if file.name == name).decode()
+    assert json.loads(content) == json.loads(expected or text)
+    assert (content == text) == (expected is None)
+    assert any("auto_map" in line for line in left_out) == (expected is not None)
+    assert "modeling_x.py" in left_out
+
+
+def test_a_model_that_named_code_beside_it_is_loaded_without_it(tmp_path: Path) -> None:
+    donor = model(tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text()) | {"auto_map": {"AutoConfig": "evil.Config"}}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "config.json").write_bytes(files_of(donor)["config.json"])
+    assert AutoConfig.from_pretrained(tmp_path / "copy", trust_remote_code=True).model_type == "llama"
+
+
 def test_a_side_file_that_is_a_link_out_of_the_directory_is_left_out_by_name(tmp_path: Path) -> None:
     donor = model(tmp_path / "m", tokenizer__json="{}")
     (tmp_path / "secret.json").write_text("secret")
-    (tmp_path / "m" / "secret.json").symlink_to(tmp_path / "secret.json")
+    (tmp_path / "m" / "vocab.json").symlink_to(tmp_path / "secret.json")
     (tmp_path / "m" / "vocab.txt").symlink_to("tokenizer.json")
     files, left_out = plan_side_files(donor, [])
     assert {file.name for file in files} == {"config.json", "tokenizer.json", "vocab.txt"}
-    assert left_out == ("secret.json",)
+    assert left_out == ("vocab.json",)
 
 
 def adapter(folder: Path, base: Weights, **files: str) -> Weights:

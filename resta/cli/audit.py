@@ -14,6 +14,7 @@ import click
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from resta.audit import Report, audit
+from resta.checkpoint import following_links
 from resta.errors import RecipeError
 from resta.printable import console, printable
 
@@ -35,15 +36,18 @@ SCHEMA = 1
     help="Recompute N tensors, the largest among them (default: all); checksums are always all checked.",
 )
 @click.option("--model", "moved", multiple=True, metavar="NAME=PATH", help="Where a local input lies.")
+@click.option("--follow-links", is_flag=True, help="Trust links that lead out of a model's directory.")
 @click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Threads (default: processors, at most 8).")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def command(out: Path, sample: int | None, moved: tuple[str, ...], workers: int | None, as_json: bool) -> None:
+def command(
+    out: Path, sample: int | None, moved: tuple[str, ...], workers: int | None, as_json: bool, follow_links: bool
+) -> None:
     """Re-read the finished merge OUT and recompute its tensors, independently of the merge.
 
     Checks every file of OUT, every claim of its resta.json, the inputs' identities and, from the inputs, the value of
     every element. Exit code 1 and a list of findings if anything differs. What an audit does not prove is printed too.
     """
-    with byte_progress("tensors", shown=sys.stderr.isatty()) as progress:
+    with following_links(trusted=follow_links), byte_progress("tensors", shown=sys.stderr.isatty()) as progress:
         report = audit(out, sample=sample, moved=_parse_moved(moved), workers=workers, progress=progress)
     if as_json:
         click.echo(json.dumps(describe(report), indent=1))  # escaped: a file's name need not be text

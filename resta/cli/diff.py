@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 from rich.table import Table
 
+from resta.checkpoint import following_links
 from resta.cli.audit import byte_progress
 from resta.diff import Diff, Distance, diff, require_plots, write_json, write_plot
 from resta.errors import RecipeError
@@ -29,9 +30,16 @@ MOST_NAMES = 6
 @click.option("--on", metavar="BASE", help="The model that adapters among A and B are applied to.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Save every figure here.")
 @click.option("--plot", "plot_file", type=click.Path(dir_okay=False, path_type=Path), help="Save a PNG heat map here.")
+@click.option("--follow-links", is_flag=True, help="Trust links that lead out of a model's directory.")
 @click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Threads (default: processors, at most 8).")
 def command(
-    a: str, b: str, on: str | None, json_file: Path | None, plot_file: Path | None, workers: int | None
+    a: str,
+    b: str,
+    on: str | None,
+    json_file: Path | None,
+    plot_file: Path | None,
+    workers: int | None,
+    follow_links: bool,
 ) -> None:
     """Show how far the checkpoint B is from A, per layer and kind of module.
 
@@ -43,7 +51,7 @@ def command(
     for path in (json_file, plot_file):
         if path and not path.absolute().parent.is_dir():
             raise RecipeError(f"{path}: there is no directory {path.absolute().parent}")
-    with byte_progress("comparing", shown=sys.stderr.isatty()) as progress:
+    with following_links(trusted=follow_links), byte_progress("comparing", shown=sys.stderr.isatty()) as progress:
         result = diff(a, b, on=on, workers=workers, progress=progress)
     _print(result)
     if json_file:

@@ -14,6 +14,7 @@ import click
 
 from resta.adapter import base_name, is_adapter
 from resta.cautions import cautions, name_cautions
+from resta.checkpoint import following_links
 from resta.engine import Result, carry_out, input_folders
 from resta.errors import RecipeError, RequestError
 from resta.hub import locate
@@ -198,6 +199,7 @@ def _absolute(source: str) -> str:
 @click.option("--overwrite", is_flag=True, help="Replace an earlier output, once the new one is complete.")
 @click.option("--workers", type=click.IntRange(min=1), help="Threads [default: processors, at most 8].")
 @click.option("--digests", is_flag=True, help="Record the SHA-256 of every input and output file.")
+@click.option("--follow-links", is_flag=True, help="Trust links that lead out of a model's directory.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and every refusal; write nothing.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
@@ -214,6 +216,7 @@ def command(ctx: click.Context, /, tuned_or_recipe: str, out: Path, **options: A
     """
     overwrite, workers, digests = options.pop("overwrite"), options.pop("workers"), options.pop("digests")
     dry_run, quiet, as_json = options.pop("dry_run"), options.pop("quiet"), options.pop("as_json")
+    ctx.with_resource(following_links(trusted=options.pop("follow_links")))
     recipe = _recipe(ctx, tuned_or_recipe, options)
     if is_recipe(tuned_or_recipe) and not (quiet or as_json) and (note := mergekit_note(Path(tuned_or_recipe))):
         click.echo(f"note: {printable(note)}", err=True)
@@ -287,6 +290,7 @@ def _summary(result: Result, seconds: float) -> dict[str, Any]:
         "seconds": round(seconds, 3),
         "change": asdict(change),
         "digests": {"files": len(taken.sha256), "core_s": taken.core_s, "after_s": taken.after_s} if taken else None,
+        "left_out": result.plan.left_out,
         "warning": change_warning(change, result.plan.recipe.output.rounding),
         "warnings": result_warnings(result.plan, result.tensors),
         "terms": describe_terms(result.plan, result.tensors),
