@@ -136,7 +136,7 @@ def link_out_by_two_steps(folder: Path, small: Tensors) -> str:
 def directory_in_its_place(folder: Path, small: Tensors) -> str:
     (folder / SINGLE).unlink()
     (folder / SINGLE).mkdir()
-    return "names it but it is not there"
+    return "is not a regular file"
 
 
 def config_linked_out(folder: Path, small: Tensors) -> str:
