@@ -220,7 +220,8 @@ def main() -> None:
         f"{platform.python_version()}, {versions}; {given.sweeps} sweeps in each row, "
         f"{time.monotonic() - began[1]:.0f} s with {given.workers} process(es).",
         "",
-        f"    python benchmarks/sweep_choice.py --sweeps {given.sweeps} --out {given.out}",
+        f"    python benchmarks/sweep_choice.py --sweeps {given.sweeps} --workers {given.workers} --out "
+        f"benchmarks/results/{given.out.name}",
         "",
         (__doc__ or "")
         .split("\n\n", 2)[2]
