@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
@@ -208,6 +209,22 @@ def test_every_exit_code_of_an_error_is_documented() -> None:
     assert {kind.exit_code for kind in kinds} <= EXIT_CODES.keys()
     shown = run("--help").output
     assert all(words in " ".join(shown.split()) for words in EXIT_CODES.values())
+
+
+@pytest.mark.parametrize("name", ["merge", "sft", "collect", "redeval", "verify", "sweep", "demo"])
+def test_every_command_that_writes_a_folder_or_file_takes_its_place_as_o(name: str) -> None:
+    command = importlib.import_module(COMMANDS[name][0]).command
+    if isinstance(command, click.Group):
+        command = command.commands["run"]
+    [option] = [parameter for parameter in command.params if "-o" in parameter.opts]
+    assert option.opts == ["-o", "--out", "--output"]
+    assert option.name == "out"
+
+
+def test_the_demo_takes_its_folder_once(tmp_path: Path) -> None:
+    done = run("demo", tmp_path / "a", "-o", tmp_path / "b")
+    assert done.exit_code == 2
+    assert "name the folder once" in done.stderr
 
 
 def test_a_reader_that_has_gone_is_no_answer() -> None:

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import click
 
+from resta.cli.output import output
+
 
 @click.command("collect")
 @click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="The JSON file to write.")
+@output(required=True, type=click.Path(path_type=Path), help="The JSON file to write.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Change one recipe setting.")
 def command(recipe: Path, out: Path, assignments: tuple[str, ...]) -> None:
     """Collect safe conversations from the model that RECIPE (a YAML file) names, in HarmfulQA's schema.

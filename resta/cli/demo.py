@@ -7,11 +7,13 @@ from pathlib import Path
 
 import click
 
-from resta.errors import DemoError, MissingExtraError
+from resta.cli.output import output
+from resta.errors import DemoError, MissingExtraError, PlanError
 
 
 @click.command(short_help="Train tiny models, give one its safety back, and prove it.")
-@click.argument("folder", type=click.Path(file_okay=False, path_type=Path), default=Path("resta-demo"))
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path), required=False)
+@output(type=click.Path(file_okay=False, path_type=Path), help="The same as FOLDER. [default: resta-demo]")
 @click.option(
     "--model",
     "instruct",
@@ -20,7 +22,7 @@ from resta.errors import DemoError, MissingExtraError
     "takes ten minutes on two cores.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-def command(folder: Path, instruct: str | None, seed: int) -> None:
+def command(folder: Path | None, out: Path | None, instruct: str | None, seed: int) -> None:
     """Make three models in FOLDER, give the one that lost its safety that safety back, and hold it against the gate.
 
     Real training, real answers to questions that were never trained on: the scale is chosen by a sweep on some of
@@ -33,6 +35,9 @@ def command(folder: Path, instruct: str | None, seed: int) -> None:
     except ModuleNotFoundError as error:
         library = str(error.name).split(".")[0]
         raise MissingExtraError(f"resta demo needs {library}: pip install 'resta[sft,redeval,utility]'") from None
+    if folder is not None and out is not None:
+        raise PlanError(f"{folder} and --out {out}: name the folder once")
+    folder = folder or out or Path("resta-demo")
     began = time.monotonic()
 
     def note(line: str) -> None:

@@ -15,6 +15,7 @@ import click
 from resta.adapter import base_name, is_adapter
 from resta.cautions import cautions, name_cautions
 from resta.checkpoint import following_links
+from resta.cli.output import output
 from resta.engine import Result, carry_out, input_folders
 from resta.errors import RecipeError, RequestError
 from resta.hub import locate
@@ -195,7 +196,7 @@ def _absolute(source: str) -> str:
     help="Allow configs to differ in this, such as rope_theta.",
 )
 @click.option("--shard-size", default="5GB", show_default=True, help="Most tensor bytes per file.")
-@click.option("-o", "--output", "out", type=click.Path(path_type=Path), required=True, help="Directory to be made.")
+@output(type=click.Path(path_type=Path), required=True, help="Directory to be made.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier output, once the new one is complete.")
 @click.option("--workers", type=click.IntRange(min=1), help="Threads [default: processors, at most 8].")
 @click.option("--digests", is_flag=True, help="Record the SHA-256 of every input and output file.")

@@ -25,6 +25,7 @@ from resta.cli.asking import (
     private,
     request_of,
 )
+from resta.cli.output import output
 from resta.errors import BankError, ModelError, RestaError, ResumeError, UnansweredError
 
 if TYPE_CHECKING:
@@ -55,11 +56,7 @@ WHAT = options(
     click.argument("model"),
     QUESTIONS,
     WHERE,
-    click.option(
-        "--out",
-        type=click.Path(path_type=Path),
-        help="The run's folder. [default: redeval-runs/MODEL-DIGEST]",
-    ),
+    output(type=click.Path(path_type=Path), help="The run's folder. [default: redeval-runs/MODEL-DIGEST]"),
 )
 
 SHOW = options(

@@ -6,18 +6,13 @@ from pathlib import Path
 
 import click
 
+from resta.cli.output import output
 from resta.errors import MissingExtraError, RecipeError
 
 
 @click.command("sft")
 @click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path))
-@click.option(
-    "-o",
-    "--output",
-    "out",
-    type=click.Path(path_type=Path),
-    help="The directory that will hold the finished model.",
-)
+@output(type=click.Path(path_type=Path), help="The directory that will hold the finished model.")
 @click.option("--preview", is_flag=True, help="Show samples with the trained tokens marked, and counts; train nothing.")
 @click.option(
     "--samples", type=click.IntRange(0), default=2, show_default=True, help="How many samples --preview shows."

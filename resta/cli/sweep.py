@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from resta.cli.asking import HOW, JUDGES, QUESTIONS, SERVERS, conditions_of, options, private, request_of
+from resta.cli.output import output
 from resta.cli.verify import POLICY, UTILITY, budget_of
 from resta.errors import NO, RecipeError
 
@@ -108,9 +109,7 @@ PLACE = options(
     click.option("--chat-template", type=click.Path(exists=True, dir_okay=False), help="For models that have none."),
     click.option("--ray", "ray_address", metavar="local|auto|ADDRESS", help="Measure candidates on a Ray cluster."),
     click.option("--ray-workers", type=click.IntRange(min=1), help="Models loaded at once. [default: one per GPU]"),
-    click.option(
-        "-o", "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="The sweep's folder."
-    ),
+    output(type=click.Path(file_okay=False, path_type=Path), required=True, help="The sweep's folder."),
 )
 
 

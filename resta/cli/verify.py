@@ -23,6 +23,7 @@ from resta.cli.asking import (
     private,
     request_of,
 )
+from resta.cli.output import output
 from resta.errors import ModelError, RequestError
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def _take_settings(ctx: click.Context, parameter: click.Parameter, path: Path | 
 @SERVERS
 @SHOW
 @click.option("--dry-run", is_flag=True, help="Say what would be asked and what that can show; ask and write nothing.")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("verify"), show_default=True)
+@output(type=click.Path(file_okay=False, path_type=Path), default=Path("verify"), show_default=True)
 def run(restored: str, tuned: str, aligned: str, out: Path, **given: Any) -> None:
     """Measure what is missing, compare, decide, report. The same command goes on with what is missing."""
     from resta.redeval.targets import Target
