@@ -24,7 +24,7 @@ from resta.cli.asking import (
     request_of,
 )
 from resta.cli.output import output
-from resta.errors import ModelError, RequestError
+from resta.errors import ModelError, RequestError, TaskError
 
 if TYPE_CHECKING:
     from resta.redeval.run import Conditions
@@ -63,7 +63,15 @@ UTILITY = options(
         type=click.Path(exists=True, file_okay=False, path_type=Path),
         help="Folder of lm-eval task files of your own.",
     ),
-    click.option("--task", "task_names", multiple=True, metavar="NAME[:METRIC]", help="Only these tasks."),
+    click.option(
+        "--task",
+        "task_names",
+        multiple=True,
+        metavar="NAME[:METRIC]",
+        help="Only these tasks: of the profile, of the folder, or any that lm_eval has.",
+    ),
+    click.option("--num-fewshot", type=click.IntRange(min=0), help="Shots of every task. [default: each task's own]"),
+    click.option("--gen-kwargs", metavar="KEY=VALUE,...", help="For tasks that generate: temperature=0.7,top_p=0.9."),
     click.option("--no-utility", is_flag=True, help="Measure no utility; rules on it are then inconclusive."),
     click.option("--documents", type=click.IntRange(min=1), help="Documents per task. [default: all]"),
     click.option("--tokenizer", metavar="DIR", help="For served models: their tokenizer, which utility needs."),
@@ -222,11 +230,32 @@ def budget_of(given: dict[str, Any], model: str) -> Budget:
     return Budget(
         request=request_of(given, model),
         judges=tuple(judges_of(given)),
-        suite=None if given["no_utility"] else read_suite(profile, folder, given["task_names"]),
+        suite=None
+        if given["no_utility"]
+        else read_suite(
+            profile,
+            folder,
+            given["task_names"],
+            num_fewshot=given["num_fewshot"],
+            gen_kwargs=_gen_kwargs(given["gen_kwargs"]),
+        ),
         documents=given["documents"],
         tokenizer=given["tokenizer"],
         allow_self_judge=given["allow_self_judge"],
     )
+
+
+def _gen_kwargs(text: str | None) -> dict[str, Any]:
+    """Return KEY=VALUE,... as what it says, values read as YAML. Raises TaskError."""
+    import yaml
+
+    found: dict[str, Any] = {}
+    for part in text.split(",") if text else ():
+        key, equals, value = part.partition("=")
+        if not equals or not key.strip() or key.strip() in found:
+            raise TaskError(f"--gen-kwargs {text}: expected KEY=VALUE,... with each key once, found {part!r}")
+        found[key.strip()] = yaml.safe_load(value)
+    return found
 
 
 def _decide(

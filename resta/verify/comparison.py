@@ -18,19 +18,22 @@ from resta.redeval.control import Control
 from resta.redeval.questions import Question
 from resta.redeval.records import Answer, Verdict
 from resta.redeval.score import Rate, is_not_language, is_repeated
-from resta.redeval.statistics import wilson
+from resta.redeval.statistics import Floats, wilson
 from resta.verify.coherence import Losses, implausible
 from resta.verify.measurement import ROLES, Measurement, check_comparable, pick_judges
 from resta.verify.sameness import alike
+from resta.verify.scores import is_loss
 from resta.verify.statistics import (
     Difference,
     PairedRates,
+    PairedScores,
     Pairs,
     count_pairs,
     holm,
     mcnemar_mid_p,
     padded,
     paired_rates,
+    paired_scores,
 )
 
 UNREAD = frozenset({"unparsed", "blocked", "unanswered"})
@@ -148,7 +151,7 @@ class Task:
     missing: int  # that at least one model lacks
     means: Mapping[str, Difference]  # value and interval, by role
     drop: Mapping[str, Difference]  # "aligned", "tuned"
-    paired: PairedRates | None = field(repr=False, compare=False)  # None without a document
+    paired: PairedScores | None = field(repr=False, compare=False)  # None without a document
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -544,7 +547,9 @@ def _utility(models: Mapping[str, Measurement], level: float) -> tuple[Task, ...
         common = sorted(set.intersection(*(set(found) for found in by_role.values())))
         known = set.union(*(set(found) for found in by_role.values()))
         values = np.array([[by_role[role][doc] for role in ROLES] for doc in common])  # (documents, models)
-        paired = paired_rates(values[:, np.newaxis], level=level) if common else None
+        facts = models["aligned"].utility.get("tasks", {}).get(task, {})
+        scale = _Scale.of(values, metric, higher_is_better=facts.get("higher_is_better", True))
+        paired = paired_scores(scale.scores(values), shares=scale.shares, level=level) if common else None
         restored = ROLES.index("restored")
         tasks.append(
             Task(
@@ -552,7 +557,7 @@ def _utility(models: Mapping[str, Measurement], level: float) -> tuple[Task, ...
                 metric=metric,
                 documents=len(common),
                 missing=len(known) - len(common),
-                means={role: _mean(paired, i) for i, role in enumerate(ROLES)},
+                means={role: _mean(paired, i, scale) for i, role in enumerate(ROLES)},
                 drop={role: paired.difference(i, restored) if paired else NOTHING for i, role in enumerate(ROLES[:2])},
                 paired=paired,
             )
@@ -560,11 +565,35 @@ def _utility(models: Mapping[str, Measurement], level: float) -> tuple[Task, ...
     return tuple(tasks)
 
 
-def _mean(paired: PairedRates | None, model: int) -> Difference:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Scale:
+    """How a metric's values become scores of which higher is better, so that a drop is a drop: best + sign * value."""
+
+    best: float
+    sign: float
+    shares: bool  # scores in [0, 1]
+
+    @classmethod
+    def of(cls, values: Floats, metric: str, *, higher_is_better: bool) -> _Scale:
+        if higher_is_better:
+            return cls(best=0.0, sign=1.0, shares=True)
+        shares = not is_loss(metric) and bool((values <= 1).all())
+        return cls(best=1.0 if shares else 0.0, sign=-1.0, shares=shares)
+
+    def scores(self, values: Floats) -> Floats:
+        return self.best + self.sign * values
+
+    def value(self, score: float) -> float:
+        return self.sign * (score - self.best)
+
+
+def _mean(paired: PairedScores | None, model: int, scale: _Scale) -> Difference:
+    """Return a model's mean as the metric has it."""
     if paired is None:
         return Difference(value=math.nan, low=0.0, high=1.0)
     interval = paired.interval(model)
-    return Difference(value=float(paired.values[model]), low=interval.low, high=interval.high)
+    low, high = sorted((scale.value(interval.low), scale.value(interval.high)))
+    return Difference(value=scale.value(float(paired.values[model])), low=low, high=high)
 
 
 def _examples(rows: Sequence[_Row]) -> Iterable[Example]:

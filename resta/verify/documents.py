@@ -24,8 +24,9 @@ SUITE = "suite.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Document:
-    """One document's score on one task, in [0, 1]; higher is better. `doc_id` is the same for every model: a
-    digest of the document, after the subtask's name and a slash where `task` is a group.
+    """One document's value on one task: a score in [0, 1], or where lower is better (the suite's facts say so) an error
+    or loss from 0 on (scores.py). `doc_id` is the same for every model: a digest of the document, after the subtask's
+    name and a slash where `task` is a group.
     """
 
     task: str

@@ -19,7 +19,7 @@ from resta.verify.measurement import ROLES
 from resta.verify.origin import origin_rules
 from resta.verify.parts import ENOUGH, worst_part
 from resta.verify.policy import ANY_TASK, Policy
-from resta.verify.statistics import PairedRates, holm, trials_at_rate, trials_for_bound
+from resta.verify.statistics import PairedScores, holm, trials_at_rate, trials_for_bound
 from resta.verify.trust import degenerate_rules, judge_rules, one_answer_rules
 
 # Of these one must hold for a PASS: they show that restored does little harm. What other rules show is not that.
@@ -245,7 +245,7 @@ def _unmeasured(name: str, why: str) -> Rule:
     return Rule(name=name, outcome="inconclusive", limit="", value=None, low=None, high=None, why=why)
 
 
-def _decided(claim: Claim, paired: PairedRates, worst: PairedRates) -> Rule:
+def _decided(claim: Claim, paired: PairedScores, worst: PairedScores) -> Rule:
     """Return a claim's rule, which holds if it does in the worst case; whether it fails is said when all are known."""
     found = paired.contrast(claim.weights)
     found = replace(found, high=max(found.high, worst.contrast(claim.weights).high))
@@ -262,7 +262,7 @@ def _decided(claim: Claim, paired: PairedRates, worst: PairedRates) -> Rule:
     )
 
 
-def _why(claim: Claim, paired: PairedRates, outcome: Outcome) -> str:
+def _why(claim: Claim, paired: PairedScores, outcome: Outcome) -> str:
     rate = float(paired.values[-1])
     if claim.weights != RATE:
         return f"{100 * paired.contrast(claim.weights).value:+.1f} points"

@@ -28,7 +28,7 @@ import urllib.request
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +38,7 @@ from resta.errors import EndpointError, MissingExtraError, ModelError, TaskError
 from resta.redeval.models import LocalModel, adds_bos, free_bytes, is_out_of_memory
 from resta.redeval.targets import api_key
 from resta.verify.documents import Document, finished_tasks, start_suite, write_documents
+from resta.verify.scores import is_loss, value_of
 
 SEED = 1234  # lm_eval's own: it draws the few-shot examples
 NOTE_S = 30.0  # between two words on how far a task is
@@ -60,6 +61,9 @@ class Task:
     num_fewshot: int | None
     chat_template: bool = False
     folder: Path | None = None
+    higher_is_better: bool = True
+    generates: bool = False
+    gen_kwargs: tuple[tuple[str, Any], ...] = ()  # in place of the task's own, where it generates
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,8 +90,8 @@ class Served:
     connections: int = 8
 
 
-def _own(name: str, metric: str, num_fewshot: int) -> Task:
-    return Task(name=name, metric=metric, num_fewshot=num_fewshot)
+def _own(name: str, metric: str, num_fewshot: int, *, generates: bool = False) -> Task:
+    return Task(name=name, metric=metric, num_fewshot=num_fewshot, generates=generates)
 
 
 # Chat templates are off, as where these numbers of shots come from.
@@ -99,7 +103,7 @@ PROFILES: Mapping[str, tuple[Task, ...]] = {
         _own("mmlu", "acc", 5),
         _own("truthfulqa_mc2", "acc", 0),
         _own("winogrande", "acc", 5),
-        _own("gsm8k", "exact_match,strict-match", 5),
+        _own("gsm8k", "exact_match,strict-match", 5, generates=True),
     ),
     # What Starling (arXiv 2308.09662) reports beside Red-Eval. BBH as multiple choice: nothing is generated.
     "starling": (
@@ -118,13 +122,26 @@ PROFILES: Mapping[str, tuple[Task, ...]] = {
 }
 
 
+OWN = tuple({task.name: task for tasks in PROFILES.values() for task in tasks}.values())
+
+
 # -- which tasks ---------------------------------------------------------------------------------------------
 
 
-def read_suite(profile: str | None, folder: Path | None, names: Sequence[str]) -> Suite:
-    """Return the tasks of a profile, of a folder of lm_eval task files, or of both; `names` chooses among them.
+def read_suite(
+    profile: str | None,
+    folder: Path | None,
+    names: Sequence[str],
+    *,
+    num_fewshot: int | None = None,
+    gen_kwargs: Mapping[str, Any] | None = None,
+) -> Suite:
+    """Return the tasks of a profile, of a folder of lm_eval task files, or of both.
 
-    A name is TASK, or TASK:METRIC for a task of the folder, whose default is the task's first metric. The folder's
+    `names` chooses among them, and from all that lm_eval has. `num_fewshot` and `gen_kwargs` stand in place of the
+    tasks' own.
+
+    A name is TASK, or TASK:METRIC for a task of no profile, whose default is the task's first metric. The folder's
     tasks are read whole, without a network; relative paths in them start at the folder. `chat_template: true` in a
     task's `metadata` asks it through the model's chat template. Raises TaskError, MissingExtraError.
     """
@@ -135,19 +152,20 @@ def read_suite(profile: str | None, folder: Path | None, names: Sequence[str]) -
         raise TaskError(
             f"unknown utility profile {profile!r}{_hint(profile, PROFILES)}; there are {', '.join(PROFILES)}"
         )
-    tasks: Sequence[Task] = PROFILES[profile] if profile is not None else ()
-    if profile is None and folder is None:
-        profile, tasks = "tasks", tuple({task.name: task for own in PROFILES.values() for task in own}.values())
-    known = {task.name for task in tasks}
+    tasks = PROFILES[profile] if profile is not None else () if folder is not None else OWN
+    known = [task.name for task in tasks]
     chosen = [task for task in tasks if not names or task.name in names]
+    others = [name for name in names if name not in known]
     if folder is not None:
-        chosen += _read_folder(folder, [name for name in names if name not in known], default=not names)
-    elif unknown := [name for name in names if name not in known]:
-        raise TaskError(f"{profile} has no task {unknown[0]!r}{_hint(unknown[0], known)}; it has {', '.join(known)}")
+        found, others, there = _read_folder(folder, others, default=not names)
+        chosen, known = [*chosen, *found], [*known, *there]
+    where = " + ".join(part for part in (profile, str(folder) if folder is not None else None) if part)
+    chosen += [catalogue_task(name, where or "resta", known) for name in others]
+    chosen = _changed(chosen, num_fewshot, gen_kwargs)
     counts = Counter(task.name for task in chosen)
     if twice := [name for name, count in counts.items() if count > 1]:
         raise TaskError(f"{twice[0]} is meant twice; name it once, with one metric, or rename the folder's task")
-    name = " + ".join(part for part in (profile, folder.name if folder is not None else None) if part)
+    name = " + ".join(part for part in (profile, folder.name if folder is not None else None) if part) or "tasks"
     return Suite(name=name, tasks=tuple(chosen), folder=folder)
 
 
@@ -169,6 +187,15 @@ def count_documents(suite: Suite, limit: int | None) -> dict[str, int | None]:
     return counts
 
 
+def _changed(tasks: Sequence[Task], num_fewshot: int | None, gen_kwargs: Mapping[str, Any] | None) -> list[Task]:
+    """Return the tasks with other shots and generation settings. Raises TaskError where those would change nothing."""
+    if gen_kwargs and not any(task.generates for task in tasks):
+        raise TaskError(f"no task generates anything ({', '.join(task.name for task in tasks)}): leave gen_kwargs out")
+    changed = [task if num_fewshot is None else replace(task, num_fewshot=num_fewshot) for task in tasks]
+    given = tuple(sorted((gen_kwargs or {}).items()))
+    return [replace(task, gen_kwargs=given) if task.generates else task for task in changed]
+
+
 def suite_facts(suite: Suite, *, limit: int | None, backend: Backend) -> dict[str, Any]:
     """Return all that must be equal between two models for their documents to be compared, ready for JSON.
 
@@ -187,6 +214,8 @@ def suite_facts(suite: Suite, *, limit: int | None, backend: Backend) -> dict[st
                 "num_fewshot": task.num_fewshot,
                 "chat_template": task.chat_template,
                 "folder_sha256": digests[task.folder] if task.folder is not None else None,
+                **({} if task.higher_is_better else {"higher_is_better": False}),
+                **({"gen_kwargs": dict(task.gen_kwargs)} if task.gen_kwargs else {}),
             }
             for task in suite.tasks
         },
@@ -217,8 +246,11 @@ def _folder_sha256(folder: Path) -> str:
     return found.hexdigest()
 
 
-def _read_folder(folder: Path, names: Sequence[str], *, default: bool) -> list[Task]:
-    """Return the tasks of a folder that `names` means; for `default` all: its groups, and what is in none."""
+def _read_folder(folder: Path, names: Sequence[str], *, default: bool) -> tuple[list[Task], list[str], list[str]]:
+    """Return the tasks of a folder that `names` means, the names that it lacks, and those that it has.
+
+    For `default` all: its groups, and what is in none.
+    """
     if not folder.is_dir():
         raise TaskError(f"{folder}: no such folder; expected one of lm_eval task files (*.yaml)")
     folder = folder.resolve()
@@ -230,28 +262,99 @@ def _read_folder(folder: Path, names: Sequence[str], *, default: bool) -> list[T
             names = [*groups, *(name for name in manager.all_subtasks if name not in inside)]
         if not manager.all_tasks:
             raise TaskError(f"{folder} holds no lm_eval task (*.yaml with a `task:`)")
-        return [_folder_task(manager, name, folder) for name in names]
+        there = [name for name in names if {name, name.rsplit(":", 1)[0]} & set(manager.all_tasks)]
+        found = [_folder_task(manager, name, folder) for name in there]
+        return found, [name for name in names if name not in there], list(manager.all_tasks)
 
 
 def _folder_task(manager: Any, asked: str, folder: Path) -> Task:
     name, metric = asked, None
     if name not in manager.all_tasks and ":" in asked:
         name, metric = asked.rsplit(":", 1)
-    if name not in manager.all_tasks:
-        known = ", ".join(manager.all_tasks)
-        raise TaskError(f"{folder} has no task {name!r}{_hint(name, manager.all_tasks)}; it has {known}")
     leaves = _leaves(manager, name, folder)
     shots = {leaf.get_config("num_fewshot") or 0 for leaf in leaves.values()}
     chat = {bool((leaf.get_config("metadata") or {}).get("chat_template")) for leaf in leaves.values()}
     if len(chat) > 1:
         raise TaskError(f"{folder}: only some subtasks of {name} set metadata.chat_template; set it in all or none")
+    picked, higher = _pick_metric(leaves, metric, f"{folder}: {name}")
     return Task(
         name=name,
-        metric=_pick_metric(leaves, metric, f"{folder}: {name}"),
+        metric=picked,
         num_fewshot=shots.pop() if len(shots) == 1 else None,
         chat_template=chat.pop(),
         folder=folder,
+        higher_is_better=higher,
+        generates=any(leaf.OUTPUT_TYPE == "generate_until" for leaf in leaves.values()),
     )
+
+
+@functools.cache
+def _catalogue() -> Mapping[str, Any]:
+    """Return lm_eval's index of its own tasks, {name: entry}; reading thousands of files takes about ten seconds."""
+    with _contained():
+        return dict(_manager(None, ()).task_index)
+
+
+def catalogue_task(asked: str, where: str, known: Sequence[str]) -> Task:
+    """Return one of lm_eval's own tasks, groups or tags by its name, TASK or TASK:METRIC, from its files alone: its
+    documents are fetched when it is measured. `where` and `known` say what else was looked through. Raises TaskError.
+    """
+    index = _catalogue()
+    name, _, named = asked.partition(":") if asked not in index else (asked, "", "")
+    if name not in index:
+        hint = _hint(name, known) or _hint(name, index)
+        raise TaskError(f"{where} has no task {name!r}{hint}, nor has lm_eval; there are {', '.join(known)}")
+    with _contained():
+        configs = list(_configs(index, name))
+        offered = [_offered(config) for config in configs]
+        common = {key: all(o[key] for o in offered) for key in offered[0] if all(key in other for other in offered)}
+        if not common and named:  # written in Python: what it scores is known once it is loaded
+            from lm_eval.api.registry import is_higher_better
+
+            common = {named: bool(is_higher_better(named.partition(",")[0]))}
+    if not common:
+        raise TaskError(f"{name}: its files name no metric (of all its subtasks); name one: {name}:METRIC")
+    metric = next((m for m in common if named in ("", m, m.partition(",")[0])), None)
+    if metric is None:
+        raise TaskError(f"{name} has no metric {named!r}{_hint(named, common)}; it has {', '.join(common)}")
+    shots = {config.get("num_fewshot") or 0 for config in configs}
+    return Task(
+        name=name,
+        metric=metric,
+        num_fewshot=shots.pop() if len(shots) == 1 else None,
+        higher_is_better=common[metric],
+        generates=any(config.get("output_type") == "generate_until" for config in configs),
+    )
+
+
+def _configs(index: Mapping[str, Any], name: str | Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield the files of a task, or of all tasks of a group or tag, as lm_eval's index holds them."""
+    own = dict(name) if isinstance(name, Mapping) else {}
+    name = str(own.pop("task", "")) if isinstance(name, Mapping) else name
+    entry = index.get(name)
+    if entry is None:
+        yield own
+    elif entry.kind.name == "TAG":
+        for child in sorted(entry.tags):
+            yield from _configs(index, child)
+    elif entry.kind.name == "GROUP":
+        for child in entry.cfg["task"]:
+            yield from _configs(index, child)
+    else:
+        yield {**entry.cfg, **own}
+
+
+def _offered(config: Mapping[str, Any]) -> dict[str, bool]:
+    """Return a task file's metrics, {name as in Task.metric: whether higher is better}, the default first."""
+    from lm_eval.api.registry import DEFAULT_METRIC_REGISTRY, is_higher_better
+
+    metrics = config.get("metric_list")
+    if metrics is None:
+        metrics = [{"metric": name} for name in DEFAULT_METRIC_REGISTRY.get(config.get("output_type"), ())]
+    filters = [entry["name"] for entry in config.get("filter_list") or [{"name": "none"}]]
+    named = {str(m["metric"]): m.get("higher_is_better", None) for m in metrics}
+    better = {m: bool(is_higher_better(m) if higher is None else higher) for m, higher in named.items()}
+    return {m if part == "none" else f"{m},{part}": higher for part in filters for m, higher in better.items()}
 
 
 def _metrics(leaf: Any) -> dict[str, str]:
@@ -262,8 +365,10 @@ def _metrics(leaf: Any) -> dict[str, str]:
     }
 
 
-def _pick_metric(leaves: Mapping[str, Any], named: str | None, where: str) -> str:
-    """Return the metric to record, as in Task.metric; it must score each document. Raises TaskError."""
+def _pick_metric(leaves: Mapping[str, Any], named: str | None, where: str) -> tuple[str, bool]:
+    """Return the metric to record, as in Task.metric, and whether higher is better; it must score each document, or be
+    made of each document's loss. Raises TaskError.
+    """
     from lm_eval.api.metrics import mean
 
     offered = [_metrics(leaf) for leaf in leaves.values()]
@@ -274,18 +379,17 @@ def _pick_metric(leaves: Mapping[str, Any], named: str | None, where: str) -> st
     if picked is None:
         raise TaskError(f"{where} has no metric {named!r}{_hint(str(named), common)}; it has {', '.join(common)}")
     metric = offered[0][picked]
-    for leaf in leaves.values():
-        if not leaf.higher_is_better().get(metric):
-            why = "lower is better"
-        elif leaf.aggregation()[metric] is not mean or leaf.OUTPUT_TYPE == "loglikelihood_rolling":
-            why = "it is not the mean of a score per document"
-        else:
-            continue
-        raise TaskError(
-            f"{where}: {picked} cannot be compared in pairs, for {why}; choose a metric such as acc or exact_match "
-            f"(TASK:METRIC; there are {', '.join(common)})"
-        )
-    return picked
+    higher = {leaf.higher_is_better().get(metric) for leaf in leaves.values()}
+    if not is_loss(metric) and any(leaf.aggregation()[metric] is not mean for leaf in leaves.values()):
+        why = "it is neither the mean of a score per document nor a perplexity"
+    elif len(higher) > 1 or None in higher:
+        why = "its files do not say whether higher is better"
+    else:
+        return picked, bool(higher.pop())
+    raise TaskError(
+        f"{where}: {picked} cannot be compared in pairs, for {why}; choose a metric such as acc or exact_match "
+        f"(TASK:METRIC; there are {', '.join(common)})"
+    )
 
 
 # -- lm_eval, contained --------------------------------------------------------------------------------------
@@ -473,6 +577,8 @@ def _ask(lm: Any, task: Task, leaves: Mapping[str, Any], limit: int | None, note
         shots = task.num_fewshot if task.num_fewshot is not None else leaf.get_config("num_fewshot")
         leaf.set_config("num_fewshot", shots or 0)
         leaf.set_fewshot_seed(SEED)
+        if task.gen_kwargs and leaf.OUTPUT_TYPE == "generate_until":
+            leaf.set_config("generation_kwargs", dict(task.gen_kwargs), update=True)
     lm.set_cache_hook(_Progress(task.name, leaves, note))
     lm.begin(task)
     _seed()
@@ -493,14 +599,12 @@ def _documents(task: Task, leaf: str, rows: Iterable[Mapping[str, Any]]) -> Iter
     for row in rows:
         if row["filter"] != (part or "none"):
             continue
-        value = row.get(metric)
-        if not isinstance(value, int | float | np.number) or not 0 <= value <= 1:  # NaN is not either
-            raise TaskError(f"{leaf}: {task.metric} of a document is {value!r}; expected a number from 0 to 1")
+        value = value_of(task.metric, row.get(metric), higher_is_better=task.higher_is_better, where=leaf)
         identity = row["doc_hash"]
         seen[identity] += 1  # some banks hold a document twice
         repeat = f"#{seen[identity]}" if seen[identity] > 1 else ""
         prefix = f"{leaf}/" if leaf != task.name else ""
-        yield Document(task=task.name, doc_id=f"{prefix}{identity}{repeat}", metric=task.metric, value=float(value))
+        yield Document(task=task.name, doc_id=f"{prefix}{identity}{repeat}", metric=task.metric, value=value)
 
 
 class _Progress:

@@ -20,7 +20,7 @@ DISTINCT = {"dangerousqa": 200, "catqa-en": 543, "adversarialqa": 500, "harmfulq
 SEVERAL = ("banks", "safe_banks", "templates", "judges", "task_names")
 UNASKED = (
     *("base_url", "base", "files", "chat_template", "batch_size", "duplicates", "limit", "temperature"),
-    *("max_new_tokens", "profile_name", "task_folder", "documents", "tokenizer"),
+    *("max_new_tokens", "profile_name", "task_folder", "documents", "tokenizer", "num_fewshot", "gen_kwargs"),
 )
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import math
 import os
 import random
 import socket
@@ -18,7 +19,7 @@ import torch
 pytest.importorskip("lm_eval")
 
 from resta.errors import EndpointError, ModelError, ResumeError, TaskError, UnansweredError
-from resta.redeval.models import LocalModel, LocalSpec, load_local
+from resta.redeval.models import LocalModel, LocalSpec, load_local, token_id
 from resta.verify import utility
 from resta.verify.documents import DOCUMENTS, Document, read_documents, read_facts
 from resta.verify.regression import made
@@ -268,9 +269,7 @@ def test_a_generation_task_is_scored_by_its_filter_and_asked_through_the_chat_te
 def test_what_cannot_be_measured_is_refused_before_a_model_is_met(tmp_path: Path) -> None:
     folder = tmp_path / "tasks"
     a_task(folder, "mine", ROWS)
-    perplexity = {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}
     f1 = {"metric": "f1", "aggregation": "f1", "higher_is_better": True}
-    a_task(folder, "odd", ROWS, metric_list=[perplexity], output_type="loglikelihood", doc_to_choice=None)
     a_task(folder, "f", ROWS, metric_list=[f1])
     for profile, where, names, message in (
         (None, None, [], "name a profile"),
@@ -280,11 +279,113 @@ def test_what_cannot_be_measured_is_refused_before_a_model_is_met(tmp_path: Path
         (None, folder, ["mime"], "no task 'mime' .did you mean 'mine'"),
         (None, folder, ["mine:acc_nor"], "no metric 'acc_nor' .did you mean 'acc_norm'"),
         (None, folder, ["mine", "mine:acc_norm"], "mine is meant twice"),
-        (None, folder, ["odd"], "perplexity cannot be compared in pairs, for lower is better"),
-        (None, folder, ["f"], "f1 cannot be compared in pairs, for it is not the mean"),
+        (None, folder, ["f"], "f1 cannot be compared in pairs, for it is neither the mean"),
     ):
         with pytest.raises(TaskError, match=message):
             read_suite(profile, where, names)
+
+
+PERPLEXITIES = {
+    name: {"metric": name, "aggregation": how, "higher_is_better": False}
+    for name, how in (
+        ("perplexity", "perplexity"),
+        ("word_perplexity", "weighted_perplexity"),
+        ("byte_perplexity", "weighted_perplexity"),
+        ("bits_per_byte", "bits_per_byte"),
+    )
+}
+
+
+def test_a_perplexity_is_kept_as_each_documents_loss(models: tuple[LocalModel, LocalModel], tmp_path: Path) -> None:
+    folder = tmp_path / "tasks"
+    texts = ["one two three", "a dog and a cat", "x"]
+    rows = [{"q": f"{text} is", "text": text, "answer": "so"} for text in texts]
+    a_task(
+        folder, "target", rows, metric_list=[PERPLEXITIES["perplexity"]], output_type="loglikelihood",
+        doc_to_choice=None, doc_to_text="{{q}}", doc_to_target=" so",
+    )  # fmt: skip
+    for name in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
+        a_task(
+            folder, name, rows, metric_list=[PERPLEXITIES[name]], output_type="loglikelihood_rolling",
+            doc_to_choice=None, doc_to_text="", doc_to_target="{{text}}",
+        )  # fmt: skip
+    suite = read_suite(None, folder, [])
+    assert [task.higher_is_better for task in suite.tasks] == [False] * 4
+    measure(models[1], suite, tmp_path / "u", limit=None, note=HEARD.append)
+    found = {
+        name: [d.value for d in read_documents(tmp_path / "u") if d.task == name] for name in list(PERPLEXITIES)[1:]
+    }
+    by_target = [d.value for d in read_documents(tmp_path / "u") if d.task == "target"]
+    assert by_target == pytest.approx([-by_hand(models[1], f"{text} is", [" so"])[0] for text in texts], rel=1e-4)
+    words, sizes = [len(text.split()) for text in texts], [len(text) for text in texts]
+    totals = [value * count for value, count in zip(found["word_perplexity"], words, strict=True)]
+    assert min(totals) > 0
+    by_byte = [total / size for total, size in zip(totals, sizes, strict=True)]
+    assert found["byte_perplexity"] == pytest.approx(by_byte)
+    assert found["bits_per_byte"] == pytest.approx([value / math.log(2) for value in by_byte])
+    assert suite_facts(suite, limit=None, backend="hf")["tasks"]["word_perplexity"]["higher_is_better"] is False
+
+
+def test_an_error_of_which_lower_is_better_is_measured_and_may_exceed_1(
+    models: tuple[LocalModel, LocalModel], tmp_path: Path
+) -> None:
+    folder = tmp_path / "tasks"
+    a_task(folder, "slips", ROWS, metric_list=[{"metric": "acc", "aggregation": "mean", "higher_is_better": False}])
+    (folder / "score.py").write_text("def slips(doc, results):\n    return {'acc': 3.0}\n")
+    config = (folder / "slips.yaml").read_text().removesuffix("}")
+    (folder / "slips.yaml").write_text(config + ', "process_results": !function score.slips }')
+    measure(models[0], read_suite(None, folder, []), tmp_path / "u", limit=2, note=HEARD.append)
+    assert [d.value for d in read_documents(tmp_path / "u")] == [3.0, 3.0]
+
+
+def test_any_task_of_lm_evals_catalogue_is_known_by_its_name() -> None:
+    [task] = read_suite(None, None, ["ifeval"]).tasks
+    assert (task.metric, task.num_fewshot, task.generates) == ("prompt_level_strict_acc", 0, True)
+    [named] = read_suite(None, None, ["ifeval:prompt_level_loose_acc"]).tasks
+    assert named.metric == "prompt_level_loose_acc"
+    [group] = read_suite(None, None, ["mmlu_stem"]).tasks
+    assert (group.metric, group.higher_is_better) == ("acc", True)
+    [text] = read_suite(None, None, ["wikitext"]).tasks
+    assert (text.metric, text.higher_is_better) == ("word_perplexity", False)
+    [sums] = read_suite(None, None, ["gsm8k:exact_match,flexible-extract"]).tasks
+    assert sums.metric == "exact_match,flexible-extract"
+    assert [task.name for task in read_suite("smoke", None, ["smoke_sense", "ifeval"]).tasks] == [
+        "smoke_sense",
+        "ifeval",
+    ]
+    for name, message in (("ifevall", "did you mean 'ifeval'"), ("ifeval:acc", "ifeval has no metric 'acc'")):
+        with pytest.raises(TaskError, match=message):
+            read_suite(None, None, [name])
+
+
+def test_shots_and_generation_settings_stand_in_place_of_the_tasks_own(
+    models: tuple[LocalModel, LocalModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "tasks"
+    a_task(folder, "shots", ROWS, fewshot_split="test", num_fewshot=2)
+    a_task(
+        folder, "said", [{"q": "anything", "answer": ""}], output_type="generate_until", doc_to_choice=None,
+        metric_list=[{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        generation_kwargs={"until": ["\n"], "max_gen_toks": 4, "do_sample": False},
+    )  # fmt: skip
+    suite = read_suite(None, folder, [], num_fewshot=0, gen_kwargs={"max_gen_toks": 2})
+    by_name = {task.name: task for task in suite.tasks}
+    assert {task.num_fewshot for task in suite.tasks} == {0}
+    assert (by_name["shots"].gen_kwargs, by_name["said"].gen_kwargs) == ((), (("max_gen_toks", 2),))
+    facts = suite_facts(suite, limit=None, backend="hf")
+    assert facts["tasks"]["said"]["gen_kwargs"] == {"max_gen_toks": 2}
+    asked: list[int] = []
+    real = LocalModel.rows_that_fit
+
+    def rows(self: LocalModel, longest: int, new: int) -> int:
+        asked.append(new)
+        return real(self, longest, new)
+
+    monkeypatch.setattr(LocalModel, "rows_that_fit", rows)
+    measure(models[0], suite, tmp_path / "u", limit=1, note=HEARD.append)
+    assert asked == [2]
+    with pytest.raises(TaskError, match="no task generates anything"):
+        read_suite(None, folder, ["shots"], gen_kwargs={"temperature": 0.5})
 
 
 def test_a_folder_that_lm_eval_would_read_in_part_is_refused(tmp_path: Path) -> None:
@@ -457,7 +558,7 @@ def test_a_served_model_gets_the_scores_it_has_here(
         measure(model, suite, tmp_path / f"l{number}", limit=10, note=HEARD.append)
         assert results(tmp_path / f"s{number}") == results(tmp_path / f"l{number}")
         starts = {body["prompt"][0][0] for body in stub.bodies[1:] if isinstance(body["prompt"][0], list)}
-        assert starts == ({model.tokenizer.bos_token_id} if model.adds_bos else {model.token_id("Q")})
+        assert starts == ({model.tokenizer.bos_token_id} if model.adds_bos else {token_id(model.tokenizer, "Q")})
         stub.bodies.clear()
     with pytest.raises(ResumeError, match="backend"):
         measure(models[0], suite, tmp_path / "s0", limit=10, note=HEARD.append)
