@@ -190,6 +190,27 @@ def report(out: Path, **given: Any) -> None:
     sys.exit(verdict)
 
 
+@command.command("import")
+@click.argument("measurement", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--task", "names", multiple=True, metavar="NAME[:METRIC]", help="Only these tasks, by this metric.")
+def import_logged(measurement: Path, files: tuple[Path, ...], names: tuple[str, ...]) -> None:
+    """Add what lm_eval has logged (samples_TASK_DATE.jsonl) as the utility of a MEASUREMENT that has none.
+
+    Measure with --no-utility, add the files of each model to OUT/aligned, OUT/tuned and OUT/restored, then decide with
+    `resta verify report OUT`.
+    """
+    from resta.verify.measurement import is_measurement
+    from resta.verify.samples import import_samples
+
+    if not is_measurement(measurement):
+        raise ModelError(f"{measurement} holds no measurement; expected a folder such as OUT/aligned of `resta verify`")
+    private()
+    for each in import_samples(measurement / "utility", files, names):
+        mean = sum(document.value for document in each.documents) / len(each.documents)
+        click.echo(f"{each.task}: {each.facts['metric']} {mean:.3f} over {len(each.documents)} documents")
+
+
 @command.command("policy")
 def show_policy() -> None:
     """Print the default policy, every rule explained; a start for one's own."""
