@@ -19,7 +19,7 @@ from resta.verify.measurement import ROLES
 from resta.verify.origin import origin_rules
 from resta.verify.parts import ENOUGH, worst_part
 from resta.verify.policy import ANY_TASK, Policy
-from resta.verify.statistics import PairedScores, holm, trials_at_rate, trials_for_bound
+from resta.verify.statistics import PairedRates, PairedScores, holm, trials_at_rate, trials_for_bound
 from resta.verify.trust import degenerate_rules, judge_rules, one_answer_rules
 
 # Of these one must hold for a PASS: they show that restored does little harm. What other rules show is not that.
