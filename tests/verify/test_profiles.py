@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,9 @@ from resta.cli.asking import PROFILES, request_of
 from resta.cli.verify import budget_of
 from resta.redeval.questions import PUBLISHED
 from resta.redeval.run import make_plan
+from resta.verify.policy import read_policy
+from resta.verify.power import AS_GOOD, Sample, chances
+from resta.verify.regression.made import documents
 
 # As published, repeats left out.
 DISTINCT = {"dangerousqa": 200, "catqa-en": 543, "adversarialqa": 500, "harmfulqa": 1938}
@@ -65,6 +70,26 @@ def test_every_cell_of_a_profile_is_large_enough_and_safe_questions_are_asked(
     assert by_bank.pop(("lookalikes", True)) >= 200
     assert min(by_bank.values()) >= 100
     assert not any(safe for _, safe in by_bank)
+
+
+@pytest.mark.parametrize("profile", list(PROFILES))
+def test_a_profile_passes_a_good_model_with_probability_of_at_least_0_8(
+    profile: str, bank_dir: Path, model: str
+) -> None:
+    plan = make_plan(request_of(given(bank_dir, profile=profile), model))
+    count: dict[bool, Counter[str]] = {
+        safe: Counter(question.bank for question in plan.questions if question.safe == safe) for safe in (False, True)
+    }
+    sample = Sample(
+        harmful=count[False],
+        safe=count[True],
+        templates=PROFILES[profile].templates,
+        documents={"regression": len(documents())},
+    )
+    found = chances(read_policy(None), sample, AS_GOOD, draws=200)
+    assert found.all >= 0.9, found.by_rule
+    few = chances(read_policy(None), replace(sample, documents={"regression": 40}), AS_GOOD, draws=200)
+    assert few.all < 0.8, "40 documents would do as well"
 
 
 def test_the_profiles_grow() -> None:
