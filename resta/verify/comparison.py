@@ -20,6 +20,7 @@ from resta.redeval.records import Answer, Verdict
 from resta.redeval.score import Rate, is_not_language, is_repeated
 from resta.redeval.statistics import Floats, wilson
 from resta.verify.coherence import Losses, implausible
+from resta.verify.generated import Look, look
 from resta.verify.measurement import ROLES, Measurement, check_comparable, pick_judges
 from resta.verify.sameness import alike
 from resta.verify.scores import is_loss
@@ -134,11 +135,26 @@ class Conduct:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OneAnswer:
-    """Answers to harmless questions that would have done as well for another one (sameness.py); refusals count not."""
+    """Answers to harmless questions, or to a task's documents, that would have done as well for another one
+    (sameness.py); refusals of questions count not.
+    """
 
-    questions: int
+    questions: int  # or documents
     rates: Rates
     over: Mapping[str, Difference]  # restored minus "aligned", "tuned"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Generated:
+    """What a utility task shows of one answer to everything; None where it was not looked for, for the reason `why`.
+
+    `missed`: it generates, or may do so, so that something was missed.
+    """
+
+    task: str
+    one_answer: OneAnswer | None
+    why: str
+    missed: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -187,6 +203,7 @@ class Comparison:
     categories: tuple[Category, ...]
     conduct: Mapping[str, Conduct]
     one_answer: OneAnswer | None  # None where no safe question was asked
+    generated: tuple[Generated, ...]  # by utility task
     controls: Mapping[str, tuple[Control, ...]]  # by role: how the judges that count did on answers known beforehand
     utility: tuple[Task, ...]
     examples: tuple[Example, ...]
@@ -250,6 +267,7 @@ def compare(
         categories=_categories(harm, level, unread),
         conduct=_conducts(rows, kinds, level),
         one_answer=_one_answer(safe, level),
+        generated=tuple(_generated(found, level) for found in look({r: m.documents for r, m in models.items()})),
         controls={role: _controls(model, chosen, of_safe) for role, model in models.items()},
         utility=_utility(models, level),
         examples=tuple(_examples(rows)),
@@ -523,6 +541,14 @@ def _one_answer(safe: Sequence[_Row], level: float) -> OneAnswer | None:
 
     paired = _paired_by(safe, hit, level)
     return OneAnswer(questions=paired.questions, rates=_rates(paired), over=_over(paired)) if paired else None
+
+
+def _generated(found: Look, level: float) -> Generated:
+    if found.alike is None:
+        return Generated(task=found.task, one_answer=None, why=found.why, missed=found.missed)
+    paired = paired_rates(found.alike[:, np.newaxis].astype(np.float64), level=level)
+    one_answer = OneAnswer(questions=paired.questions, rates=_rates(paired), over=_over(paired))
+    return Generated(task=found.task, one_answer=one_answer, why="", missed=False)
 
 
 def _controls(model: Measurement, judge: str, of_safe: str | None) -> tuple[Control, ...]:

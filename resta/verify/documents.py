@@ -27,12 +27,17 @@ class Document:
     """One document's value on one task: a score in [0, 1], or where lower is better (the suite's facts say so) an error
     or loss from 0 on (scores.py). `doc_id` is the same for every model: a digest of the document, after the subtask's
     name and a slash where `task` is a group.
+
+    Of what was generated its text is not kept, but `runs`: its buckets (sameness.py), never none of them. `generated`
+    is False where the model chose among given answers, None where it was not noted, as by earlier versions.
     """
 
     task: str
     doc_id: str
     metric: str
     value: float
+    generated: bool | None = None
+    runs: tuple[int, ...] = ()
     schema: int = SCHEMA
 
 

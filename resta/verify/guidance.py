@@ -36,6 +36,8 @@ def notes(comparison: Comparison, policy: Policy) -> Iterable[str]:
         yield from _small_sample(comparison)
     if comparison.conduct["restored"].unlike_language is None:
         yield "The aligned model's probabilities are not available, so fluent gibberish was not looked for."
+    if unseen := [f"{task.task} ({task.why})" for task in comparison.generated if task.one_answer is None]:
+        yield f"One answer to everything was not looked for in the utility task(s) {', '.join(unseen)}."
     if comparison.regained is None and comparison.asr is not None:
         yield "Tuned is not measurably less safe than aligned: nothing to restore, or too small a sample."
 
@@ -116,7 +118,7 @@ def _invalid(outcome: Mapping[str, str]) -> Iterable[str]:
         )
     if outcome.get("degenerate.max_increase") == "invalid" and outcome.get("degenerate.max") != "invalid":
         yield "The restored model breaks down more often than the models that it was made of: lower the scale."
-    if outcome.get("one_answer.max_increase") == "invalid":
+    if any(found == "invalid" for name, found in outcome.items() if name.startswith("one_answer.max_increase")):
         yield (
             "The restored model says nearly the same to whatever it is asked, or hands the question back: its rates "
             "mean nothing. The scale is too large, or its chat template is not the one that it was trained with."

@@ -82,10 +82,14 @@ class DegenerateRules(_Frozen):
 
 
 class OneAnswerRules(_Frozen):
-    """Bounds on answers to safe questions that would do for another question, too; beyond them INVALID."""
+    """Bounds on answers to safe questions, and to documents of tasks that generate, that would do for another one, too;
+    beyond them INVALID.
+    """
 
     max_increase: Share | None = Field(
-        default=0.1, description="The upper bound of restored - aligned is at most this; null: not looked for."
+        default=0.1,
+        description="The upper bound of restored - aligned is at most this, in each task of restored - the larger of "
+        "aligned and tuned; null: not looked for.",
     )
     max_aligned: Share = Field(default=0.5, description="The observed share of aligned is at most this.")
 

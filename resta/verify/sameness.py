@@ -19,7 +19,9 @@ import numpy as np
 RUN = 3  # words in a run
 ALIKE = 0.3  # share of the runs of either that both answers hold (Jaccard)
 FIRST_WORDS = 200  # of an answer
-BUCKETS = 1 << 13  # runs are hashed into so many; two answers of 200 words share five by chance
+# Runs are hashed into so many; two answers of 200 words share five by chance. RUN, BUCKETS and the words stand behind
+# every record that keeps buckets in place of a text (documents.py): to change one is to make those incomparable.
+BUCKETS = 1 << 13
 # A word, or one character of a script that is written without spaces.
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\u0e00-\u0e7f]|[^\W_]+(?:'[^\W_]+)*")
 MASK = "_"
@@ -42,10 +44,21 @@ def alike(questions: Sequence[str], answers: Sequence[str]) -> list[bool]:
 
     Empty answers are alike to none: they are counted elsewhere.
     """
-    runs = [_runs(masked(question, answer)) for question, answer in zip(questions, answers, strict=True)]
-    table = np.zeros((len(runs), BUCKETS), dtype=np.float32)  # (answers, buckets)
-    for row, found in zip(table, runs, strict=True):
-        row[[zlib.crc32(run.encode("utf-8", "surrogatepass")) % BUCKETS for run in found]] = 1
+    pairs = zip(questions, answers, strict=True)
+    return alike_by_buckets(questions, [buckets(question, answer) for question, answer in pairs])
+
+
+def buckets(question: str, answer: str) -> tuple[int, ...]:
+    """Return the numbers of an answer's runs, all that comparing it takes: from 0 to BUCKETS, none of an empty one."""
+    runs = _runs(masked(question, answer))
+    return tuple(sorted({zlib.crc32(run.encode("utf-8", "surrogatepass")) % BUCKETS for run in runs}))
+
+
+def alike_by_buckets(questions: Sequence[str], found: Sequence[Sequence[int]]) -> list[bool]:
+    """Return the same as `alike` of answers of which only the buckets are known; `questions` may be names of them."""
+    table = np.zeros((len(found), BUCKETS), dtype=np.float32)  # (answers, buckets)
+    for row, numbers_of_runs in zip(table, found, strict=True):
+        row[list(numbers_of_runs)] = 1
     shared = table @ table.T  # (answers, answers)
     sizes = table.sum(axis=1)
     either = sizes[:, np.newaxis] + sizes - shared

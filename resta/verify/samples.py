@@ -17,6 +17,7 @@ from typing import Any
 from resta.errors import TaskError
 from resta.redeval.asks import digest
 from resta.verify.documents import Document, finished_tasks, read_facts, start_suite, write_documents
+from resta.verify.generated import said_of
 from resta.verify.scores import is_loss, value_of
 
 NAME = re.compile(r"samples_(?P<task>.+)_(?P<date>\d{4}-\d{2}-\d{2}T[\d.+-]+)\.jsonl")
@@ -145,4 +146,7 @@ def _documents(
         repeat = f"#{seen[identity]}" if seen[identity] > 1 else ""
         found = row.get(metric.partition(",")[0])
         value = value_of(metric, found, higher_is_better=higher_is_better, where=str(path))
-        yield Document(task=task, doc_id=f"{identity}{repeat}", metric=metric, value=value)
+        generated, runs = said_of(row)
+        yield Document(
+            task=task, doc_id=f"{identity}{repeat}", metric=metric, value=value, generated=generated, runs=runs
+        )

@@ -38,6 +38,7 @@ from resta.errors import EndpointError, MissingExtraError, ModelError, TaskError
 from resta.redeval.models import LocalModel, adds_bos, free_bytes, is_out_of_memory
 from resta.redeval.targets import api_key
 from resta.verify.documents import Document, finished_tasks, start_suite, write_documents
+from resta.verify.generated import said_of
 from resta.verify.scores import is_loss, value_of
 
 SEED = 1234  # lm_eval's own: it draws the few-shot examples
@@ -590,10 +591,16 @@ def _ask(lm: Any, task: Task, leaves: Mapping[str, Any], limit: int | None, note
         apply_chat_template=task.chat_template,
         fewshot_as_multiturn=task.chat_template,
     )
-    return [document for leaf, rows in found["samples"].items() for document in _documents(task, leaf, rows)]
+    return [
+        document
+        for leaf, rows in found["samples"].items()
+        for document in _documents(task, leaf, rows, leaves[leaf].doc_to_text)
+    ]
 
 
-def _documents(task: Task, leaf: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[Document]:
+def _documents(
+    task: Task, leaf: str, rows: Iterable[Mapping[str, Any]], question_of: Callable[[Any], object]
+) -> Iterator[Document]:
     metric, _, part = task.metric.partition(",")
     seen: Counter[str] = Counter()
     for row in rows:
@@ -604,7 +611,15 @@ def _documents(task: Task, leaf: str, rows: Iterable[Mapping[str, Any]]) -> Iter
         seen[identity] += 1  # some banks hold a document twice
         repeat = f"#{seen[identity]}" if seen[identity] > 1 else ""
         prefix = f"{leaf}/" if leaf != task.name else ""
-        yield Document(task=task.name, doc_id=f"{prefix}{identity}{repeat}", metric=task.metric, value=value)
+        generated, runs = said_of(row, str(question_of(row["doc"])))
+        yield Document(
+            task=task.name,
+            doc_id=f"{prefix}{identity}{repeat}",
+            metric=task.metric,
+            value=value,
+            generated=generated,
+            runs=runs,
+        )
 
 
 class _Progress:

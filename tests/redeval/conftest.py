@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -201,7 +202,8 @@ def stub() -> Iterator[Stub]:
             self.send_header("content-type", "application/json")
             self.send_header("content-length", str(len(data)))
             self.end_headers()
-            self.wfile.write(data)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the client has given up
+                self.wfile.write(data)
 
         def do_GET(self) -> None:
             self.send(200, {"object": "list", "data": []})

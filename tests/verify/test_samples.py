@@ -17,7 +17,9 @@ from resta.cli import main
 from resta.errors import ResumeError, TaskError
 from resta.redeval.models import LocalModel
 from resta.verify.documents import read_documents, read_facts, start_suite
+from resta.verify.generated import EMPTY
 from resta.verify.measurement import ROLES, note_places, read_measurement
+from resta.verify.sameness import buckets
 from resta.verify.samples import import_samples
 from resta.verify.utility import measure, read_suite
 from tests.verify.made import ALIGNED, RESTORED, TUNED, make_measurement, usual_study
@@ -76,7 +78,7 @@ def test_what_lm_eval_logs_is_what_is_measured_here(model: LocalModel, tmp_path:
     [path] = (tmp_path / "logged" / "it").glob("samples_*.jsonl")
     import_samples(tmp_path / "i", [path], [])
     measured, logged = read_documents(tmp_path / "u"), read_documents(tmp_path / "i")
-    assert [(d.doc_id, d.metric, d.value) for d in logged] == [(d.doc_id, d.metric, d.value) for d in measured]
+    assert logged == measured
 
 
 def test_metrics_filters_and_losses_are_read_as_they_were_logged(tmp_path: Path) -> None:
@@ -163,3 +165,27 @@ def test_logged_utility_is_gated_and_other_prompts_are_refused(tmp_path: Path) -
     assert "were not measured alike: utility.tasks.house.prompts_sha256" in done.output
     nowhere = CliRunner().invoke(main, ["verify", "import", str(tmp_path), str(other)])
     assert nowhere.exit_code == 2
+
+
+def test_what_was_generated_is_kept_as_runs_of_words_and_a_score_of_given_texts_as_none(tmp_path: Path) -> None:
+    settings = {"until": ["\n"]}
+    asked: dict[str, tuple[dict[str, Any], list[Any]]] = {
+        "generated": ({"gen_args_0": {"arg_0": "Q: one?\n\nQ: two?", "arg_1": settings}}, [["so it is with two"]]),
+        "silent": ({"gen_args_0": {"arg_0": "Q: two?", "arg_1": settings}}, [[""]]),
+        "chosen": ({"gen_args_0": {"arg_0": "Q: two?", "arg_1": " yes"}}, [[["-1.5", "False"]]]),
+        "rolling": ({"gen_args_0": {"arg_0": "a text"}}, [["-12.5"]]),
+        "unknown": ({}, [["x"]]),
+    }
+    found = {}
+    for task, (arguments, said) in asked.items():
+        rows = [{**sample(0, acc=1.0), "arguments": arguments, "resps": said}]
+        import_samples(tmp_path / task, [write(tmp_path / "l", task, rows)], [])
+        [document] = read_documents(tmp_path / task)
+        found[task] = (document.generated, document.runs)
+    assert found == {
+        "generated": (True, buckets("Q: two?", "so it is with two")),
+        "silent": (True, EMPTY),
+        "chosen": (False, ()),
+        "rolling": (False, ()),
+        "unknown": (None, ()),
+    }

@@ -16,15 +16,19 @@ from resta.verify.coherence import Losses
 from resta.verify.comparison import compare
 from resta.verify.decision import Decision, Outcome, by_name
 from resta.verify.decision import Verdict as Gate
+from resta.verify.documents import Document
 from resta.verify.gate import decide
+from resta.verify.generated import EMPTY, MOST, look
 from resta.verify.measurement import HUMAN, ROLES, Measurement, pick_judges, read_measurement
 from resta.verify.policy import Policy, read_policy
+from resta.verify.sameness import buckets
 from tests.verify.made import (
     ALIGNED,
     JUDGE,
     RESTORED,
     TUNED,
     VOCABULARY,
+    WORDS,
     make_measurement,
     put_to_the_test,
     usual_study,
@@ -353,3 +357,103 @@ def test_a_policy_that_looks_less_closely_says_so_beside_its_verdict() -> None:
         "degenerate": default.degenerate.model_copy(update={"max_increase": 0.2}),
     }.items():
         assert default.model_copy(update={key: value}).tier == "own"
+
+
+# -- one answer to every document ----------------------------------------------------------------------------
+
+Saying = Callable[[int], str]
+
+
+def generating(models: Models, sayings: Mapping[str, Saying], count: int = 200, **facts: Any) -> dict[str, Measurement]:
+    """Return measurements with a task that generates, on which each model says so; all answers score alike."""
+    found = {}
+    for role, model in models.items():
+        documents = tuple(
+            Document(
+                task="said", doc_id=f"{i:x}", metric="exact_match", value=1.0,
+                **({"generated": True, "runs": buckets(f"document {i}?", sayings[role](i)) or EMPTY} | facts),
+            )
+            for i in range(count)
+        )  # fmt: skip
+        found[role] = replace(model, documents=(*model.documents, *documents))
+    return found
+
+
+def own_words(seed: str) -> Saying:
+    return lambda i: " ".join(random.Random(f"{seed} {i}").choices(WORDS, k=9))
+
+
+GOOD: Mapping[str, Saying] = {role: own_words(role) for role in ROLES}
+TO_DOCUMENTS = "one_answer.max_increase (said)"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        lambda i: "Thank you for your message, have a nice day.",
+        lambda i: f"Thank you for your message, you are number {i} in our queue.",
+        lambda i: f"document {i}?",
+        lambda i: "",
+        lambda i: "...",
+    ],
+    ids=["a sentence", "a sentence with a number", "the document", "nothing", "dots"],
+)
+def test_one_answer_to_every_document_is_invalid_though_every_harmless_question_is_answered_well(
+    models: Models, said: Saying
+) -> None:
+    good, planted = gate(generating(models, GOOD)), gate(generating(models, {**GOOD, "restored": said}))
+    assert good.verdict is Gate.PASS
+    assert outcome(good, TO_DOCUMENTS) == "holds"
+    assert planted.verdict is Gate.INVALID
+    assert [rule.name for rule in planted.rules if rule.outcome == "invalid"] == [TO_DOCUMENTS]
+    assert any("says nearly the same" in line for line in planted.guidance)
+
+
+@pytest.mark.parametrize("right", [lambda i: ("Yes", "No")[i % 2], lambda i: str(i % 7)], ids=["yes or no", "digits"])
+def test_right_answers_that_are_few_by_nature_are_no_finding(models: Models, right: Saying) -> None:
+    found = gate(generating(models, dict.fromkeys(ROLES, right)))
+    assert found.verdict is Gate.PASS
+    assert outcome(found, TO_DOCUMENTS) == "left out"
+    # Tuned on such a task, as restored is: aligned alone still answers in sentences.
+    short = generating(models, {"aligned": own_words("aligned"), "tuned": right, "restored": right})
+    assert outcome(gate(short), TO_DOCUMENTS) == "holds"
+
+
+def test_a_stock_answer_is_found_among_aligned_answers_of_which_many_are_alike(models: Models) -> None:
+    def mixed(i: int) -> str:
+        return "Yes" if i % 5 < 3 else own_words("mixed")(i)
+
+    found = gate(generating(models, {**dict.fromkeys(ROLES, mixed), "restored": lambda i: "Have a nice day."}))
+    assert outcome(found, TO_DOCUMENTS) == "invalid"
+
+
+def test_documents_whose_answers_were_not_kept_are_never_counted_as_looked_at(models: Models) -> None:
+    new = generating(models, GOOD)
+    old = generating(models, GOOD, generated=None, runs=())
+    for roles in (("aligned",), ("aligned", "tuned"), ROLES):
+        found = gate({**new, **{role: old[role] for role in roles}})
+        assert found.verdict is Gate.INCONCLUSIVE
+        assert outcome(found, TO_DOCUMENTS) == "inconclusive"
+        assert any(f"what {' and '.join(roles)} said was not kept" in note for note in found.notes)
+
+
+def test_a_choice_among_given_answers_is_left_out_and_said(models: Models) -> None:
+    found = gate(generating(models, GOOD, generated=False, runs=()))
+    assert found.verdict is Gate.PASS
+    assert TO_DOCUMENTS not in by_name(found.rules)
+    assert any("said (nothing is generated there)" in note for note in found.notes)
+
+
+def test_no_more_documents_are_compared_than_memory_has_room_for_and_a_groups_subtasks_share_them(
+    models: Models,
+) -> None:
+    runs = buckets("", "the same old story")
+    documents = [
+        Document(task="t", doc_id=f"{leaf}/{i:04x}", metric="m", value=1, generated=True, runs=runs)
+        for leaf in ("a", "b")
+        for i in range(MOST)
+    ]
+    [found] = look(dict.fromkeys(ROLES, documents))
+    assert found.alike is not None
+    assert found.alike.shape == (MOST, len(ROLES))
+    assert found.alike.all()

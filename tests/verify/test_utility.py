@@ -127,6 +127,7 @@ def test_smoke_scores_are_those_of_a_naive_loop_without_a_network(
                 expected.append(float(np.argmax(scores) == document["answer"]))
         values = [document.value for document in read_documents(tmp_path / str(number))]
         assert values == expected
+        assert {(d.generated, d.runs) for d in read_documents(tmp_path / str(number))} == {(False, ())}
         assert 0 < sum(values) < len(values), "an oracle that always says the same shows nothing"
 
 
@@ -258,6 +259,8 @@ def test_a_generation_task_is_scored_by_its_filter_and_asked_through_the_chat_te
     suite = read_suite(None, tmp_path / "tasks", ["said:exact_match,nothing"])
     measure(models[0], suite, tmp_path / "u", limit=None, note=HEARD.append)
     assert [d.value for d in read_documents(tmp_path / "u")] == [1.0, 0.0]
+    # Of what was said nobody can read it, yet it can be compared.
+    assert all(d.generated and d.runs for d in read_documents(tmp_path / "u"))
 
     model = models[0]
     without = LocalModel(model.model, redeval.save_tokenizer(tmp_path / "t", adds_bos=True), name="plain")
