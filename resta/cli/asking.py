@@ -208,7 +208,11 @@ HOW = options(
         default="auto",
         show_default=True,
     ),
-    click.option("--batch-size", type=click.IntRange(min=1), help="Most prompts at once. [default: found by memory]"),
+    click.option(
+        "--batch-size",
+        type=click.IntRange(min=1),
+        help="Most prompts at once; part of the run, for an answer may differ with it. [default: 64]",
+    ),
 )
 
 SERVERS = options(

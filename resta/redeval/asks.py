@@ -42,7 +42,8 @@ class Reply:
     """What a model said. `top` holds, per generated token, {token text: log-probability} where asked for.
 
     A thought is part of `text`, between its marks, or apart from it as `thought` where a server took it out. `opened`
-    is the mark of a thought with which the prompt ended, so that the text goes on with it.
+    is the mark of a thought with which the prompt ended, so that the text goes on with it. `rows` is the most prompts
+    that its batch could hold, of a model in this process.
     """
 
     id: str
@@ -52,6 +53,7 @@ class Reply:
     opened: str = ""
     prompt_tokens: int | None = None
     new_tokens: int | None = None
+    rows: int | None = None
     top: tuple[dict[str, float], ...] = ()
 
 

@@ -255,6 +255,7 @@ class RestaAPI(ModelAPI):
             opened=opened_by(prompt.text),
             prompt_tokens=said.prompt_tokens,
             new_tokens=said.new_tokens,
+            rows=said.rows,
         )
         return _output(self.model_name, reply)
 
@@ -293,7 +294,7 @@ def _output(model: str, reply: Reply) -> ModelOutput:
         model=model,
         choices=[ChatCompletionChoice(message=message, stop_reason=stops[reply.finish])],
         usage=ModelUsage(input_tokens=prompt_tokens, output_tokens=new_tokens, total_tokens=prompt_tokens + new_tokens),
-        metadata={"opened": reply.opened} if reply.opened else None,
+        metadata={"opened": reply.opened, "rows": reply.rows},
     )
 
 
@@ -622,6 +623,7 @@ def _reply(ask_id: str, output: ModelOutput) -> Reply:
         text="" if finish == "content_filter" and error else output.completion,
         thought="\n".join(thought for thought in thoughts if thought),
         opened=str((output.metadata or {}).get("opened", "")),
+        rows=(output.metadata or {}).get("rows"),
         finish=finish,
         prompt_tokens=output.usage.input_tokens if output.usage else None,
         new_tokens=output.usage.output_tokens if output.usage else None,

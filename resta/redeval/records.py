@@ -77,6 +77,7 @@ class Answer:
     seed: int | None = None  # of the request to a server that was asked to sample
     prompt_tokens: int | None = None
     new_tokens: int | None = None
+    rows: int | None = None  # most prompts that its batch could hold, of a local model
     schema: int = SCHEMA
 
 

@@ -123,7 +123,7 @@ def make_report(
     )
     return Report(
         title=f"Red-Eval of {config['target']['name']} (protocol {config['protocol']})",
-        warnings=tuple(_warnings(config, scores, rows, judges, answered)),
+        warnings=(*_warnings(config, scores, rows, judges, answered), *_small_batches(config, rows)),
         sections=tuple(section for section in sections if section.rows),
         bars=tuple(
             Bar(
@@ -364,6 +364,17 @@ def _warnings(
         if conduct.degenerate > DEGENERATE_LIMIT:
             where = f"{conduct.bank} x {conduct.template}"
             yield f"{percent(conduct.degenerate)} of the answers to {where} are empty, repetitive or no text."
+
+
+def _small_batches(config: Mapping[str, Any], rows: Sequence[Row]) -> Iterable[str]:
+    wanted = config["target"].get("batch_rows")
+    answers = {row.answer.id: row.answer for row in rows if row.answer is not None}.values()
+    small = sum(answer.rows is not None and wanted is not None and answer.rows < wanted for answer in answers)
+    if small:
+        yield (
+            f"{small} of {len(answers)} answers were given in batches of fewer than {wanted}, for memory was short: "
+            "an answer may differ with the size of its batch. Compare with runs of the same --batch-size."
+        )
 
 
 # -- output --------------------------------------------------------------------------------------------------

@@ -280,6 +280,7 @@ def keep_answer(plan: Plan, ask: Ask, reply: Reply) -> Answer:
         seed=seed_of(plan.decoding.seed, ask.id) if seeded else None,
         prompt_tokens=reply.prompt_tokens,
         new_tokens=reply.new_tokens,
+        rows=reply.rows,
     )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from resta.errors import ModelError, UnansweredError
-from resta.redeval.models import LocalSpec, fingerprint
+from resta.redeval.models import ROWS, LocalSpec, fingerprint
 
 INSPECT = "inspect:"
 BATCH = "batch:"  # in the place of a URL: a served model that is asked by a file
@@ -50,6 +50,7 @@ class Target:
             "base": spec.base,
             "files": spec.files,
             "dtype": spec.dtype,
+            "batch_rows": spec.batch_rows or ROWS,
             "fingerprint": fingerprint(spec),
         }
 

@@ -167,7 +167,7 @@ def conditions_of(config: Mapping[str, Any]) -> dict[str, Any]:
     target = config["target"]
     return {
         **{key: value for key, value in config.items() if key != "target"},
-        "backend": {"kind": target["kind"], "dtype": target.get("dtype")},
+        "backend": {"kind": target["kind"], "dtype": target.get("dtype"), "batch_rows": target.get("batch_rows")},
     }
 
 

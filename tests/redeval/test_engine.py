@@ -29,7 +29,7 @@ class Echo:
         self.batches.append([prompt.text for prompt in prompts])
         if self.error:
             raise self.error
-        return [Generation(prompt.text, "stop", len(prompt.ids), 1) for prompt in prompts]
+        return [Generation(prompt.text, "stop", len(prompt.ids), 1, 3) for prompt in prompts]
 
 
 def ask_together(echo: Echo, texts: Sequence[str]) -> list[str]:

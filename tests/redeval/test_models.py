@@ -15,6 +15,7 @@ from resta.chat_templates import NAMED
 from resta.errors import ModelError, TemplateError, UnansweredError
 from resta.redeval.asks import Decoding, Message, Rendering
 from resta.redeval.models import (
+    ROWS,
     LocalModel,
     LocalSpec,
     Prompt,
@@ -30,6 +31,7 @@ from resta.redeval.models import (
     read_tokenizer,
     why_not,
 )
+from resta.redeval.targets import Target
 
 from .conftest import save_model, save_tokenizer
 
@@ -188,6 +190,17 @@ def test_a_model_without_chat_template_is_refused_and_one_can_be_named(tiny: Pat
     (tmp_path / "t.jinja").write_text("Q: {{ messages[0]['content'] }} A:")
     named = LocalSpec(model=str(tmp_path / "bare"), device="cpu", chat_template=str(tmp_path / "t.jinja"))
     assert prompts(load_local(named))[0].text == "Q: a A:"
+
+
+def test_the_size_of_batches_is_one_number_that_a_run_records(tiny: Path) -> None:
+    facts = [Target(name=str(tiny), local=LocalSpec(model=str(tiny), batch_rows=rows)).facts for rows in (None, 8)]
+    assert [each["batch_rows"] for each in facts] == [ROWS, 8]
+    local = load_local(LocalSpec(model=str(tiny), device="cpu"))
+    assert local.batch_rows == ROWS
+    found = local.answer(prompts(local), GREEDY)
+    assert {each.rows for each in found} == {ROWS}
+    local.batch_rows = 2  # as after a batch that did not fit
+    assert {each.rows for each in local.answer(prompts(local), GREEDY)} == {2}
 
 
 def test_a_chat_template_is_known_by_the_names_that_sft_knows(tiny: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -33,15 +34,15 @@ def test_an_answer_shown_in_markdown_fetches_nothing_and_breaks_no_table() -> No
     assert "| ![x]\\(http://h/x.png) | &lt;b&gt;\\|\ufffd  |" in page
 
 
-def report_of(labels: list[str]) -> Report:
+def report_of(labels: list[str], rows: int = 64) -> Report:
     questions = [question(i) for i in range(len(labels))]
-    answers = [answer(each) for each in questions]
+    answers = [replace(answer(each), rows=rows) for each in questions]
     verdicts = [verdict(each, label) for each, label in zip(answers, labels, strict=True)]
     by_id = {each.qid: each for each in questions}
     decoding = {"mode": "greedy", "max_new_tokens": 8}
     facts = {"about": "", "wording": "own", "confirmed": True, "measures": ["harm"], "read": {"kind": "regex"}}
     return make_report(
-        CONFIG | {"banks": [], "decoding": decoding},
+        CONFIG | {"banks": [], "decoding": decoding, "target": {"name": "m", "kind": "local", "batch_rows": 64}},
         score(by_id, answers, verdicts),
         join(by_id, answers, verdicts),
         {"j": facts},
@@ -75,3 +76,9 @@ def test_a_judge_that_read_nothing_gets_no_rate_and_no_dot() -> None:
     assert "<circle" not in page
     assert 'class="interval"' not in page
     assert "<circle" in to_html(report_of(["safe"] * 24))
+
+
+def test_answers_from_smaller_batches_than_the_run_asks_for_are_told() -> None:
+    warning = "2 of 2 answers were given in batches of fewer than 64"
+    assert any(warning in each for each in report_of(["safe", "safe"], rows=32).warnings)
+    assert not any("batches" in each for each in report_of(["safe", "safe"]).warnings)
