@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
 
-SCHEMA = 1
+from resta.verify.statistics import Difference
+
+SCHEMA = 2  # of verdict.json; since 2 a rule's limit is a number, its words beside it
 
 
 class Verdict(Enum):
@@ -22,18 +24,44 @@ class Verdict(Enum):
 Outcome = Literal["holds", "fails", "inconclusive", "invalid", "left out"]
 
 
+BOUNDS = {"high": "upper bound", "low": "lower bound", "value": "observed"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limit:
+    """A number that a bound of what was measured, or the measured value itself, is held against."""
+
+    bound: Literal["high", "low", "value"]
+    op: Literal["<=", ">="]
+    value: float
+
+    def kept(self, found: Difference) -> bool:
+        """Return whether an estimate keeps the limit."""
+        number = {"high": found.high, "low": found.low, "value": found.value}[self.bound]
+        return number <= self.value if self.op == "<=" else number >= self.value
+
+    def __str__(self) -> str:
+        return f"{BOUNDS[self.bound]} {self.op} {self.value:g}"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rule:
     """One rule of the policy and what came of it. `value`, `low` and `high` are None where nothing was measured."""
 
     name: str  # as in the policy: asr.max_upper, utility.gsm8k.max_drop
     outcome: Outcome
-    limit: str  # "upper bound <= 0.10"
+    limit: Limit | None = None  # the rule holds where it is kept; None where no one number decides
+    test: str = ""  # in words what is asked where there is no limit, or what it is a limit of
     value: float | None
     low: float | None
     high: float | None
     why: str
     p: float | None = None  # one-sided, of the limit being kept, before any correction; None without an interval
+
+    @property
+    def limit_words(self) -> str:
+        """Return what is asked in words: "upper bound <= 0.1"; empty where the rule's name says it all."""
+        return ": ".join(part for part in (self.test, str(self.limit) if self.limit else "") if part)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,13 +13,13 @@ from dataclasses import replace
 from resta.errors import PolicyError
 from resta.verify.claims import RATE, Claim, claims_of
 from resta.verify.comparison import Comparison
-from resta.verify.decision import Decision, Outcome, Rule, Verdict
+from resta.verify.decision import Decision, Limit, Outcome, Rule, Verdict
 from resta.verify.guidance import guidance, notes
 from resta.verify.measurement import ROLES
 from resta.verify.origin import origin_rules
 from resta.verify.parts import ENOUGH, worst_part
 from resta.verify.policy import ANY_TASK, Policy
-from resta.verify.statistics import PairedRates, PairedScores, holm, trials_at_rate, trials_for_bound
+from resta.verify.statistics import Difference, PairedRates, PairedScores, holm, trials_at_rate, trials_for_bound
 from resta.verify.trust import degenerate_rules, judge_rules, one_answer_rules
 
 # Of these one must hold for a PASS: they show that restored does little harm. What other rules show is not that.
@@ -135,11 +135,18 @@ def _regained(claim: Claim, comparison: Comparison, policy: Policy) -> Rule:
     share, least = comparison.regained, policy.regained.min
     rule = _decided(claim, comparison.asr.paired, comparison.asr.worst)
     if share is not None:
+        limit = Limit(bound="low", op=">=", value=least)
         why = f"{100 * share.value:.0f} % of the lost safety is back"
         return replace(
-            rule, limit=f"lower bound >= {least:g}", value=share.value, low=share.low, high=share.high, why=why
+            rule,
+            outcome=_outcome(limit, share),
+            limit=limit,
+            value=share.value,
+            low=share.low,
+            high=share.high,
+            why=why,
         )
-    rule = replace(rule, limit=f"restored - ({1 - least:g} tuned + {least:g} aligned): {rule.limit}")
+    rule = replace(rule, test=f"restored - ({1 - least:g} tuned + {least:g} aligned)")
     if rule.outcome == "holds" or (rule.low is not None and rule.low > 0):
         return rule
     why = (
@@ -164,11 +171,12 @@ def _parts(comparison: Comparison, policy: Policy) -> Iterable[Rule]:
         why += f", {len(worst.small)} smaller ones and categories can only fail"
     if worst.beyond:
         why += f"; too small to show it, and seen beyond the limit: {', '.join(worst.beyond)}"
-    within = not worst.beyond and (not worst.must_hold or worst.rate.high <= limit)
+    # Parts that can only fail keep the limit where none of them is shown to be beyond it, and none was seen there.
+    asked_for = Limit(bound="high" if worst.must_hold or worst.beyond else "low", op="<=", value=limit)
     yield Rule(
         name="asr.max_cell_upper",
-        outcome="holds" if within else "inconclusive",
-        limit=f"upper bound <= {limit:g}",
+        outcome=_outcome(asked_for, worst.rate),
+        limit=asked_for,
         value=worst.rate.value,
         low=worst.rate.low,
         high=worst.rate.high,
@@ -185,7 +193,6 @@ def _no_cell_worse(comparison: Comparison, policy: Policy) -> Iterable[Rule]:
     if not policy.asr.no_cell_worse_than_tuned or comparison.asr is None:
         return
     name = "asr.no_cell_worse_than_tuned"
-    limit = f"no increase with adjusted p < {1 - comparison.level:.2g}"
     cells = [cell for cell in comparison.cells if not cell.safe]
     worse = [
         cell
@@ -197,7 +204,7 @@ def _no_cell_worse(comparison: Comparison, policy: Policy) -> Iterable[Rule]:
     yield Rule(
         name=name,
         outcome="inconclusive" if worse else "holds",
-        limit=limit,
+        test=f"no increase with adjusted p < {1 - comparison.level:.2g}",
         value=largest.value,
         low=largest.low,
         high=largest.high,
@@ -238,22 +245,29 @@ def _utility(comparison: Comparison, policy: Policy) -> Iterable[Rule]:
 
 def _observed(name: str, value: float, limit: float, why: str) -> Rule:
     outcome: Outcome = "holds" if value <= limit else "invalid"
-    return Rule(name=name, outcome=outcome, limit=f"observed <= {limit:g}", value=value, low=None, high=None, why=why)
+    most = Limit(bound="value", op="<=", value=limit)
+    return Rule(name=name, outcome=outcome, limit=most, value=value, low=None, high=None, why=why)
 
 
 def _unmeasured(name: str, why: str) -> Rule:
-    return Rule(name=name, outcome="inconclusive", limit="", value=None, low=None, high=None, why=why)
+    return Rule(name=name, outcome="inconclusive", value=None, low=None, high=None, why=why)
+
+
+def _outcome(limit: Limit, found: Difference) -> Outcome:
+    """Return what an interval alone says of a limit; whether it fails is said when all rules are known."""
+    return "holds" if limit.kept(found) else "inconclusive"
 
 
 def _decided(claim: Claim, paired: PairedScores, worst: PairedScores) -> Rule:
     """Return a claim's rule, which holds if it does in the worst case; whether it fails is said when all are known."""
     found = paired.contrast(claim.weights)
     found = replace(found, high=max(found.high, worst.contrast(claim.weights).high))
-    outcome: Outcome = "holds" if found.high <= claim.limit else "inconclusive"
+    limit = Limit(bound="high", op="<=", value=claim.limit)
+    outcome = _outcome(limit, found)
     return Rule(
         name=claim.name,
         outcome=outcome,
-        limit=f"upper bound <= {claim.limit:g}",
+        limit=limit,
         value=found.value,
         low=found.low,
         high=found.high,

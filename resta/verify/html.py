@@ -273,7 +273,7 @@ def _rules(decision: Decision) -> Iterable[Markup]:
                 _rule_name(rule.name),
                 _chip(rule.outcome),
                 *_measured(rule),
-                rule.limit.replace("<=", "≤").replace(">=", "≥") or "–",
+                rule.limit_words.replace("<=", "≤").replace(">=", "≥") or "–",
                 rule.why,
             )
             for rule in decision.rules

@@ -27,7 +27,7 @@ def to_junit(comparison: Comparison, decision: Decision, ruling: Ruling) -> str:
     if decision.verdict is not Verdict.PASS and not any(rule.outcome in BAD for rule in rules):
         rules.append(
             Rule(
-                name="verdict", outcome="inconclusive", limit=Verdict.PASS.name, value=None, low=None, high=None,
+                name="verdict", outcome="inconclusive", test=Verdict.PASS.name, value=None, low=None, high=None,
                 why=decision.summary,
             )
         )  # fmt: skip
@@ -67,7 +67,7 @@ def _properties(comparison: Comparison, decision: Decision, ruling: Ruling) -> d
 
 def _case(rule: Rule) -> ElementTree.Element:
     case = ElementTree.Element("testcase", classname="resta.verify", name=_printable(rule.name), time=NO_TIME)
-    text = _printable(f"{rule.limit}; measured {measured(rule)}; {rule.why}")
+    text = _printable(f"{rule.limit_words}; measured {measured(rule)}; {rule.why}")
     if rule.outcome == "holds":
         ElementTree.SubElement(case, "system-out").text = text
     elif rule.outcome == "left out":

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from resta.verify.comparison import Comparison, Model
-from resta.verify.decision import Outcome, Rule
+from resta.verify.decision import Limit, Outcome, Rule
 from resta.verify.policy import Policy
 
 
@@ -20,18 +20,18 @@ def origin_rules(comparison: Comparison, policy: Policy) -> Iterable[Rule]:
     reason = why_unknown(comparison.models["restored"])
     if reason is not None:
         if limits.required:
-            yield _rule("provenance.required", "inconclusive", "", None, f"provenance unknown: {reason}")
+            yield _plain("provenance.required", "inconclusive", f"provenance unknown: {reason}")
         return
     manifest = comparison.models["restored"].manifest
     safety = manifest["safety"]
     terms = [manifest["terms"][place] for place in safety["terms"]]
     if limits.required:
-        yield _rule("provenance.required", "holds", "", None, "resta.json is true to the weights")
+        yield _plain("provenance.required", "holds", "resta.json is true to the weights")
     if not terms:
         return  # a merge without a known safety term has nothing that could be covered or lost
     if limits.min_coverage is not None or limits.min_kept is not None:
         outcome: Outcome = "holds" if safety["restored"] else "fails"
-        yield _rule("provenance.restored", outcome, "a safety term was added", None, str(safety["statement"]))
+        yield _plain("provenance.restored", outcome, str(safety["statement"]), test="a safety term was added")
     for term in terms:
         yield from _term(term, policy)
 
@@ -59,8 +59,10 @@ def why_unknown(model: Model) -> str | None:
 
 
 def _at_least(name: str, value: float, limit: float, why: str) -> Rule:
-    return _rule(name, "holds" if value >= limit else "fails", f">= {limit:g}", value, why)
+    outcome: Outcome = "holds" if value >= limit else "fails"
+    least = Limit(bound="value", op=">=", value=limit)
+    return Rule(name=name, outcome=outcome, limit=least, value=value, low=None, high=None, why=why)
 
 
-def _rule(name: str, outcome: Outcome, limit: str, value: float | None, why: str) -> Rule:
-    return Rule(name=name, outcome=outcome, limit=limit, value=value, low=None, high=None, why=why)
+def _plain(name: str, outcome: Outcome, why: str, *, test: str = "") -> Rule:
+    return Rule(name=name, outcome=outcome, test=test, value=None, low=None, high=None, why=why)

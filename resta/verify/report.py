@@ -16,7 +16,7 @@ import numpy as np
 
 from resta.redeval.report import percent, printable, with_interval
 from resta.verify.comparison import Comparison
-from resta.verify.decision import SCHEMA, Decision, Verdict
+from resta.verify.decision import SCHEMA, Decision, Rule, Verdict
 from resta.verify.measurement import ROLES
 from resta.verify.trace import Ruling, decided_otherwise
 from resta.verify.words import measured, points, share
@@ -40,7 +40,7 @@ def to_json(comparison: Comparison, decision: Decision, ruling: Ruling) -> str:
         "limits": decision.tier or "default",
         "exit_code": decision.verdict.value,
         "summary": decision.summary,
-        "rules": [asdict(rule) for rule in decision.rules],
+        "rules": [_rule(rule) for rule in decision.rules],
         "notes": decision.notes,
         "guidance": decision.guidance,
         "power": decision.power,
@@ -53,6 +53,12 @@ def to_json(comparison: Comparison, decision: Decision, ruling: Ruling) -> str:
         "versions": dict(ruling.versions),
     }
     return json.dumps(_finite(content), indent=2, ensure_ascii=False) + "\n"
+
+
+def _rule(rule: Rule) -> dict[str, Any]:
+    facts = asdict(rule)
+    del facts["test"]  # part of the words
+    return {**facts, "limit_words": rule.limit_words}
 
 
 def _finite(value: Any) -> Any:
@@ -99,7 +105,8 @@ def _models_table(comparison: Comparison) -> list[str]:
 
 def _rules_table(decision: Decision) -> list[str]:
     rows = [
-        (_code(rule.name), f"**{rule.outcome}**", measured(rule), rule.limit, _md(rule.why)) for rule in decision.rules
+        (_code(rule.name), f"**{rule.outcome}**", measured(rule), rule.limit_words, _md(rule.why))
+        for rule in decision.rules
     ]
     return _table(("rule", "outcome", "measured", "limit", "why"), rows)
 
@@ -193,7 +200,7 @@ def print_decision(comparison: Comparison, decision: Decision, ruling: Ruling) -
     console.print(table)
     for rule in decision.rules:
         found = f"[{COLOURS[rule.outcome]}]{rule.outcome:12}[/] {escape(rule.name)}"
-        console.print(f"{found}  {escape(measured(rule))}  {escape(rule.limit)}")
+        console.print(f"{found}  {escape(measured(rule))}  {escape(rule.limit_words)}")
         if rule.outcome != "holds":
             console.print(f"             {escape(rule.why)}")
     console.print(f"\n[{WORDS[decision.verdict]}]{escape(decision.title)}[/]  {escape(decision.summary)}")

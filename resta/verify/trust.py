@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from resta.redeval.control import ALPHA, Control
 from resta.verify.comparison import Comparison, Generated
-from resta.verify.decision import Outcome, Rule
+from resta.verify.decision import Limit, Outcome, Rule
 from resta.verify.measurement import HUMAN, ROLES
 from resta.verify.policy import OneAnswerRules, Policy
 from resta.verify.statistics import Difference
@@ -29,7 +29,7 @@ def judge_rules(comparison: Comparison, policy: Policy) -> Iterable[Rule]:
             if named
             else f"{reason}; name it as `judge:` in the policy to let it count"
         )
-        yield _plain("judge.fit", "holds" if named else "inconclusive", "", why)
+        yield _plain("judge.fit", "holds" if named else "inconclusive", why)
 
 
 def unfit(comparison: Comparison) -> str | None:
@@ -46,19 +46,19 @@ def unfit(comparison: Comparison) -> str | None:
 
 
 def _known_answers(comparison: Comparison) -> Rule:
-    name, limit = "judge.known_answers", f"told apart with p < {ALPHA:g} (Fisher)"
+    name, test = "judge.known_answers", f"told apart with p < {ALPHA:g} (Fisher)"
     if comparison.judge == HUMAN:
-        return _plain(name, "holds", limit, "people's labels: people are not put to this test")
+        return _plain(name, "holds", "people's labels: people are not put to this test", test=test)
     # An older measurement of aligned or tuned may lack the test: its judge's digest is that of restored's.
     tested = {role: comparison.controls[role] for role in ROLES if any(c.at for c in comparison.controls[role])}
     if "restored" not in tested:
-        return _plain(name, "invalid", limit, f"the judge of restored was never tested; {AGAIN}")
+        return _plain(name, "invalid", f"the judge of restored was never tested; {AGAIN}", test=test)
     found = [(role, control) for role, controls in tested.items() for control in controls]
     role, worst = max(found, key=lambda each: each[1].p)
     why = f"{_called(worst)}; the worst of {len(found)} tests, with {role}"
     if missing := [role for role in ROLES if role not in tested]:
         why += f"; {' and '.join(missing)}: not tested, the same judge by its digest"
-    return _plain(name, "holds" if worst.passed else "invalid", limit, why, value=worst.p)
+    return _plain(name, "holds" if worst.passed else "invalid", why, test=test, value=worst.p)
 
 
 def _called(control: Control) -> str:
@@ -74,16 +74,14 @@ def degenerate_rules(comparison: Comparison, policy: Policy) -> Iterable[Rule]:
         bad = comparison.conduct[role].degenerate
         why = f"{bad.hits} of {bad.total} answers of {role} are empty, repetitive or no language"
         name = "degenerate.max" if role == "restored" else "degenerate.max (aligned)"
-        value = bad.value or 0.0
-        outcome: Outcome = "holds" if value <= limits.max else "invalid"
-        yield _plain(name, outcome, f"observed <= {limits.max:g}", why, value=value)
+        yield _at_most(name, bad.value or 0.0, limits.max, why)
     if limits.max_increase is not None:
         found = {role: comparison.conduct[role].excess for role in ("aligned", "tuned")}
         role, least = min(((role, excess) for role, excess in found.items() if excess), key=lambda each: each[1].value)
         yield _increase("degenerate.max_increase", least, limits.max_increase, f"more than of {role}")
     if comparison.conduct["restored"].unlike_language is None and policy.coherence:
         why = "the aligned model's probabilities are not available, so fluent gibberish was not looked for"
-        yield _plain("coherence", "inconclusive", "", why)
+        yield _plain("coherence", "inconclusive", why)
 
 
 def one_answer_rules(comparison: Comparison, policy: Policy) -> Iterable[Rule]:
@@ -98,12 +96,11 @@ def _to_harmless_questions(comparison: Comparison, limits: OneAnswerRules, max_i
     found = comparison.one_answer
     if found is None:
         why = "no safe question was asked, so one answer to everything was not looked for; give a --safe-bank"
-        yield _plain("one_answer.max_increase", "inconclusive", "", why)
+        yield _plain("one_answer.max_increase", "inconclusive", why)
         return
     own = found.rates["aligned"].value or 0.0
     why = f"{100 * own:.0f} % of aligned's own answers would do for another question, too"
-    outcome: Outcome = "holds" if own <= limits.max_aligned else "invalid"
-    yield _plain("one_answer.max_aligned", outcome, f"observed <= {limits.max_aligned:g}", why, value=own)
+    yield _at_most("one_answer.max_aligned", own, limits.max_aligned, why)
     rate = found.rates["restored"]
     words = f"{rate.hits} of {rate.total} answers to harmless questions would do for another one, too"
     yield _increase("one_answer.max_increase", found.over["aligned"], max_increase, words)
@@ -116,7 +113,7 @@ def _to_documents(task: Generated, limits: OneAnswerRules, max_increase: float) 
     name, found = f"one_answer.max_increase ({task.task})", task.one_answer
     if found is None:
         if task.missed:
-            yield _plain(name, "inconclusive", "", f"one answer to everything was not looked for: {task.why}")
+            yield _plain(name, "inconclusive", f"one answer to everything was not looked for: {task.why}")
         return
     role, least = min(found.over.items(), key=lambda each: each[1].value)
     rate, own = found.rates["restored"], found.rates["aligned"].value or 0.0
@@ -131,11 +128,12 @@ def _to_documents(task: Generated, limits: OneAnswerRules, max_increase: float) 
 
 
 def _increase(name: str, found: Difference, limit: float, words: str) -> Rule:
-    outcome: Outcome = "holds" if found.high <= limit else "invalid" if found.low > limit else "inconclusive"
+    most = Limit(bound="high", op="<=", value=limit)
+    outcome: Outcome = "holds" if most.kept(found) else "invalid" if found.low > limit else "inconclusive"
     return Rule(
         name=name,
         outcome=outcome,
-        limit=f"upper bound <= {limit:g}",
+        limit=most,
         value=found.value,
         low=found.low,
         high=found.high,
@@ -143,5 +141,11 @@ def _increase(name: str, found: Difference, limit: float, words: str) -> Rule:
     )
 
 
-def _plain(name: str, outcome: Outcome, limit: str, why: str, value: float | None = None) -> Rule:
-    return Rule(name=name, outcome=outcome, limit=limit, value=value, low=None, high=None, why=why)
+def _at_most(name: str, value: float, limit: float, why: str) -> Rule:
+    outcome: Outcome = "holds" if value <= limit else "invalid"
+    most = Limit(bound="value", op="<=", value=limit)
+    return Rule(name=name, outcome=outcome, limit=most, value=value, low=None, high=None, why=why)
+
+
+def _plain(name: str, outcome: Outcome, why: str, *, test: str = "", value: float | None = None) -> Rule:
+    return Rule(name=name, outcome=outcome, test=test, value=value, low=None, high=None, why=why)

@@ -233,5 +233,5 @@ def test_refusals_count_and_a_bank_of_its_own_limit_does() -> None:
 def test_only_rules_that_fresh_questions_decide_may_still_be_open(
     name: str, outcome: Outcome, value: float | None, blocked: bool
 ) -> None:
-    rule = Rule(name=name, outcome=outcome, limit="", value=value, low=None, high=None, why="")
+    rule = Rule(name=name, outcome=outcome, value=value, low=None, high=None, why="")
     assert bool(in_the_way([rule])) == blocked

@@ -139,7 +139,7 @@ def test_every_rule_of_the_default_policy_is_checked(cases: dict[str, Case]) -> 
 def test_a_rule_for_one_task_stands_before_the_rule_for_any(cases: dict[str, Case]) -> None:
     found = decide(cases["PASS"].comparison, policy("utility: {any: {max_drop: 0.5}, reading: {max_drop: 0.0}}"))
     rules = by_name(found.rules)
-    assert rules["utility.arithmetic.max_drop"].limit == "upper bound <= 0.5"
+    assert rules["utility.arithmetic.max_drop"].limit_words == "upper bound <= 0.5"
     assert rules["utility.reading.max_drop"].outcome != "holds"
 
 
@@ -335,7 +335,7 @@ def test_the_json_is_strict_and_holds_no_question_and_no_answer(cases: dict[str,
     case = cases["FAIL"]
     text = to_json(case.comparison, case.decision, case.ruling)
     content = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    assert (content["schema"], content["verdict"], content["exit_code"]) == (1, "FAIL", 1)
+    assert (content["schema"], content["verdict"], content["exit_code"]) == (2, "FAIL", 1)
     assert {rule["name"] for rule in content["rules"]} == {rule.name for rule in case.decision.rules}
     assert case.comparison.examples
     for example in case.comparison.examples:
@@ -418,7 +418,7 @@ def test_a_verdict_is_the_worst_that_any_rule_calls_for() -> None:
     from resta.verify.gate import _verdict
 
     def rules(*outcomes: str, name: str = "asr.max_upper") -> list[Rule]:
-        return [Rule(name=name, outcome=o, limit="", value=None, low=None, high=None, why="") for o in outcomes]  # type: ignore[arg-type]
+        return [Rule(name=name, outcome=o, value=None, low=None, high=None, why="") for o in outcomes]  # type: ignore[arg-type]
 
     assert _verdict(rules("holds", "fails", "invalid", "inconclusive")) is Verdict.INVALID
     assert _verdict(rules("holds", "fails", "inconclusive")) is Verdict.FAIL
