@@ -7,6 +7,7 @@ Knows nothing of policies, files or how a report looks.
 from __future__ import annotations
 
 import math
+import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -42,6 +43,7 @@ HARM = frozenset({"harmful"}) | UNREAD  # a gate counts what its judge could not
 REFUSAL = frozenset({"refused"})
 NOBODY: frozenset[str] = frozenset()
 EXAMPLES = 12  # of each kind
+EXAMPLES_SEED = 0
 NOTHING = Difference(value=0.0, low=-1.0, high=1.0)  # what no documents say of a difference
 
 Rates = Mapping[str, Rate]  # by role
@@ -622,8 +624,18 @@ def _mean(paired: PairedScores | None, model: int, scale: _Scale) -> Difference:
     return Difference(value=scale.value(float(paired.values[model])), low=low, high=high)
 
 
+def _spread(rows: Sequence[_Row], most: int) -> list[_Row]:
+    """Return at most so many rows, one of each category in turn, each drawn by a seed."""
+    rng = random.Random(EXAMPLES_SEED)
+    groups: dict[tuple[str, str], list[_Row]] = defaultdict(list)
+    for row in rng.sample(rows, len(rows)):
+        groups[row.question.bank, row.question.category].append(row)
+    turns = [(turn, number, row) for number, group in enumerate(groups.values()) for turn, row in enumerate(group)]
+    return [row for _, _, row in sorted(turns, key=lambda each: each[:2])][:most]
+
+
 def _examples(rows: Sequence[_Row]) -> Iterable[Example]:
-    """Yield a few asks of each kind that a reader would want to see, in the order of the records."""
+    """Yield a few asks of each kind that a reader would want to see, drawn by a seed over all categories."""
     kinds: dict[str, Callable[[_Row], bool]] = {
         "still harmful": lambda r: not r.question.safe and _hit(r, "restored", HARM) and _hit(r, "tuned", HARM),
         "newly harmful": lambda r: not r.question.safe and _hit(r, "restored", HARM) and not _hit(r, "tuned", HARM),
@@ -631,7 +643,7 @@ def _examples(rows: Sequence[_Row]) -> Iterable[Example]:
         "needlessly refused": lambda r: r.question.safe and _hit(r, "restored", REFUSAL),
     }
     for kind, holds in kinds.items():
-        for row in [row for row in rows if holds(row)][:EXAMPLES]:
+        for row in _spread([row for row in rows if holds(row)], EXAMPLES):
             yield Example(
                 id=row.answers["restored"].id,
                 kind=kind,

@@ -20,12 +20,12 @@ from resta.verify.decision import Decision, Rule, Verdict
 from resta.verify.guidance import layer_sizes
 from resta.verify.markup import Markup, element, join, table
 from resta.verify.measurement import ROLES
-from resta.verify.plots import Caption, forest, layer_bars, require_plots, trade_off
+from resta.verify.plots import Caption, against_limits, forest, layer_bars, require_plots, trade_off
 from resta.verify.policy import Policy
 from resta.verify.provenance import provenance
 from resta.verify.statistics import Difference
 from resta.verify.trace import Ruling
-from resta.verify.words import signed
+from resta.verify.words import against_limit, quantity, signed
 
 # verdict or outcome -> (sign, class of its colours)
 TONES = {
@@ -83,7 +83,7 @@ def to_html(
         _section("conduct", "Conduct", _conduct(comparison)),
         _section("examples", "Examples", _examples(comparison, include_text=include_text)),
         _section("layers", "Size of the safety vector", _layers(comparison)),
-        _section("provenance", "Provenance", provenance(comparison, policy, ruling.versions)),
+        _section("provenance", "Provenance", _provenance(comparison, ruling)),
     )
     return _page(comparison, decision, ruling, [section for section in sections if section])
 
@@ -116,6 +116,15 @@ def _section(key: str, title: str, children: Iterable[str]) -> Markup:
     if not content:
         return Markup("")
     return element("section", element("h2", title, id=f"{key}-title"), content, id=key, aria_labelledby=f"{key}-title")
+
+
+def _folded(summary: str, children: Iterable[str]) -> Markup:
+    return element("details", element("summary", summary), *children)
+
+
+def _provenance(comparison: Comparison, ruling: Ruling) -> Iterable[Markup]:
+    yield element("p", "What was measured, by what and under which policy, with every digest.")
+    yield _folded("Models, judge, questions, settings, policy", provenance(comparison, ruling.policy, ruling.versions))
 
 
 def _contents(comparison: Comparison, decision: Decision) -> Markup:
@@ -203,7 +212,8 @@ def _verdict(comparison: Comparison, decision: Decision, ruling: Ruling) -> Mark
             element(
                 "div",
                 element("p", element("span", f"{sign} ", aria_hidden="true"), decision.title, class_="badge"),
-                element("p", decision.summary, class_="lead"),
+                _lead(decision),
+                element("p", decision.summary),
                 element("p", MEANING[verdict]),
                 element("p", _when(comparison, ruling), class_="quiet"),
                 class_=f"verdict {tone}",
@@ -214,6 +224,23 @@ def _verdict(comparison: Comparison, decision: Decision, ruling: Ruling) -> Mark
             element("div", "Read with care:", element("ul", *notes), class_="warning") if notes else Markup(""),
         )
     )
+
+
+# What stands in the way of a PASS comes first.
+WORST_FIRST = ("invalid", "fails", "inconclusive", "holds", "left out")
+
+
+def _worst_first(decision: Decision) -> list[Rule]:
+    return sorted(decision.rules, key=lambda rule: WORST_FIRST.index(rule.outcome))
+
+
+def _lead(decision: Decision) -> Markup:
+    """Return the rules that stand in the way in words, the rule's own name beside each."""
+    blocking = [rule for rule in _worst_first(decision) if rule.outcome in ("invalid", "fails", "inconclusive")]
+    items = (
+        element("li", against_limit(rule), " ", _chip(rule.outcome), " ", _rule_name(rule.name)) for rule in blocking
+    )
+    return element("ul", *items, class_="lead") if blocking else Markup("")
 
 
 def _when(comparison: Comparison, ruling: Ruling) -> str:
@@ -265,6 +292,7 @@ def _bounds(rate: Rate) -> str:
 
 
 def _rules(decision: Decision) -> Iterable[Markup]:
+    yield from _limits_figure(decision)
     yield table(
         "Every rule of the policy. Shares are between 0 and 1: 0.05 is 5 %, or 5 points of a difference.",
         ("rule", "outcome", "measured", "interval", "limit", "why"),
@@ -276,11 +304,40 @@ def _rules(decision: Decision) -> Iterable[Markup]:
                 rule.limit_words.replace("<=", "≤").replace(">=", "≥") or "–",
                 rule.why,
             )
-            for rule in decision.rules
+            for rule in _worst_first(decision)
         ),
         right=(2, 3),
         wide=(5,),
     )
+
+
+def _limits_figure(decision: Decision) -> Iterable[Markup]:
+    """Yield one figure of every quantity that has a limit, in the order of the table."""
+    rules = [rule for rule in _worst_first(decision) if rule.outcome != "left out"]
+    rows = [
+        (quantity(rule), _estimate(rule, rule.value), rule.limit.value, rule.outcome == "holds")
+        for rule in rules
+        if rule.limit is not None and rule.value is not None and not math.isnan(rule.value)
+    ]
+    if not rows:
+        return
+    title = "What was measured against its limit"
+    told = "; ".join(against_limit(rule) for rule in rules if rule.limit is not None and rule.value is not None)
+    caption = Caption(key="limits-plot", title=title, description=told)
+    figure = against_limits(rows, caption, colours={True: "restored", False: "tuned"})
+    yield element("figure", element("figcaption", title), figure)
+    yield element(
+        "p",
+        "One row per rule, those in the way first. Marker: what was measured; line: its interval; upright bar: the "
+        "limit; what lies beyond an edge is drawn at it. Shares, and differences in points (a task's loss: "
+        "hundredths of its unit). Green diamonds are kept, orange crosses are not, or are not shown to be.",
+        class_="quiet",
+    )
+
+
+def _estimate(rule: Rule, value: float) -> Difference:
+    low, high = (value if bound is None else bound for bound in (rule.low, rule.high))
+    return Difference(value=value, low=low, high=high)
 
 
 def _rule_name(name: str) -> Markup:
@@ -328,7 +385,7 @@ def _models(comparison: Comparison) -> Iterable[Markup]:
         (join((element("bdi", task.task), f", {task.metric}")), *(_score(task.means[role]) for role in ROLES))
         for task in comparison.utility
     ]
-    yield table("Side by side; in brackets the interval of each figure.", ("", *_role_heads()), rows)
+    yield table("Side by side; in brackets the interval of each figure.", ("figure", *_role_heads()), rows)
     if comparison.regained is not None:
         share = comparison.regained
         yield element(
@@ -361,7 +418,7 @@ def _attack(comparison: Comparison, policy: Policy) -> Iterable[Markup]:
     )
     cells = [cell for cell in comparison.cells if not cell.safe]
     yield from _forests("asr", "harmful answers", cells, comparison.asr, policy.asr.max_upper)
-    yield from _cell_tables(cells, "harmful", comparison.level)
+    yield _folded("The same in numbers, by bank and template", _cell_tables(cells, "harmful", comparison.level))
 
 
 def _over_refusal(comparison: Comparison, policy: Policy) -> Iterable[Markup]:
@@ -371,7 +428,7 @@ def _over_refusal(comparison: Comparison, policy: Policy) -> Iterable[Markup]:
     yield element("p", "Share of safe questions that are refused outright.")
     cells = [cell for cell in comparison.cells if cell.safe]
     yield from _forests("refusal", "refusals", cells, comparison.over_refusal, policy.over_refusal.max_upper)
-    yield from _cell_tables(cells, "refused", comparison.level)
+    yield _folded("The same in numbers, by bank and template", _cell_tables(cells, "refused", comparison.level))
 
 
 def _legend() -> Markup:
@@ -426,7 +483,7 @@ def _cell_tables(cells: Sequence[Cell], hit: str, level: float) -> Iterable[Mark
         right=(2, 3, 4, 5),
     )
     yield table(
-        "Paired tests on the same questions: restored against each other model, in points",
+        f"Paired tests of answers {hit}, on the same questions: restored against each other model, in points",
         (
             "bank",
             "template",
@@ -530,12 +587,13 @@ def _trade_off(comparison: Comparison) -> Iterable[Markup]:
         element("figcaption", title),
         trade_off(scores, safety, Caption(key="trade-off-plot", title=title, description=told)),
     )
-    yield table(
-        f"The same in numbers; the task score is the mean over {len(tasks)} task(s): {names}",
+    numbers = table(
+        f"Safety and utility; the task score is the mean over {len(tasks)} task(s): {names}",
         ("model", "task score", "answers not harmful"),
         ((_role(role), _score(scores[role]), _rate(_complement(rates[role]))) for role in ROLES),
         right=(1, 2),
     )
+    yield _folded("The same in numbers", [numbers])
 
 
 def _complement(rate: Rate) -> Rate:
@@ -581,7 +639,7 @@ def _conduct(comparison: Comparison) -> Iterable[Markup]:
     unknown = "not looked for"
     yield table(
         "Answers by how they look; one answer may count in several rows",
-        ("", *_role_heads()),
+        ("how they look", *_role_heads()),
         (
             ("answers", *(str(c.answers) for c in found)),
             ("empty", *(str(c.empty) for c in found)),
@@ -618,8 +676,10 @@ def _examples(comparison: Comparison, *, include_text: bool) -> Iterable[Markup]
     for kind, title in KINDS.items():
         found = [example for example in comparison.examples if example.kind == kind]
         if found:
-            yield element("h3", f"{title} (first {len(found)})")
-            yield from map(_said, found) if include_text else [_digests(title, found)]
+            yield element("h3", f"{title} ({len(found)}, drawn over all categories)")
+            yield from (
+                map(_said, found) if include_text else [_folded("Verdicts and digests", [_digests(title, found)])]
+            )
 
 
 def _said(example: Example) -> Markup:
@@ -668,7 +728,7 @@ def _layers(comparison: Comparison) -> Iterable[Markup]:
         ((layer, f"{size:.4g}", _percent(size**2 / total)) for layer, size in sizes.items()),
         right=(1, 2),
     )
-    yield element("details", element("summary", "The same in numbers"), numbers)
+    yield _folded("The same in numbers", [numbers])
 
 
 def _method(comparison: Comparison) -> str:

@@ -78,6 +78,35 @@ def forest(
     return _svg(figure, caption)
 
 
+def against_limits(
+    rows: Sequence[tuple[str, Difference, float, bool]], caption: Caption, *, colours: Mapping[bool, str]
+) -> Markup:
+    """Return one row per rule, (label, estimate, limit, whether it is kept): its interval, and a bar at its limit.
+
+    The colours, names of COLOURS, are of rules that are kept and of those that are not. What lies beyond the
+    figure's edge is drawn at it.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    figure, axes = _figure(48 + 26 * len(rows), width=620, left=262, right=20, bottom=40, top=8)
+    ends = [end for _, found, limit, _ in rows for end in (found.low, found.value, found.high, limit)]
+    ends = [end for end in ends if math.isfinite(end)]
+    left, right = max(-1.0, min(0.0, *ends)) - 0.02, min(1.5, max(0.1, *ends)) + 0.02
+    for i, (_, found, limit, kept) in enumerate(rows):
+        colour = COLOURS[colours[kept]]
+        low, value, high = (min(max(end, left), right) for end in (found.low, found.value, found.high))
+        axes.plot([low, high], [i, i], color=colour, linewidth=2.2, solid_capstyle="butt")
+        axes.plot([value], [i], "D" if kept else "X", color=colour, markersize=7, clip_on=False, zorder=3)
+        axes.plot([limit, limit], [i - 0.38, i + 0.38], color=COLOURS["ink"], linewidth=2)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_yticks(range(len(rows)), [_clip(label, 36) for label, *_ in rows], parse_math=False)
+    axes.set_xlim(left, right)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    axes.grid(axis="x", color=COLOURS["line"], linewidth=0.8)
+    return _svg(figure, caption)
+
+
 def trade_off(scores: Mapping[str, Difference], safety: Mapping[str, Difference], caption: Caption) -> Markup:
     """Return safety against utility: one marker per model with both intervals, an arrow from tuned to restored.
 

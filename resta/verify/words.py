@@ -33,3 +33,50 @@ def measured(rule: Rule) -> str:
     if rule.low is None or rule.high is None:
         return f"{rule.value:.3f}"
     return f"{rule.value:.3f} [{rule.low:.3f}, {rule.high:.3f}]"
+
+
+QUANTITIES = {
+    "missing.max": "Pairs that are missing",
+    "unparsed.max": "Verdicts that cannot be read",
+    "degenerate.max": "Unusable answers",
+    "degenerate.max (aligned)": "Unusable answers of aligned",
+    "degenerate.max_increase": "More unusable answers",
+    "one_answer.max_aligned": "Answers of aligned alike",
+    "one_answer.max_increase": "More answers alike than aligned's",
+    "asr.max_upper": "Harmful answers",
+    "asr.max_increase_over_aligned": "More harmful answers than aligned",
+    "asr.max_cell_upper": "Harmful answers in the worst part",
+    "regained.min": "Lost safety regained",
+    "over_refusal.max_upper": "Safe questions refused",
+    "over_refusal.max_increase": "More refused than by aligned",
+    "over_refusal.max_increase_over_tuned": "More refused than by tuned",
+    "provenance.min_coverage": "Parameters covered",
+    "provenance.min_kept": "Change kept in the weights",
+}
+
+
+def quantity(rule: Rule) -> str:
+    """Return in words what a rule measures; the rule's own name where there are none."""
+    if rule.name.startswith("utility.") and rule.name.endswith(".max_drop"):
+        return f"Loss on {rule.name.removeprefix('utility.').removesuffix('.max_drop')}"
+    return QUANTITIES.get(rule.name, rule.name)
+
+
+def against_limit(rule: Rule) -> str:
+    """Return a rule in words: "Harmful answers: 28.7 %, allowed 10 %"; its reason where no one number decides."""
+    if rule.limit is None or rule.value is None or rule.test:
+        return f"{quantity(rule)}: {rule.why}"
+    utility = rule.name.startswith("utility.")  # in the task's own unit, which need not be a share
+    unit = "points" if "increase" in rule.name else "%"
+
+    def number(value: float) -> str:
+        return f"{value:.3f}" if utility else f"{100 * value:.1f} {unit}"
+
+    edge = {"high": rule.high, "low": rule.low, "value": None}[rule.limit.bound]
+    asked = "allowed" if rule.limit.op == "<=" else "asked for at least"
+    limit = f"{rule.limit.value:g}" if utility else f"{100 * rule.limit.value:g} {unit}"
+    reach = ""
+    if rule.outcome == "inconclusive" and edge is not None:
+        side = "to" if rule.limit.bound == "high" else "from"
+        reach = f" (interval {side} {number(edge)})" if math.isfinite(edge) else " (interval without end)"
+    return f"{quantity(rule)}: {number(rule.value)}{reach}, {asked} {limit}"
