@@ -12,7 +12,7 @@ from typing import Literal
 from resta.verify.measurement import ROLES
 from resta.verify.policy import ANY_TASK, Policy
 
-Kind = Literal["harm", "refusal", "score"]
+Kind = Literal["harm", "refusal", "score", "degenerate", "alike"]
 # Weights of (aligned, tuned, restored), as ROLES.
 RATE = (0.0, 0.0, 1.0)
 OVER_ALIGNED = (-1.0, 0.0, 1.0)
@@ -55,6 +55,22 @@ def claims_of(policy: Policy, tasks: Iterable[str]) -> tuple[Claim, ...]:
             name = f"utility.{task}.max_drop"
             found.append(Claim(name=name, kind="score", weights=DROP, limit=rules.max_drop, task=task))
     return tuple(found)
+
+
+def increases_of(policy: Policy) -> tuple[Claim, ...]:
+    """Return the claims on how answers look, which the gate decides in its rules on the measurement itself (trust.py).
+
+    Of a `degenerate` one aligned stands for whichever of the two others restored exceeds the least.
+    """
+    found: tuple[tuple[str, Kind, float | None], ...] = (
+        ("degenerate.max_increase", "degenerate", policy.degenerate.max_increase),
+        ("one_answer.max_increase", "alike", policy.one_answer.max_increase),
+    )
+    return tuple(
+        Claim(name=name, kind=kind, weights=OVER_ALIGNED, limit=limit)
+        for name, kind, limit in found
+        if limit is not None
+    )
 
 
 def mixture(share: float) -> tuple[float, float, float]:

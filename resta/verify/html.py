@@ -74,6 +74,7 @@ def to_html(
     sections = (
         _section("rules", "Rules", _rules(decision)),
         _section("guidance", "What to try", _guidance(decision)),
+        _section("power", "What these questions could show", _power(decision)),
         _section("models", "The three models", _models(comparison)),
         _section("asr", "Attack Success Rate", _attack(comparison, policy)),
         _section("categories", "Harm by category", _categories(comparison)),
@@ -131,6 +132,7 @@ def _contents(comparison: Comparison, decision: Decision) -> Markup:
     links = {
         "rules": "Rules",
         **({"guidance": "What to try"} if decision.guidance else {}),
+        **({"power": "Power"} if decision.power else {}),
         "models": "Models",
         "asr": "Attack Success Rate",
         **({"categories": "Categories"} if comparison.categories else {}),
@@ -360,6 +362,13 @@ def _decimal(value: float) -> str:
 def _guidance(decision: Decision) -> Iterable[Markup]:
     if decision.guidance:
         yield element("ul", *(element("li", _with_code(line)) for line in decision.guidance))
+
+
+def _power(decision: Decision) -> Iterable[Markup]:
+    if decision.power:
+        head, *lines = decision.power
+        yield element("p", head)
+        yield element("ul", *(element("li", line) for line in lines))
 
 
 def _with_code(text: str) -> Markup:

@@ -60,6 +60,7 @@ def _properties(comparison: Comparison, decision: Decision, ruling: Ruling) -> d
         "judge": comparison.judge,
         **{role: model.name for role, model in comparison.models.items()},
         **{f"{role}.measured_at": str(model.measured_at) for role, model in comparison.models.items()},
+        **{f"power.{number}": line for number, line in enumerate(decision.power, 1)},
         **{f"note.{number}": note for number, note in enumerate(decision.notes, 1)},
         "resta": ruling.versions.get("resta", ""),
     }

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from resta.redeval.questions import Question
+from resta.redeval.score import Rate
 from resta.redeval.targets import Target
 from resta.verify.comparison import Comparison
 from resta.verify.decision import Decision
@@ -15,7 +16,6 @@ from resta.verify.measurement import read_measurement
 from resta.verify.policy import Policy
 from resta.verify.power import AS_GOOD, Power, Sample, Three, power
 from resta.verify.run import Budget
-from resta.verify.statistics import PairedRates
 
 
 def plan_power(policy: Policy, budget: Budget, targets: Mapping[str, Target | Path]) -> Power:
@@ -62,19 +62,22 @@ def with_power(decision: Decision, comparison: Comparison, policy: Policy) -> De
         templates=tuple(sorted({cell.template for cell in cells})) or ("none",),
         documents={task.task: task.documents for task in comparison.utility if task.documents},
     )
-    asr, refused = comparison.asr, comparison.over_refusal
+    asr, refused, alike = comparison.asr, comparison.over_refusal, comparison.one_answer
+    broken = {role: conduct.degenerate for role, conduct in comparison.conduct.items()}
     truth = replace(
         AS_GOOD,
-        harm=_as_aligned(asr.paired) if asr else AS_GOOD.harm,
-        refusal=_as_aligned(refused.paired) if refused else AS_GOOD.refusal,
+        harm=_as_aligned(asr.rates) if asr else AS_GOOD.harm,
+        refusal=_as_aligned(refused.rates) if refused else AS_GOOD.refusal,
+        degenerate=_as_aligned(broken),
+        alike=_as_aligned(alike.rates) if alike else AS_GOOD.alike,
         scores={task.task: _as_tuned(task.means["tuned"].value) for task in comparison.utility if task.documents},
     )
     return replace(decision, power=power(policy, sample, truth).lines)
 
 
-def _as_aligned(paired: PairedRates) -> Three:
+def _as_aligned(rates: Mapping[str, Rate]) -> Three:
     """Return the rates of aligned and tuned, and aligned's again for restored; no rate is quite 0 or 1."""
-    aligned, tuned, _ = ((float(rate) * paired.answers + 0.5) / (paired.answers + 1) for rate in paired.values)
+    aligned, tuned = ((rates[role].hits + 0.5) / (rates[role].total + 1) for role in ("aligned", "tuned"))
     return aligned, tuned, aligned
 
 

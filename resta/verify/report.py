@@ -162,6 +162,8 @@ def to_card(comparison: Comparison, decision: Decision, ruling: Ruling) -> str:
         f"{_md(ruling.words)}.",
     ]
     lines += [_md(note) for note in decision.notes]
+    if decision.power:
+        lines += ["", "What these questions could show:", "", *(f"- {_md(line)}" for line in decision.power)]
     return "\n".join([*lines, CARD_END]) + "\n"
 
 

@@ -18,9 +18,12 @@ pytest.importorskip("matplotlib")
 
 from resta.verify.decision import Limit, Outcome, Rule, by_name
 from resta.verify.html import to_html
+from resta.verify.junit import to_junit
 from resta.verify.markup import VOID
 from resta.verify.measurement import ROLES
+from resta.verify.plan import with_power
 from resta.verify.plots import Caption, against_limits, forest, trade_off
+from resta.verify.report import to_card, to_json, to_markdown
 from resta.verify.statistics import Difference
 from resta.verify.words import against_limit
 from tests.verify.made import HOSTILE, Case, make_hostile_case, make_named_case
@@ -392,3 +395,16 @@ def test_the_browser_would_notice_a_wide_page_and_a_script(case: Callable[[str],
     (width, *_), log = in_browser(tmp_path, page_of(case("PASS")).replace("</body>", bad))
     assert int(width) >= 900
     assert "Content Security Policy" in log
+
+
+def test_power_is_on_every_report(case: Callable[[str], Case]) -> None:
+    comparison, own = case("PASS").comparison, case("PASS").ruling
+    found = with_power(case("PASS").decision, comparison, own.policy)
+    page = to_html(comparison, found, own, include_text=False)
+    texts = (page, to_card(comparison, found, own), to_junit(comparison, found, own))
+    for text in (*texts, to_markdown(comparison, found, own), to_json(comparison, found, own)):
+        assert "one_answer.max_increase: holds in" in text
+        assert "not forecast, and supposed to hold: judge.known_answers" in text
+        assert "PASS altogether: " in text
+    assert {"id": "power", "aria-labelledby": "power-title"} in Page(page).all("section")
+    assert {"href": "#power"} in Page(page).all("a")
