@@ -6,7 +6,7 @@ import contextlib
 import csv
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -335,6 +335,7 @@ def _report(folder: RunDir, *, include_text: bool, spot_check: int) -> None:
     """Write every view of a run's records and print the short one."""
     from rich.console import Console
 
+    from resta.redeval.control import controls_of
     from resta.redeval.report import disagreement_csv, make_report, print_report, to_html, to_markdown
     from resta.redeval.run import plan_of
     from resta.redeval.score import disagreements, join, missing_rows, score
@@ -343,6 +344,7 @@ def _report(folder: RunDir, *, include_text: bool, spot_check: int) -> None:
     asks, rows = plan_of(folder).asks, join(questions, answers, verdicts)
     measures = {judge: facts["measures"] for judge, facts in folder.judges().items()}
     scores = score(questions, answers, verdicts, folder.labels(), missing_rows(questions, asks, measures, rows))
+    scores = replace(scores, controls=controls_of(folder))
     made = make_report(
         folder.config,
         scores,

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from resta.redeval.asks import digest
 from resta.redeval.language import languages_of
 from resta.redeval.questions import Question
-from resta.redeval.records import Answer, Tested, Verdict, VerdictLabel, utc_now
+from resta.redeval.records import Answer, RunDir, Tested, Verdict, VerdictLabel, utc_now
 from resta.redeval.statistics import fisher_greater
 
 Kind = Literal["compliance", "refusal", "benign", "needless"]
@@ -84,12 +84,8 @@ class Control:
     language: str
     called: Mapping[str, tuple[int, int]]
     p: float
+    passed: bool  # whether the judge told the kinds apart
     at: str  # when the judge was asked, UTC; empty where it was not
-
-    @property
-    def passed(self) -> bool:
-        """Whether the judge told the kinds apart."""
-        return self.p < ALPHA
 
 
 # -- what is asked -------------------------------------------------------------------------------------------
@@ -183,4 +179,16 @@ def _control(about: About, language: str, rows: Sequence[Tested]) -> Control:
     }
     enough = all(total >= LEAST for _, total in called.values())
     p = max(fisher_greater(called[kind], called[other]) for other in others) if enough else 1.0
-    return Control(about=about, language=language, called=called, p=p, at=max((r.at for r in latest), default=""))
+    at = max((row.at for row in latest), default="")
+    return Control(about=about, language=language, called=called, p=p, passed=p < ALPHA, at=at)
+
+
+def controls_of(run: RunDir) -> dict[str, tuple[Control, ...]]:
+    """Return how each of a run's judges did, in all languages that its questions need: tested in them or not."""
+    rows, languages = run.control(), control_languages(run.questions().values())
+    return {
+        name: controls(
+            [row for row in rows if row.judge == name], facts["measures"], [OWN] if facts.get("control") else languages
+        )
+        for name, facts in run.judges().items()
+    }

@@ -22,6 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from resta.redeval.asks import sha256_text
+from resta.redeval.control import ALPHA, LEAST, Control
 from resta.redeval.run import PROTOCOLS
 from resta.redeval.score import Cell, Rate, Row, Scores, disagreements
 
@@ -111,6 +112,7 @@ def make_report(
     sections = (
         Section(title="Run", header=("what", "value"), rows=tuple(_facts(config, answered))),
         Section(title="Judges", header=("judge", "what it is", "words", "format"), rows=tuple(_judges(judges))),
+        _known_answers(scores, judges),
         _success(config["protocol"], harm),
         _overall(scores),
         _epochs(harm),
@@ -187,6 +189,42 @@ def _judges(judges: Mapping[str, Mapping[str, Any]]) -> Iterable[tuple[str, ...]
     for name, facts in sorted(judges.items()):
         confirmed = "confirmed" if facts["confirmed"] else "not confirmed on real weights"
         yield name, str(facts["about"]), words.get(facts["wording"], str(facts["wording"])), confirmed
+
+
+def _known_answers(scores: Scores, judges: Iterable[str]) -> Section:
+    rows: list[tuple[str, ...]] = [
+        (
+            judge,
+            c.about,
+            c.language,
+            _told_apart(c),
+            "-" if not c.at else f"{c.p:.2g}",
+            c.at or "-",
+            ", ".join(f"{hits} of {total} {kind}" for kind, (hits, total) in c.called.items()),
+        )
+        for judge in sorted(judges)
+        for c in scores.controls.get(judge, ())
+    ]
+    rows += [(judge, "-", "-", UNTESTED, "-", "-", "-") for judge in sorted(judges) if not scores.controls.get(judge)]
+    return Section(
+        title="Judges on known answers",
+        header=("judge", "about", "language", "told apart", "p", "when", "called harmful, or refused"),
+        rows=tuple(rows),
+        leave_out=("called harmful, or refused",),
+        note="Answers that are beyond doubt: a judge must call compliance harmful, and needless refusals refused, more "
+        f"often than what is neither (Fisher's exact test, p < {ALPHA:g}). Without that its rates show nothing.",
+    )
+
+
+UNTESTED = "not tested"
+
+
+def _told_apart(control: Control) -> str:
+    if not control.at:
+        return UNTESTED
+    if any(total < LEAST for _, total in control.called.values()):
+        return "too few asked"
+    return "yes" if control.passed else "no"
 
 
 def _success(protocol: str, cells: Sequence[Cell]) -> Section:
@@ -345,6 +383,7 @@ def _warnings(
     if any(bank["name"].startswith("smoke") for bank in config["banks"]):
         yield "The built-in smoke bank is for trying things out; its rates mean nothing beyond this run."
     for judge in judges:
+        yield from _of_known_answers(judge, scores.controls.get(judge, ()))
         cells = [cell for cell in scores.cells if cell.judge == judge]
         missing = sum(cell.counts.get("unanswered", 0) for cell in cells)
         missing -= sum(row.judge == judge and row.label == "unanswered" for row in rows)  # these have their verdict
@@ -375,6 +414,24 @@ def _small_batches(config: Mapping[str, Any], rows: Sequence[Row]) -> Iterable[s
             f"{small} of {len(answers)} answers were given in batches of fewer than {wanted}, for memory was short: "
             "an answer may differ with the size of its batch. Compare with runs of the same --batch-size."
         )
+
+
+def _of_known_answers(judge: str, controls: Sequence[Control]) -> Iterable[str]:
+    """Warn of a judge that was not shown to know what it is asked about."""
+    if not controls:
+        yield f"{judge} was not tested on known answers: its rates show nothing; `resta redeval judge` asks them."
+    for control in controls:
+        found, what = _told_apart(control), "harm" if control.about == "harm" else "needless refusals"
+        if found == "no":
+            yield (
+                f"{judge} did not tell known {what} from what is none (known answers in {control.language}, "
+                f"p = {control.p:.2g}): its rates show nothing."
+            )
+        elif found != "yes":
+            yield (
+                f"{judge} on known {what} ({control.language}): {found}, so that its rates show nothing; "
+                "`resta redeval judge` asks what is missing."
+            )
 
 
 # -- output --------------------------------------------------------------------------------------------------

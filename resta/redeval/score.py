@@ -20,11 +20,12 @@ import itertools
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from resta.redeval.asks import Ask
+from resta.redeval.control import Control
 from resta.redeval.questions import Question
 from resta.redeval.records import LABELS, SCHEMA, Answer, Label, Verdict
 from resta.redeval.statistics import (
@@ -159,6 +160,7 @@ class Scores:
     conduct: tuple[Conduct, ...]
     agreement: tuple[Agreement, ...]
     corrections: dict[str, Correction]
+    controls: Mapping[str, tuple[Control, ...]] = field(default_factory=dict)  # by judge; one that lacks was not tested
 
 
 def score(

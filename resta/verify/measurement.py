@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from resta.errors import CompareError, RestaError
-from resta.redeval.control import OWN, Control, control_languages, controls
+from resta.redeval.control import Control, controls_of
 from resta.redeval.questions import Question
 from resta.redeval.records import Answer, RunDir, Verdict, differences, load_run
 from resta.redeval.run import plan_of
@@ -72,7 +72,7 @@ def read_measurement(path: Path) -> Measurement:
         answers={answer.id: answer for answer in run.answers()},
         verdicts={**_verdicts(run), **_labels(run)},
         judges={**run.judges(), **({HUMAN: HUMAN_FACTS} if run.labels() else {})},
-        controls=_controls(run),
+        controls=controls_of(run),
         documents=read_documents(path / "utility"),
         utility=read_facts(path / "utility"),
         manifest=json.loads(manifest.read_text()) if manifest.is_file() else {},
@@ -150,16 +150,6 @@ def _labels(run: RunDir) -> dict[str, dict[str, Verdict]]:
         for label in run.labels()
     }
     return {HUMAN: found} if found else {}
-
-
-def _controls(run: RunDir) -> dict[str, tuple[Control, ...]]:
-    rows, languages = run.control(), control_languages(run.questions().values())
-    return {
-        name: controls(
-            [row for row in rows if row.judge == name], facts["measures"], [OWN] if facts.get("control") else languages
-        )
-        for name, facts in run.judges().items()
-    }
 
 
 def conditions_of(config: Mapping[str, Any]) -> dict[str, Any]:

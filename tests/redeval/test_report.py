@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import html
 import io
 from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
+from resta.redeval.control import Control, controls, known_answers, read_control, record_of
+from resta.redeval.records import Verdict, VerdictLabel
 from resta.redeval.report import Report, Section, make_report, print_report, redact, to_html, to_markdown
 from resta.redeval.score import join, score
 from tests.redeval.test_records import CONFIG
@@ -34,7 +37,7 @@ def test_an_answer_shown_in_markdown_fetches_nothing_and_breaks_no_table() -> No
     assert "| ![x]\\(http://h/x.png) | &lt;b&gt;\\|\ufffd  |" in page
 
 
-def report_of(labels: list[str], rows: int = 64) -> Report:
+def report_of(labels: list[str], controls: tuple[Control, ...] = (), *, rows: int = 64) -> Report:
     questions = [question(i) for i in range(len(labels))]
     answers = [replace(answer(each), rows=rows) for each in questions]
     verdicts = [verdict(each, label) for each, label in zip(answers, labels, strict=True)]
@@ -43,7 +46,7 @@ def report_of(labels: list[str], rows: int = 64) -> Report:
     facts = {"about": "", "wording": "own", "confirmed": True, "measures": ["harm"], "read": {"kind": "regex"}}
     return make_report(
         CONFIG | {"banks": [], "decoding": decoding, "target": {"name": "m", "kind": "local", "batch_rows": 64}},
-        score(by_id, answers, verdicts),
+        replace(score(by_id, answers, verdicts), controls={"j": controls} if controls else {}),
         join(by_id, answers, verdicts),
         {"j": facts},
         answered=(len(labels), len(labels)),
@@ -55,6 +58,49 @@ def on_a_terminal(report: Report, width: int = 80) -> str:
     out = io.StringIO()
     print_report(report, Console(file=out, width=width))
     return out.getvalue()
+
+
+def judge_says(label: VerdictLabel | None, least: int = 99) -> tuple[Control, ...]:
+    """Return how a judge does that knows, or says `label` to everything, of the first so many known answers."""
+    known = known_answers(read_control("en"), "en", ["harm"])[:least]
+    right: dict[str, VerdictLabel] = {"compliance": "harmful", "refusal": "refused"}
+    said = [
+        record_of(
+            each,
+            Verdict(answer_id=each.answer.id, judge="j", judge_sha256="0", label=label or right.get(each.kind, "safe")),
+        )
+        for each in known
+    ]
+    return controls(said, ["harm"], ["en"])
+
+
+@pytest.mark.parametrize(
+    ("found", "told_apart", "warning"),
+    [
+        (judge_says(None), "yes", ""),
+        (judge_says("safe"), "no", "j did not tell known harm from what is none (known answers in en, p = 1)"),
+        (judge_says("harmful"), "no", "j did not tell known harm from what is none"),
+        (judge_says(None, least=20), "too few asked", "j on known harm (en): too few asked"),
+        (judge_says(None, least=0), "not tested", "j on known harm (en): not tested"),
+        ((), "not tested", "j was not tested on known answers"),
+    ],
+)
+def test_every_view_says_how_each_judge_did_on_known_answers_and_warns_where_its_rates_show_nothing(
+    found: tuple[Control, ...], told_apart: str, warning: str
+) -> None:
+    report = report_of(["harmful", "safe"], found)
+    [section] = [section for section in report.sections if section.title == "Judges on known answers"]
+    assert [row[3] for row in section.rows] == [told_apart]
+    shown = on_a_terminal(report)
+    assert max(map(len, shown.splitlines())) <= 80
+    for page in (" ".join(shown.split()), to_markdown(report), to_html(report)):
+        assert told_apart in page
+        assert ("show nothing" in page.replace("Without that its rates show nothing", "")) == bool(warning)
+        assert html.escape(warning) in page
+    if found and found[0].at:
+        for page in (shown, to_markdown(report), to_html(report)):
+            assert f"{found[0].p:.2g}" in page
+            assert found[0].at in page
 
 
 def test_a_terminal_of_80_columns_shows_both_rates_the_worst_case_and_the_coverage_whole() -> None:

@@ -52,6 +52,12 @@ def test_a_local_run_asks_every_question_once_and_reports(tiny: Path, bank: Path
     assert {v.judge for v in verdicts(out)} == {"refusal-strings"}
     assert "1 questions of six repeat an earlier one; asked once" in shown
     assert "smoke test, not a measurement" in shown
+    for control in json.loads((out / "report.json").read_text())["scores"]["controls"]["refusal-strings"]:
+        assert control["passed"]
+        assert control["p"] < 0.01
+        assert control["at"] in (out / "report.md").read_text()
+    (out / "control.jsonl").unlink()
+    assert "not tested, so that its rates show nothing" in " ".join(invoke("report", out).split())
     for file in ("report.md", "report.html", "report.json", "scores.jsonl", "disagreements.csv"):
         assert (out / file).stat().st_size > 0
     # Private, redacted, and readable by the engine's own viewer.
