@@ -254,9 +254,16 @@ def token_ids(tokenizer: Any, text: str, *, adds_bos: bool) -> list[int]:
 
 
 def check_contexts(
-    spec: LocalSpec, asks: Iterable[tuple[str, Sequence[Message]]], rendering: Rendering, decoding: Decoding
+    spec: LocalSpec,
+    asks: Iterable[tuple[str, Sequence[Message]]],
+    rendering: Rendering,
+    decoding: Decoding,
+    *,
+    some: bool = False,
 ) -> None:
     """Refuse asks, (id, messages) each, whose prompt and answer do not fit the model's context; no weights are loaded.
+
+    With `some` it is enough that one of them fits: the others will be unanswered.
 
     Raises ModelError, also where the config or the tokenizer cannot be read or the chat template refuses.
     """
@@ -278,7 +285,7 @@ def check_contexts(
         short = len(text.encode("utf-8", "replace")) + 2 <= room
         lengths[key] = 0 if short else len(token_ids(tokenizer, text, adds_bos=bos))
     beyond = [key for key, length in lengths.items() if length > room]
-    if beyond:
+    if beyond and not (some and len(beyond) < len(lengths)):
         longest = max(beyond, key=lengths.__getitem__)
         fitting = context - lengths[longest]
         advice = f"--max-new-tokens {fitting} fits all" if fitting > 0 else "the longest fits with no answer at all"

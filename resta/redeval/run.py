@@ -388,7 +388,7 @@ def ready_target(target: Target, plan: Plan) -> LocalModel | None:
 
     Nothing is written or paid for. Raises ModelError, UnansweredError.
     """
-    check_fits(target, plan)
+    check_fits(target, plan, some=True)
     if target.local is not None:
         local = load_local(target.local)
         local.check_template(plan.protocol.rendering)
@@ -399,14 +399,14 @@ def ready_target(target: Target, plan: Plan) -> LocalModel | None:
     return None
 
 
-def check_fits(target: Target, plan: Plan) -> None:
-    """Refuse a plan of which some prompt and its answer do not fit a local model's context; no weights are read.
+def check_fits(target: Target, plan: Plan, *, some: bool = False) -> None:
+    """Refuse a plan of which a prompt and its answer do not fit a local model's context; no weights are read.
 
-    A served model's context is not known. Raises ModelError.
+    With `some` it is enough that one of them fits. A served model's context is not known. Raises ModelError.
     """
     if target.local is not None:
         asks = ((ask.id, ask.messages) for ask in plan.asks)
-        check_contexts(target.local, asks, plan.protocol.rendering, plan.decoding)
+        check_contexts(target.local, asks, plan.protocol.rendering, plan.decoding, some=some)
 
 
 def _connect(target: Target, plan: Plan, limits: Any) -> Any:

@@ -356,6 +356,9 @@ def test_local_prompts_that_are_too_long_are_unanswered_and_block_nothing_howeve
     assert "25 of 27 questions have no answer" in shown
     assert "exceed its context of 2048" in shown
     assert len(answers(tmp_path / "run")) == 2
+    bank.write_text(json.dumps(["What is the number? " * 200]))
+    assert "1 of 1 prompts" in invoke(tiny, *options, "--out", tmp_path / "none", code=2)
+    assert not (tmp_path / "none").exists()
 
 
 def test_arguments_of_the_chat_template_reach_a_local_model_a_server_and_a_file(
