@@ -20,7 +20,7 @@ import yaml
 from resta.cautions import cautions
 from resta.coverage import Coverage
 from resta.plan import Plan, Step
-from resta.recipe import Recipe
+from resta.recipe import Recipe, Term
 from resta.safety import Safety, judge_safety
 from resta.version import VERSION
 
@@ -225,16 +225,21 @@ def change_warning(change: Change, rounding: str) -> str | None:
     )
 
 
+def size_warnings(term: Term, size: float, basis: str = "") -> list[str]:
+    """Say so if a term is above half of the weights in norm; `basis` says what was looked at, if not everything."""
+    if not size > LARGE_CHANGE:
+        return []
+    return [
+        f"{term.label} ({term.delta}) is {size:.0%} of the weights in norm{basis}, where a safety vector is about a "
+        "thousandth of them: the models are hardly related, or the scale is far too large"
+    ]
+
+
 def result_warnings(plan: Plan, facts: Mapping[str, TensorFacts]) -> list[str]:
     """Return what whoever uses the result should know first, each in a sentence."""
     found = cautions(plan)
     for index, term in enumerate(plan.recipe.terms):
-        size = term_change(facts.values(), index).relative_size
-        if size > LARGE_CHANGE:
-            found.append(
-                f"{term.label} ({term.delta}) is {size:.0%} of the weights in norm, where a safety vector is about a "
-                "thousandth of them: the models are hardly related, or the scale is far too large"
-            )
+        found += size_warnings(term, term_change(facts.values(), index).relative_size)
     change = total_change(facts.values())
     warning = change_warning(change, plan.recipe.output.rounding)
     return [*found, warning] if warning else found

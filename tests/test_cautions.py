@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from resta.cautions import cautions, name_cautions
 from resta.cli import main
 from resta.compatibility import differences, unknowns
 from resta.errors import PlanError, RecipeError
+from resta.forecast import forecast_warnings
 from resta.plan import make_plan
 from resta.recipe import Recipe, make_recipe
 from tests.conftest import llama_tensors, nudged, save_model
@@ -137,6 +139,20 @@ def test_a_change_above_half_of_the_weights_is_said_recorded_and_audited(tmp_pat
     audit(result.out, moved=models).raise_if_any()
     usual = engine.merge(recipe_of(models), tmp_path / "usual")
     assert not any("in norm" in warning for warning in json.loads((usual.out / "resta.json").read_text())["warnings"])
+
+
+def test_a_change_above_half_of_the_weights_is_said_from_a_sample_before_anything_is_written(tmp_path: Path) -> None:
+    models = models_of(tmp_path)
+    plan = make_plan(recipe_of(models, SAFETY | {"scale": 50}))
+    [forecast] = forecast_warnings(plan)
+    exact = engine.merge(plan.recipe, tmp_path / "all").warnings
+    said = [int(re.search(r"is (\d+)% of the weights", each)[1]) for each in (forecast, exact[-1])]  # type: ignore[index]
+    assert abs(said[0] - said[1]) <= 0.1 * said[1]  # chunks of these small models are whole tensors
+    assert forecast_warnings(make_plan(recipe_of(models))) == []
+    flags = ["merge", models["tuned"], "--aligned", models["aligned"], "--base", models["base"], "--scale", "50"]
+    for dry in ([], ["--dry-run"]):
+        done = CliRunner().invoke(main, [*flags, "-o", str(tmp_path / "out"), *dry])
+        assert "of the weights in norm in a sample of" in " ".join((done.stderr if not dry else done.stdout).split())
 
 
 def test_the_command_says_it_before_writing_and_prints_coverage_and_safety(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ LAYERS = {
             "compute cautions output",
             "manifest",
             "directory",
-            "engine",
+            "engine forecast",
             "algebra report diff claims",
             "audit",
         )

@@ -18,6 +18,7 @@ from resta.checkpoint import following_links
 from resta.cli.output import output
 from resta.engine import Result, carry_out, input_folders
 from resta.errors import RecipeError, RequestError
+from resta.forecast import forecast_warnings
 from resta.hub import locate
 from resta.manifest import change_warning, describe_terms, judge, result_warnings, total_change
 from resta.output import check_place, check_space, check_vacant
@@ -226,7 +227,7 @@ def command(ctx: click.Context, /, tuned_or_recipe: str, out: Path, **options: A
         _dry_run(plan, out, overwrite=overwrite, as_json=as_json)
         return
     if not quiet:
-        for caution in (*cautions(plan), *name_cautions(plan)):
+        for caution in (*cautions(plan), *name_cautions(plan), *forecast_warnings(plan)):
             click.echo(f"warning: {printable(caution)}", err=True)
     began = time.perf_counter()
     with merge_progress(plan, shown=sys.stderr.isatty() and not (quiet or as_json)) as progress:
@@ -270,7 +271,7 @@ def _dry_run(plan: Plan, out: Path, *, overwrite: bool, as_json: bool) -> None:
         refusals.append(str(error))
     if as_json:
         facts: dict[str, Any] = {"bytes_read": plan.bytes_read, "bytes_written": plan.bytes_written, "bytes_free": free}
-        facts |= {"warnings": [*cautions(plan), *name_cautions(plan)]}
+        facts |= {"warnings": [*cautions(plan), *name_cautions(plan), *forecast_warnings(plan)]}
         facts |= {"coverage": [each.share for each in plan.coverage]}
         click.echo(json.dumps({"recipe": plan.recipe.model_dump(mode="json"), **facts, "refusals": refusals}))
     else:
