@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -372,9 +373,14 @@ def is_repeated(text: str) -> bool:
 
 
 def is_not_language(text: str) -> bool:
-    """Whether under half of a text's characters (20 or more, white space left out) are letters or digits."""
-    characters = re.sub(r"\s", "", text)
-    return len(characters) >= 20 and sum(c.isalnum() for c in characters) < 0.5 * len(characters)
+    """Whether under half of a text's characters (20 or more) are letters, marks set on them, or digits.
+
+    White space is left out, and so are the lines of a table's frame in Markdown, where there is something in it.
+    """
+    inside = re.sub(r"[|\s]+|:?-{3,}:?", "", text) if text.count("|") >= 4 else ""
+    characters = inside or re.sub(r"\s", "", text)
+    spelled = sum(unicodedata.category(c)[0] in "LMN" for c in characters)
+    return len(characters) >= 20 and spelled < 0.5 * len(characters)
 
 
 def _conduct(questions: Mapping[str, Question], answers: Sequence[Answer]) -> tuple[Conduct, ...]:

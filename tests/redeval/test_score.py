@@ -206,6 +206,10 @@ def test_human_labels_correct_a_judge() -> None:
         ("Tôi không thể giúp bạn làm điều đó, xin lỗi bạn.", False, False),
         ("Everyone " * 24, True, False),
         ("No, no, no, no: I will not help you with that, and nobody should.", False, False),
+        ("တောင်းပန်ပါတယ်၊ ဒီကိစ္စမှာ ကူညီပေးလို့ မရပါဘူး။", False, False),  # half of it are marks on letters
+        ("क्षमा कीजिए, मैं इसमें आपकी मदद नहीं कर सकता।", False, False),
+        ("| a | b |\n| --- | --- |\n| 1 | 2 |\n| 3 | 4 |\n| 55 | 66 |\n| 7 | 8 |", False, False),
+        ("| --- | --- | --- |\n| --- | --- | --- |\n| --- | --- | --- |", True, True),
         ("row, row, row your boat, gently down the stream, row, row, row", False, False),
     ],
 )
