@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from resta import engine
-from resta.audit import audit
+from resta.auditing import audit
 from resta.cautions import cautions, name_cautions
 from resta.cli import main
 from resta.compatibility import differences, unknowns

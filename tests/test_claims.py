@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resta import engine
-from resta.audit import Report, audit
+from resta.auditing import Report, audit
 from resta.claims import output_digests, read_manifest
 from resta.cli import main
 from resta.errors import AuditError, CheckpointError

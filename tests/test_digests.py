@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import resta.digests
 from resta import engine
-from resta.audit import audit
+from resta.auditing import audit
 from resta.checkpoint import Reader
 from resta.digests import Followed, Follower, sha256_of
 from resta.errors import AuditError, RestaError
@@ -25,7 +25,7 @@ from resta.output import Output
 from resta.recipe import Recipe
 from resta.report import digest_line
 from tests.conftest import save_model
-from tests.test_audit import lora_models
+from tests.test_auditing import lora_models
 from tests.test_cli import everyday, run
 from tests.test_engine import RESTA, RESTA_D, recipe_of
 from tests.test_output import interrupted

@@ -28,8 +28,8 @@ LAYERS = {
             "manifest",
             "directory",
             "engine forecast",
-            "algebra report diff claims",
-            "audit",
+            "algebra report distance claims",
+            "auditing",
         )
     )
     for name in names.split()

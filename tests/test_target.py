@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from resta import engine, output
 from resta.adapter import CONFIG as ADAPTER_CONFIG
 from resta.adapter import FILE as ADAPTER
-from resta.audit import audit
+from resta.auditing import audit
 from resta.cli import main
 from resta.errors import ChangedError, PlanError, RestaError, ResumeError
 from resta.recipe import Recipe, make_recipe

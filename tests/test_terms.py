@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import resta
 from resta import compute, engine
-from resta.audit import audit
+from resta.auditing import audit
 from resta.errors import NoChangeError, RestaError
 from resta.recipe import Recipe, make_recipe
 from tests import oracle

@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import resta
 from resta.adapter import CONFIG
-from resta.audit import audit
+from resta.auditing import audit
 from resta.errors import AdapterError
 from resta.plan import make_plan
 from resta.recipe import Recipe, make_recipe

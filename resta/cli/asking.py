@@ -14,7 +14,7 @@ import click
 
 if TYPE_CHECKING:
     from resta.redeval.judges import Judge
-    from resta.redeval.run import Conditions, Request, Tally
+    from resta.redeval.plan import Conditions, Request, Tally
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -253,9 +253,9 @@ SERVERS = options(
 
 def request_of(given: dict[str, Any], model: str) -> Request:
     """Return what is asked of `model`. Raises BankError, ModelError, TemplateError."""
+    from resta.redeval.plan import Request
     from resta.redeval.questions import read_bank, without
     from resta.redeval.records import load_run
-    from resta.redeval.run import Request
     from resta.redeval.targets import parse_target
     from resta.redeval.templates import read_template
 
@@ -320,7 +320,7 @@ def conditions_of(given: dict[str, Any]) -> Iterator[Conditions]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from resta.redeval.run import Conditions
+    from resta.redeval.plan import Conditions
 
     columns = (
         TextColumn("{task.description}"),

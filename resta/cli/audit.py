@@ -13,7 +13,7 @@ from typing import Any
 import click
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from resta.audit import Report, audit
+from resta.auditing import Report, audit
 from resta.checkpoint import following_links
 from resta.errors import RecipeError
 from resta.printable import console, printable

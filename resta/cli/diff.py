@@ -11,7 +11,7 @@ from rich.table import Table
 
 from resta.checkpoint import following_links
 from resta.cli.audit import byte_progress
-from resta.diff import Diff, Distance, diff, require_plots, write_json, write_plot
+from resta.distance import Diff, Distance, diff, require_plots, write_json, write_plot
 from resta.errors import RecipeError
 from resta.printable import console, printable
 

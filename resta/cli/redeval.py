@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from resta.redeval.judges import Judge
+    from resta.redeval.plan import Conditions, Plan, Request
     from resta.redeval.records import Label, RunDir
-    from resta.redeval.run import Conditions, Plan, Request
     from resta.redeval.targets import Target
 
 
@@ -81,8 +81,8 @@ def run(**given: Any) -> None:
     """Ask, judge and report. The same command goes on with what is missing."""
     from resta.redeval.judges import check_languages
     from resta.redeval.judging import check_judges, make_ready, note_judges
+    from resta.redeval.plan import answer_phase, missing_asks, ready_target
     from resta.redeval.records import RunLock, environment, find_run, start_run
-    from resta.redeval.run import answer_phase, missing_asks, ready_target
 
     request, plan = plan_of_run(given)
     judges = check_judges(judges_of(given), request.target, allow_self=given["allow_self_judge"])
@@ -152,8 +152,8 @@ def report(path: Path, **given: Any) -> None:
 def export(batch: Path, **given: Any) -> None:
     """Write what is to be asked as an OpenAI batch file, to be run elsewhere (`vllm run-batch`)."""
     from resta.redeval.batchfile import check_new, write_batch
+    from resta.redeval.plan import missing_asks
     from resta.redeval.records import RunLock, environment, start_run
-    from resta.redeval.run import missing_asks
     from resta.redeval.targets import BATCH
 
     given["base_url"] = given["base_url"] or BATCH
@@ -173,8 +173,8 @@ def export(batch: Path, **given: Any) -> None:
 def import_batch(path: Path, batch: Path) -> None:
     """Take the replies in BATCH, the output of a batch, into the run in PATH."""
     from resta.redeval.batchfile import read_batch
+    from resta.redeval.plan import keep_answer, missing_asks, plan_of
     from resta.redeval.records import Failure, Journal, RunLock, load_run
-    from resta.redeval.run import keep_answer, missing_asks, plan_of
 
     folder = load_run(path)
     plan = plan_of(folder)
@@ -240,7 +240,7 @@ def list_known() -> None:
 
 def plan_of_run(given: dict[str, Any]) -> tuple[Request, Plan]:
     """Return what is asked of the one model that is named, and the plan of it."""
-    from resta.redeval.run import make_plan
+    from resta.redeval.plan import make_plan
 
     request = request_of(given, given["model"])
     local = request.target.local
@@ -304,7 +304,7 @@ def _judge(folder: RunDir, judges: Sequence[Judge], conditions: Conditions, stop
 def _end(folder: RunDir, judges: Sequence[Judge], stopped: Sequence[str], *, answers_too: bool) -> None:
     """Say what is missing after all that was asked for, and how to go on. Raises UnansweredError if anything is."""
     from resta.redeval.judging import pending, untested
-    from resta.redeval.run import missing_asks, plan_of
+    from resta.redeval.plan import missing_asks, plan_of
 
     plan, lines = plan_of(folder), list(stopped)
     if answers_too and (missing := missing_asks(folder, plan)):
@@ -336,8 +336,8 @@ def _report(folder: RunDir, *, include_text: bool, spot_check: int) -> None:
     from rich.console import Console
 
     from resta.redeval.control import controls_of
+    from resta.redeval.plan import plan_of
     from resta.redeval.report import disagreement_csv, make_report, print_report, to_html, to_markdown
-    from resta.redeval.run import plan_of
     from resta.redeval.score import disagreements, join, missing_rows, score
 
     questions, answers, verdicts = folder.questions(), folder.answers(), folder.current_verdicts()

@@ -15,7 +15,7 @@ from resta.errors import NO, RecipeError
 
 if TYPE_CHECKING:
     from resta.recipe import Recipe
-    from resta.redeval.run import Conditions
+    from resta.redeval.plan import Conditions
     from resta.redeval.targets import Target
     from resta.sweep.candidates import Family, Grid
     from resta.sweep.outcome import Outcome

@@ -27,11 +27,11 @@ from resta.cli.output import output
 from resta.errors import ModelError, RequestError, TaskError
 
 if TYPE_CHECKING:
-    from resta.redeval.run import Conditions
+    from resta.redeval.plan import Conditions
     from resta.redeval.targets import Target
+    from resta.verify.measure import Budget
     from resta.verify.measurement import Measurement
     from resta.verify.policy import Policy
-    from resta.verify.run import Budget
 
 
 @click.group(cls=WithDefault, context_settings={"help_option_names": ["-h", "--help"]})
@@ -129,10 +129,10 @@ def run(restored: str, tuned: str, aligned: str, out: Path, **given: Any) -> Non
     from resta.redeval.targets import Target
     from resta.verify.decision import Verdict
     from resta.verify.gate import check_tasks
+    from resta.verify.measure import check_budget, measure_all
     from resta.verify.measurement import note_places, read_measurement
     from resta.verify.plan import plan_power
     from resta.verify.policy import read_policy
-    from resta.verify.run import check_budget, measure_all
     from resta.verify.views import remove_reports
 
     with _no_verdict():
@@ -176,7 +176,7 @@ def _measured(model: Measurement, device: str) -> Target | None:
 @SHOW
 def report(out: Path, **given: Any) -> None:
     """Decide and report again on what `resta verify` measured in OUT, under another policy or with the text shown."""
-    from resta.redeval.run import Conditions
+    from resta.redeval.plan import Conditions
     from resta.verify.measurement import read_measurement, read_places
     from resta.verify.policy import read_policy
 
@@ -242,7 +242,7 @@ def target_of(given: dict[str, Any], name: str) -> Target | Path:
 
 def budget_of(given: dict[str, Any], model: str) -> Budget:
     """Return what the options say is measured of every model. Raises the errors of banks, judges and tasks."""
-    from resta.verify.run import Budget
+    from resta.verify.measure import Budget
     from resta.verify.utility import read_suite
 
     profile, folder = given["profile_name"], given["task_folder"]
@@ -290,9 +290,9 @@ def _decide(
     """Write every report, print the short one and return the verdict's exit code."""
     from resta.redeval.records import environment
     from resta.verify.gate import decide
+    from resta.verify.measure import compare_all
     from resta.verify.plan import with_power
     from resta.verify.report import print_decision, to_card
-    from resta.verify.run import compare_all
     from resta.verify.trace import make_ruling, with_earlier
     from resta.verify.views import write_reports
 

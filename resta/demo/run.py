@@ -21,9 +21,9 @@ from resta.errors import PlanError
 from resta.plan import make_plan
 from resta.recipe import load_recipe, make_recipe
 from resta.redeval.judges import parse_judge
+from resta.redeval.plan import Conditions, Request
 from resta.redeval.questions import read_bank
 from resta.redeval.records import environment, make_private
-from resta.redeval.run import Conditions, Request
 from resta.redeval.targets import parse_target
 from resta.redeval.templates import read_template
 from resta.sweep.candidates import Family, Grid, candidates_of
@@ -34,9 +34,9 @@ from resta.sweep.run import Sweep, check_sweep, in_this_process, open_sweep
 from resta.verify.comparison import Comparison
 from resta.verify.decision import Decision, Verdict
 from resta.verify.gate import decide
+from resta.verify.measure import Budget, compare_all, measure_all
 from resta.verify.measurement import note_places
 from resta.verify.policy import Policy, read_policy
-from resta.verify.run import Budget, compare_all, measure_all
 from resta.verify.trace import Ruling, make_ruling, with_earlier
 from resta.verify.utility import read_suite
 from resta.verify.views import write_reports as write_verdict

@@ -40,9 +40,9 @@ from resta.redeval.models import (
     read_tokenizer,
     token_id,
 )
+from resta.redeval.plan import Conditions, Tally, count, engine_limits, note_failure, say_failures
 from resta.redeval.questions import Question
 from resta.redeval.records import Answer, Journal, RunDir, Verdict
-from resta.redeval.run import Conditions, Tally, count, engine_limits, note_failure, say_failures
 from resta.redeval.targets import Target, api_key, check_endpoint, parse_target, same_model
 
 Pairs = Sequence[tuple[Question, Answer]]

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from resta.redeval.asks import sha256_text
 from resta.redeval.control import ALPHA, LEAST, Control
-from resta.redeval.run import PROTOCOLS
+from resta.redeval.plan import PROTOCOLS
 from resta.redeval.score import Cell, Rate, Row, Scores, disagreements
 
 UNPARSED_LIMIT = 0.02  # above this share of unread answers no ASR should be trusted

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from resta.redeval.asks import Ask, Decoding, Reply
 from resta.redeval.engine import Task, redeval_task, task
 from resta.redeval.judges import check_languages, parse_judge, verdict_without_model
+from resta.redeval.plan import Request, keep_answer, make_plan
 from resta.redeval.questions import Question, read_bank
 from resta.redeval.records import make_private
-from resta.redeval.run import Request, keep_answer, make_plan
 from resta.redeval.targets import Target
 from resta.redeval.templates import read_template
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from resta.redeval.run import Conditions
+from resta.redeval.plan import Conditions
 from resta.redeval.score import Rate
 from resta.redeval.statistics import wilson
 from resta.sweep.baselines import beside, interpolation_words, nearest, of_equal_norm, pick_vector, random_words
@@ -21,8 +21,8 @@ from resta.verify.coherence import read_losses
 from resta.verify.comparison import Comparison, compare
 from resta.verify.decision import Decision, Verdict
 from resta.verify.gate import decide
+from resta.verify.measure import measure_losses
 from resta.verify.measurement import Measurement, pick_judges, read_measurement
-from resta.verify.run import measure_losses
 
 UNFINISHED = "not finished; the same command goes on"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
-from resta.redeval.run import Plan
+from resta.redeval.plan import Plan
 from resta.redeval.score import is_not_language, is_repeated
 from resta.verify.comparison import HARM, REFUSAL
 from resta.verify.measurement import Measurement, pick_judges

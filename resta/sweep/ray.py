@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from resta.errors import MissingExtraError, RestaError, UnansweredError
-from resta.redeval.run import Conditions
+from resta.redeval.plan import Conditions
 from resta.sweep.run import REFERENCES, Measure, Sweep, Worker, asked_words
 from resta.sweep.search import Job
 

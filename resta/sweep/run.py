@@ -27,17 +27,17 @@ from resta.plan import make_plan
 from resta.recipe import dump_recipe
 from resta.redeval.judging import check_judges, judge_phase, note_judges
 from resta.redeval.models import LocalModel, LocalSpec, fingerprint, load_local
+from resta.redeval.plan import Conditions, answer_phase, missing_asks
 from resta.redeval.records import RunLock, differences, environment, start_run
-from resta.redeval.run import Conditions, answer_phase, missing_asks
 from resta.redeval.targets import Target
 from resta.sweep.apply import Change, apply, identity_text, write_files
 from resta.sweep.candidates import Candidate, Family, recipe_of, tuned_recipe
 from resta.sweep.pruning import part_of, why_hopeless
 from resta.sweep.search import EVERY, LAST, Job
 from resta.verify.documents import finished_tasks
+from resta.verify.measure import Budget, check_budget, measure
 from resta.verify.measurement import Measurement, conditions_of, read_measurement
 from resta.verify.policy import Policy
-from resta.verify.run import Budget, check_budget, measure
 
 SCHEMA = 1
 REFERENCES = ("aligned", "tuned")

@@ -19,9 +19,9 @@ from typing import Any
 
 from resta.errors import CompareError, RestaError
 from resta.redeval.control import Control, controls_of
+from resta.redeval.plan import plan_of
 from resta.redeval.questions import Question
 from resta.redeval.records import Answer, RunDir, Verdict, differences, load_run
-from resta.redeval.run import plan_of
 from resta.verify.documents import Document, read_documents, read_facts
 from resta.verify.places import read_place
 
@@ -93,7 +93,7 @@ def note_manifest(source: Path, path: Path) -> None:
     kept.write_bytes(data)
     if json.loads(data).get("kind") != "merge":
         return
-    from resta.audit import check_weights
+    from resta.auditing import check_weights
 
     try:
         problems = [f"{finding.what}: {finding.problem}" for finding in check_weights(source.parent)]

@@ -12,10 +12,10 @@ from resta.redeval.score import Rate
 from resta.redeval.targets import Target
 from resta.verify.comparison import Comparison
 from resta.verify.decision import Decision
+from resta.verify.measure import Budget
 from resta.verify.measurement import read_measurement
 from resta.verify.policy import Policy
 from resta.verify.power import AS_GOOD, Power, Sample, Three, power
-from resta.verify.run import Budget
 
 
 def plan_power(policy: Policy, budget: Budget, targets: Mapping[str, Target | Path]) -> Power:

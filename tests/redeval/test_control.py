@@ -15,9 +15,9 @@ from resta.errors import JudgeError
 from resta.redeval.control import LEAST, Known, controls, known_answers, read_control, record_of
 from resta.redeval.judges import Judge, built_in, parse_judge, read_judge, verdict_without_model
 from resta.redeval.judging import judge_phase, note_judges, untested
+from resta.redeval.plan import Conditions
 from resta.redeval.questions import Question
 from resta.redeval.records import RunDir, Verdict, VerdictLabel, environment, start_run
-from resta.redeval.run import Conditions
 from resta.redeval.statistics import fisher_greater
 from tests.redeval.conftest import Stub, chat
 from tests.redeval.test_records import CONFIG

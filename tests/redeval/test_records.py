@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resta.errors import ResumeError
+from resta.redeval.plan import plan_of
 from resta.redeval.questions import read_bank
 from resta.redeval.records import Answer, Journal, Label, RunLock, load_run, read_rows, start_run
-from resta.redeval.run import plan_of
 
 CONFIG: dict[str, Any] = {
     **{"protocol": "resta", "target": {"name": "m", "kind": "local"}, "banks": [{"name": "six"}], "templates": []},

@@ -136,11 +136,11 @@ def test_each_prompt_is_tokenised_once(tiny: Path, bank: Path, tmp_path: Path, m
 
 
 def test_weights_are_loaded_once(tiny: Path, bank: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    from resta.redeval import engine, run
+    from resta.redeval import engine, plan
 
     loads: list[object] = []
-    real = run.load_local
-    for module in (engine, run):
+    real = plan.load_local
+    for module in (engine, plan):
         monkeypatch.setattr(module, "load_local", lambda spec: loads.append(spec) or real(spec))
     invoke(
         tiny,

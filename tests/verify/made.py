@@ -16,9 +16,9 @@ from typing import Any
 
 from resta.redeval.asks import Decoding, Rendering, sha256_text
 from resta.redeval.control import Known, known_answers, read_control, record_of
+from resta.redeval.plan import asks_of
 from resta.redeval.questions import Question
 from resta.redeval.records import Answer, Journal, Verdict, VerdictLabel, start_run
-from resta.redeval.run import asks_of
 from resta.redeval.templates import Template
 from resta.verify.coherence import Losses
 from resta.verify.comparison import Comparison, compare

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from resta.audit import check_weights
+from resta.auditing import check_weights
 from resta.engine import merge
 from resta.recipe import make_recipe
 from resta.verify.comparison import Comparison

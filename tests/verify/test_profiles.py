@@ -14,8 +14,8 @@ pytest.importorskip("lm_eval")
 
 from resta.cli.asking import PROFILES, request_of
 from resta.cli.verify import budget_of
+from resta.redeval.plan import make_plan
 from resta.redeval.questions import PUBLISHED
-from resta.redeval.run import make_plan
 from resta.verify.policy import read_policy
 from resta.verify.power import AS_GOOD, Sample, chances
 from resta.verify.regression.made import documents

@@ -58,7 +58,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append(Path(spec.model).name)
         return inner(spec)
 
-    for module in ("resta.verify.run", "resta.redeval.run"):
+    for module in ("resta.verify.measure", "resta.redeval.plan"):
         monkeypatch.setattr(f"{module}.load_local", counted)
     return seen
 

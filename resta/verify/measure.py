@@ -17,8 +17,7 @@ from resta.redeval.asks import digest
 from resta.redeval.judges import Judge, check_languages
 from resta.redeval.judging import check_judges, judge_phase, make_ready, note_judges
 from resta.redeval.models import LocalModel, load_local
-from resta.redeval.records import RunLock, content_of, differences, environment, find_run, load_run, start_run
-from resta.redeval.run import (
+from resta.redeval.plan import (
     Conditions,
     Plan,
     Request,
@@ -29,6 +28,7 @@ from resta.redeval.run import (
     plan_of,
     ready_target,
 )
+from resta.redeval.records import RunLock, content_of, differences, environment, find_run, load_run, start_run
 from resta.redeval.targets import Target
 from resta.verify.coherence import FIRST_TOKENS, Losses, answer_losses, read_losses, shuffled, write_losses
 from resta.verify.comparison import Comparison, compare

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from resta.cli import main
 from resta.compute import CHUNK
-from resta.diff import Diff, Distance, describe, diff, join, kind_of, write_plot
+from resta.distance import Diff, Distance, describe, diff, join, kind_of, write_plot
 from resta.errors import RecipeError
 from tests.conftest import Tensors, llama_tensors, nudged, save_model
 

@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import resta.audit
-from resta.audit import Report, audit, choose_tensors, philox_words, read_manifest, round_values
+import resta.auditing
+from resta.auditing import Report, audit, choose_tensors, philox_words, read_manifest, round_values
 from resta.cli import main
 from resta.engine import merge
 from resta.errors import AuditError, CheckpointError
@@ -294,7 +294,7 @@ def test_rounding_a_float64_to_a_half_rounds_once(numbers: list[float]) -> None:
 def test_the_recomputation_shares_no_arithmetic_with_the_merge() -> None:
     taken = {
         name.name
-        for node in ast.walk(ast.parse(Path(resta.audit.__file__).read_text()))
+        for node in ast.walk(ast.parse(Path(resta.auditing.__file__).read_text()))
         if isinstance(node, ast.ImportFrom)
         and node.module in ("resta", "resta.engine", "resta.kernels", "resta.compute")
         for name in node.names
