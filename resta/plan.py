@@ -25,7 +25,7 @@ from resta.errors import PlanError
 from resta.header import FLOAT_DTYPES, Spec, count_bytes, lay_out
 from resta.hub import locate
 from resta.naming import extra_advice, missing_advice
-from resta.printable import printable
+from resta.page import printable
 from resta.recipe import Recipe, Rule
 from resta.sidefiles import SideFile, plan_side_files, tokenizer_conflict
 from resta.tied import untie

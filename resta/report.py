@@ -36,8 +36,8 @@ from resta.manifest import (
     total_change,
 )
 from resta.output import MARK
+from resta.page import console, printable
 from resta.plan import Plan
-from resta.printable import console, printable
 
 MOST_NAMES = 12
 MOST_BANDS = 8  # rows into which the layers of a summary are gathered

@@ -17,7 +17,7 @@ LAYERS = {
     name: number
     for number, names in enumerate(
         (
-            "version errors kernels sketch unique_keys printable files coverage compatibility",
+            "version errors kernels sketch unique_keys page files coverage compatibility",
             "mergekit",
             "header hub recipe chat_templates",
             "checkpoint safety",

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from resta.errors import EXIT_CODES, FAILED, INTERRUPTED, RestaError
-from resta.printable import printable_lines
+from resta.page import printable_lines
 from resta.version import VERSION
 
 # name -> (module that defines `command`, one line for `resta --help`)

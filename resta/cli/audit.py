@@ -16,7 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from resta.auditing import Report, audit
 from resta.checkpoint import following_links
 from resta.errors import RecipeError
-from resta.printable import console, printable
+from resta.page import console, printable
 
 EPILOG = """\b
 Examples:

@@ -13,7 +13,7 @@ from resta.checkpoint import following_links
 from resta.cli.audit import byte_progress
 from resta.distance import Diff, Distance, diff, require_plots, write_json, write_plot
 from resta.errors import RecipeError
-from resta.printable import console, printable
+from resta.page import console, printable
 
 EPILOG = """\b
 Examples:

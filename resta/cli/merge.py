@@ -22,8 +22,8 @@ from resta.forecast import forecast_warnings
 from resta.hub import locate
 from resta.manifest import change_warning, describe_terms, judge, result_warnings, total_change
 from resta.output import check_place, check_space, check_vacant
+from resta.page import printable, printable_lines
 from resta.plan import Plan, make_plan
-from resta.printable import printable, printable_lines
 from resta.recipe import SCALE_ADVICE, Recipe, dump_recipe, load_recipe, make_recipe, mergekit_note
 from resta.report import digest_line, merge_progress, print_plan, print_result
 

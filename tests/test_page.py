@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resta.cli import main
-from resta.printable import console, printable, printable_lines
+from resta.page import console, printable, printable_lines
 from tests.conftest import llama_tensors, nudged, save_model
 
 HOSTILE = ["[/v1]", "[v2]", "[bold]x[/bold]", ":smile:", "a\x1b]0;pwned\x07b", "a\u202eb", "a\nerror: b", "\x9b31m"]
