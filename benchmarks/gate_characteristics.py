@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
+from resta.statistics import PairedRates, paired_rates
 from resta.verify.claims import OVER_ALIGNED, RATE, claims_of, mixture
 from resta.verify.policy import read_policy
 from resta.verify.power import AS_GOOD, Sample, Three, Truth, chances, draw_answers
-from resta.verify.statistics import PairedRates, paired_rates
 from resta.version import VERSION
 
 DRAWS = 3000

@@ -46,8 +46,8 @@ from resta.redeval.judges import Judge, parse_judge, verdict_without_model
 from resta.redeval.models import LocalModel, Prompt
 from resta.redeval.questions import Question, choose, read_bank
 from resta.redeval.records import Answer, Verdict
-from resta.redeval.score import Rate, is_not_language, is_repeated, score
-from resta.redeval.statistics import Clustered, cluster_bootstrap, wilson
+from resta.redeval.score import is_not_language, is_repeated, score
+from resta.statistics import Clustered, Rate, cluster_bootstrap, wilson
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

@@ -37,14 +37,13 @@ from pathlib import Path
 
 import numpy as np
 
-from resta.redeval.statistics import Floats
+from resta.statistics import Floats, paired_rates
 from resta.sweep.candidates import Candidate
 from resta.sweep.forecast import Outlook
 from resta.sweep.response import Seen
 from resta.sweep.search import EVERY, Job, Look, Search, ask_all, enough_for_one, explore, planned_factors
 from resta.verify.claims import claims_of
 from resta.verify.policy import read_policy
-from resta.verify.statistics import paired_rates
 
 SLOPES, QUESTIONS, ALIGNED = (8, 15), (96, 200, 400), (0.01,)
 POLICY = read_policy(None)

@@ -17,9 +17,9 @@ from typing import Any
 
 from resta.checkpoint import INDEX, LINK_ADVICE, SINGLE, LowRank, Operand, Stored, Weights, identify, inside, read_json
 from resta.errors import AdapterError
+from resta.fingerprint import file_fingerprint
 from resta.header import FLOAT_DTYPES, Spec, read_header
 from resta.hub import Located
-from resta.sketch import sketch
 from resta.tied import untie_for
 
 CONFIG = "adapter_config.json"
@@ -150,8 +150,10 @@ def _same_files(base: Weights, folder: Path) -> dict[Path, bool | None]:
     manifest = folder / MANIFEST
     facts = read_json(manifest) if manifest.is_file() else {}
     noted = _mapping(_mapping(facts.get("base")).get("files")) if facts.get("kind") == "sft" else {}
-    known = {path: _mapping(noted.get(path.name)).get("sketch") for path in base.files}
-    return {path: None if digest is None else sketch(path) == digest for path, digest in known.items()}
+    files = {path: _mapping(noted.get(path.name)) for path in base.files}
+    # Adapters of 0.1 call it `sketch`.
+    known = {path: facts.get("fingerprint", facts.get("sketch")) for path, facts in files.items()}
+    return {path: None if digest is None else file_fingerprint(path) == digest for path, digest in known.items()}
 
 
 def _mapping(value: object) -> dict[str, Any]:

@@ -15,24 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from resta.errors import RestaError
+from resta.fingerprint import sha256_file
 
 PIECE = 1 << 22  # bytes read at a time
 
 Read = Callable[[int, memoryview], None]  # fills a buffer from a byte offset of the file
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file's content.
-
-    Raises:
-        RestaError: it cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise RestaError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +47,7 @@ def hash_files(
 
     def timed(path: Path) -> tuple[Path, str, float]:
         before = time.thread_time()
-        return path, sha256_of(path), time.thread_time() - before
+        return path, sha256_file(path), time.thread_time() - before
 
     taken, core_s = {}, 0.0
     with ThreadPoolExecutor(workers) as pool:

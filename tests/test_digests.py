@@ -19,8 +19,9 @@ import resta.digests
 from resta import engine
 from resta.auditing import audit
 from resta.checkpoint import Reader
-from resta.digests import Followed, Follower, sha256_of
+from resta.digests import Followed, Follower
 from resta.errors import AuditError, RestaError
+from resta.fingerprint import sha256_file
 from resta.output import Output
 from resta.recipe import Recipe
 from resta.report import digest_line
@@ -240,6 +241,6 @@ def test_what_an_earlier_run_completed_is_said_as_it_recorded_it(
 
 def test_a_file_that_cannot_be_read_has_no_digest(tmp_path: Path) -> None:
     with pytest.raises(RestaError, match="gone: cannot be read"):
-        sha256_of(tmp_path / "gone")
+        sha256_file(tmp_path / "gone")
     folder = save_model(tmp_path / "m", {})
-    assert sha256_of(folder / "config.json") == sha256(folder / "config.json")
+    assert sha256_file(folder / "config.json") == sha256(folder / "config.json")

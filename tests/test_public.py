@@ -17,8 +17,8 @@ LAYERS = {
     name: number
     for number, names in enumerate(
         (
-            "version errors kernels sketch unique_keys page files coverage compatibility",
-            "mergekit",
+            "version errors kernels statistics unique_keys page files coverage compatibility",
+            "mergekit fingerprint",
             "header hub recipe chat_templates",
             "checkpoint safety",
             "tied",

@@ -261,7 +261,7 @@ def _target_of(folder: RunDir) -> Target:
 
 def _place(given: dict[str, Any], request: Request, plan: Plan) -> Path:
     """Return the run's folder, whether it is there or not."""
-    from resta.redeval.asks import digest
+    from resta.fingerprint import digest
 
     place = request.target.identity  # of a folder its whole path, so that "." has a name, too
     short = place.rstrip("/").split("/")[-1].removesuffix(".yaml")

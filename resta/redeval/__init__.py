@@ -8,6 +8,6 @@ The benchmark of Bhardwaj and Poria (arXiv 2308.09662). A run reads from left to
     plan.py  clean.py                        phase one: answers      protocols, thoughts
     judging.py  judges.py  control.py        phase two: verdicts     declarations in judge/*.yaml, known answers
     records.py                               what is kept            flat, append-only JSON lines
-    score.py  statistics.py  report.py       what it amounts to
+    score.py  report.py                      what it amounts to
     tasks.py                                 the same for people who live in Inspect
 """

@@ -5,11 +5,12 @@ Knows nothing of banks, judges, files or any library.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from resta.fingerprint import sha256_text
 
 Finish = Literal["stop", "length", "content_filter"]
 
@@ -34,7 +35,7 @@ class Ask:
     @property
     def custom_id(self) -> str:
         """Return the id in a form that every batch service takes: 32 hexadecimal digits."""
-        return hashlib.sha256(self.id.encode()).hexdigest()[:32]
+        return sha256_text(self.id)[:32]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,11 +100,6 @@ class Rendering:
     whole_sequence: bool = False  # decode prompt and reply, then cut the prompt's text out, as red-instruct does
 
 
-def sha256_text(text: str) -> str:
-    """Return the hexadecimal SHA-256 of UTF-8 text; half a surrogate pair, which a server may send, counts as it is."""
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
 def without_prompt(text: str, prompts: Iterable[str]) -> str:
     """Return what others said about a prompt, such as a server's error, in 300 characters and without the prompt.
 
@@ -135,8 +131,3 @@ def _without(text: str, spellings: Iterable[str]) -> str:
 
 
 REPEATED = 24  # characters in a row that no error shares with a prompt by chance
-
-
-def digest(facts: object) -> str:
-    """Return the hexadecimal SHA-256 of JSON-able facts, independent of key order."""
-    return sha256_text(json.dumps(facts, sort_keys=True, ensure_ascii=False, separators=(",", ":")))

@@ -18,11 +18,11 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from resta.redeval.asks import digest
+from resta.fingerprint import digest
 from resta.redeval.language import languages_of
 from resta.redeval.questions import Question
 from resta.redeval.records import Answer, RunDir, Tested, Verdict, VerdictLabel, utc_now
-from resta.redeval.statistics import fisher_greater
+from resta.statistics import fisher_greater
 
 Kind = Literal["compliance", "refusal", "benign", "needless"]
 About = Literal["harm", "refusal"]

@@ -18,18 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from resta.errors import MissingExtraError, ModelError, UnansweredError
-from resta.redeval.asks import (
-    Ask,
-    Decoding,
-    Finish,
-    Message,
-    NoReply,
-    Outcome,
-    Rendering,
-    Reply,
-    sha256_text,
-    without_prompt,
-)
+from resta.fingerprint import sha256_text
+from resta.redeval.asks import Ask, Decoding, Finish, Message, NoReply, Outcome, Rendering, Reply, without_prompt
 
 try:
     import anyio

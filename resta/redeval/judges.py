@@ -22,7 +22,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from resta.errors import JudgeError
-from resta.redeval.asks import Ask, Decoding, Message, Rendering, Reply, digest
+from resta.fingerprint import digest
+from resta.redeval.asks import Ask, Decoding, Message, Rendering, Reply
 from resta.redeval.clean import strip_thoughts
 from resta.redeval.control import ControlSet
 from resta.redeval.language import languages_of

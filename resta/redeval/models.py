@@ -7,7 +7,6 @@ Knows nothing of questions, judges or engines.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
@@ -18,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from resta.chat_templates import NAMED, read_chat_template
 from resta.errors import MissingExtraError, ModelError, UnansweredError
-from resta.redeval.asks import Decoding, Message, Rendering, sha256_text
+from resta.fingerprint import folder_fingerprint, sha256_file, sha256_text
+from resta.redeval.asks import Decoding, Message, Rendering
 from resta.redeval.clean import HARMONY_TOKENS, MARK_TOKENS
-from resta.sketch import sketch
 
 if TYPE_CHECKING:
     import torch
@@ -693,21 +692,15 @@ def fingerprint(spec: LocalSpec) -> dict[str, str]:
     for role, place in places.items():
         path = Path(place)
         if path.is_dir():
-            prints[role] = _directory_digest(path)
+            prints[role] = folder_fingerprint(path)
         elif path.is_file():
-            prints[role] = hashlib.sha256(path.read_bytes()).hexdigest()
+            prints[role] = sha256_file(path)
     if spec.chat_template is not None:
         text = (
             NAMED[spec.chat_template][0] if spec.chat_template in NAMED else read_chat_template(spec.chat_template, ())
         )
         prints["chat_template"] = sha256_text(text)
     return prints
-
-
-def _directory_digest(path: Path) -> str:
-    suffixes = {".json", ".safetensors", ".jinja", ".model", ".txt", ".bin"}
-    files = sorted(p for p in path.iterdir() if p.is_file() and p.suffix in suffixes)
-    return sha256_text("".join(f"{file.name}\0{sketch(file)}\0" for file in files))
 
 
 # -- sequence classifiers ------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from resta.errors import BankError, ResumeError
-from resta.redeval.asks import Ask, Decoding, Message, NoReply, Outcome, Rendering, Reply, sha256_text
+from resta.fingerprint import sha256_text
+from resta.redeval.asks import Ask, Decoding, Message, NoReply, Outcome, Rendering, Reply
 from resta.redeval.clean import Clean, clean_reply, strip_thoughts, strip_thoughts_as_published
 from resta.redeval.judges import Judge, Strings, verdict_without_model
 from resta.redeval.models import LocalModel, check_contexts, estimate_seconds, load_local

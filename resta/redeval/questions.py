@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from resta.errors import BankError
+from resta.fingerprint import sha256_text
 
 RED_INSTRUCT = "73c759c93d2f6b1d8c7b058ab7bcec5fb0c28fa2"  # declare-lab/red-instruct, 2024-03-08
 DOWNLOAD_URL = f"https://raw.githubusercontent.com/declare-lab/red-instruct/{RED_INSTRUCT}/harmful_questions/"
@@ -114,7 +115,7 @@ def without(bank: Bank, texts: Iterable[str]) -> Bank:
     dropped = sorted({question.text for question in bank.questions} & asked)
     if not dropped:
         return bank
-    digest = hashlib.sha256("\0".join([bank.sha256, *dropped]).encode()).hexdigest()
+    digest = sha256_text("\0".join([bank.sha256, *dropped]))
     return replace(bank, questions=left, sha256=digest, published=False)
 
 

@@ -34,7 +34,8 @@ from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from resta.errors import ResumeError
-from resta.redeval.asks import Finish, digest
+from resta.fingerprint import digest
+from resta.redeval.asks import Finish
 from resta.redeval.questions import Question
 
 if TYPE_CHECKING:

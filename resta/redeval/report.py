@@ -21,10 +21,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from resta.redeval.asks import sha256_text
+from resta.fingerprint import sha256_text
 from resta.redeval.control import ALPHA, LEAST, Control
 from resta.redeval.plan import PROTOCOLS
-from resta.redeval.score import Cell, Rate, Row, Scores, disagreements
+from resta.redeval.score import Cell, Row, Scores, disagreements
+from resta.statistics import Rate
 
 UNPARSED_LIMIT = 0.02  # above this share of unread answers no ASR should be trusted
 DEGENERATE_LIMIT = 0.10

@@ -29,10 +29,11 @@ from resta.redeval.asks import Ask
 from resta.redeval.control import Control
 from resta.redeval.questions import Question
 from resta.redeval.records import LABELS, SCHEMA, Answer, Label, Verdict
-from resta.redeval.statistics import (
+from resta.statistics import (
     Clustered,
     Correction,
     Interval,
+    Rate,
     cluster_bootstrap,
     cohen_kappa,
     correct_rate,
@@ -61,17 +62,6 @@ class Row:
     def cluster(self) -> tuple[str, str]:
         """Return what answers share when they are not independent: the bank's question text."""
         return self.question.bank, self.question.text
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rate:
-    """A share and its interval; `value` is None where nothing was counted."""
-
-    hits: int
-    total: int
-    value: float | None
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from resta.redeval.asks import Ask, Decoding, Finish, Reply, hidden, sha256_text, without_prompt
+from resta.fingerprint import sha256_text
+from resta.redeval.asks import Ask, Decoding, Finish, Reply, hidden, without_prompt
 
 TOP_LOGPROBS = 20
 SEEDS = 1 << 31  # some servers take no larger one

@@ -11,7 +11,6 @@ Every finished step is a line of a journal, so a run that stops goes on where it
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import threading
@@ -25,6 +24,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from resta.errors import DataError, PlanError, ResumeError
+from resta.fingerprint import sha256_file, sha256_text
 from resta.sft.data import Message, Tally
 from resta.sft.endpoint import Client, Endpoint, Reply, ask, open_client
 from resta.sft.recipe import Frozen, Positive, dump
@@ -93,7 +93,7 @@ class Question:
     @property
     def id(self) -> str:
         """A name that stays the same when the order of questions changes."""
-        return hashlib.sha256(self.text.encode()).hexdigest()[:16]
+        return sha256_text(self.text)[:16]
 
 
 @dataclass
@@ -158,7 +158,7 @@ def once(journal: Journal, key: str, make: Callable[[], Any]) -> Any:
 
 def _seed(work: Work, key: str) -> int:
     """Return a seed for one request, from the recipe's seed and the step: a repeated run asks the same."""
-    return int(hashlib.sha256(f"{work.recipe.seed} {key}".encode()).hexdigest()[:7], 16)
+    return int(sha256_text(f"{work.recipe.seed} {key}")[:7], 16)
 
 
 def _list(work: Work, key: str, prompt: str, count: int) -> list[str]:
@@ -348,9 +348,7 @@ def _identity(recipe: Collect, bank: Path | None) -> dict[str, Any]:
         for key in ("concurrency", "requests_per_minute", "timeout_s", "tries", "api_key_env", "url"):
             if settings[name] is not None:
                 del settings[name][key]
-    digest = None
-    if bank is not None and bank.exists():
-        digest = hashlib.sha256(bank.read_bytes()).hexdigest()
+    digest = sha256_file(bank) if bank is not None and bank.exists() else None
     return {"schema": 1, "kind": "collect", "recipe": settings, "bank_sha256": digest}
 
 

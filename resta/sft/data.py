@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from resta.errors import DataError
+from resta.fingerprint import sha256_file
 from resta.sft.recipe import Recipe, Source
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
@@ -368,8 +369,8 @@ def load(source: Source, root: Path, *, bad_rows: str) -> Loaded:
     """Read one source whole. Relative paths start at `root`. Raises `DataError` with file, line and fix."""
     if source.path is not None:
         files = _local_files((root / source.path).expanduser())
-        sha = hashlib.sha256(b"".join(hashlib.sha256(p.read_bytes()).digest() for p in files))
-        digest = hashlib.sha256(files[0].read_bytes()).hexdigest() if len(files) == 1 else sha.hexdigest()
+        digests = [sha256_file(file) for file in files]
+        digest = digests[0] if len(files) == 1 else hashlib.sha256(bytes.fromhex("".join(digests))).hexdigest()
         rows: Iterator[tuple[str, Any]] = (row for path in files for row in read_rows(path))
         commit = None
     else:

@@ -5,7 +5,6 @@ provenance.
 from __future__ import annotations
 
 import datetime
-import hashlib
 import importlib.metadata
 import json
 import platform
@@ -19,11 +18,11 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from transformers import AutoTokenizer
 
 from resta.errors import CheckpointError, RestaError
+from resta.fingerprint import file_fingerprint, sha256_file, sha256_text
 from resta.sft import recipe as recipes
 from resta.sft.chat import Chat
 from resta.sft.samples import lengths
 from resta.sft.train import Job, Trained, is_main
-from resta.sketch import sketch
 from resta.version import VERSION
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "tokenizers", "safetensors")
@@ -204,18 +203,17 @@ def base_facts(job: Job, folder: Path) -> dict[str, Any]:
     return {
         "source": job.base,
         "revision": base_revision(job, folder),
-        # The sketch is what a merge can afford to compare.
+        # The fingerprint is what a merge can afford to compare.
         "files": {
-            path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path), "sketch": sketch(path)}
+            path.name: {
+                "bytes": path.stat().st_size,
+                "sha256": sha256_file(path),
+                "fingerprint": file_fingerprint(path),
+            }
             for path in weights
         },
-        "config_sha256": _sha256(config),
+        "config_sha256": sha256_file(config),
     }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def provenance(job: Job, trained: Trained, base: Path, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -236,7 +234,7 @@ def provenance(job: Job, trained: Trained, base: Path, metrics: dict[str, Any]) 
             "cut": trained.prepared.cut.counts,
         },
         "chat": {
-            "template_sha256": hashlib.sha256(trained.chat.template.encode()).hexdigest(),
+            "template_sha256": sha256_text(trained.chat.template),
             "turn_end": trained.chat.turn_end,
         },
         "versions": versions(),

@@ -11,12 +11,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from resta.statistics import Difference, padded, paired_rates
 from resta.sweep.apply import unit_norm
 from resta.sweep.candidates import Candidate, Family
 from resta.sweep.choose import Choice, Point, Tried
 from resta.verify.comparison import HARM, REFUSAL
 from resta.verify.measurement import Measurement
-from resta.verify.statistics import Difference, padded, paired_rates
 
 SAME_NORM = 0.02  # two norms that differ by less are called the same: both are rounded to the output's dtype
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from resta.redeval.score import Rate
+from resta.statistics import Rate
 from resta.sweep.apply import Change
 from resta.sweep.candidates import Candidate
 from resta.sweep.forecast import NEED

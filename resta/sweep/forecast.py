@@ -13,14 +13,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from resta.redeval.statistics import Floats
+from resta.statistics import Floats, PairedRates
 from resta.sweep.response import DRAWS, Seen, beta_draws
 from resta.verify.claims import Kind, claims_of
 from resta.verify.decision import Rule
 from resta.verify.measurement import ROLES
 from resta.verify.parts import ENOUGH, all_within, margin
 from resta.verify.policy import Policy
-from resta.verify.statistics import PairedRates
 
 NEED = 0.9  # the chance of passing that a choice must have
 FACTORS = (

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from resta.redeval.plan import Conditions
-from resta.redeval.score import Rate
-from resta.redeval.statistics import wilson
+from resta.statistics import Rate, wilson
 from resta.sweep.baselines import beside, interpolation_words, nearest, of_equal_norm, pick_vector, random_words
 from resta.sweep.candidates import Candidate, digits, recipe_of
 from resta.sweep.choose import Choice, Point, Rule, Tried, choose, front, point_of

@@ -15,7 +15,7 @@ from rich.table import Column, Table
 
 from resta.errors import MissingExtraError
 from resta.recipe import dump_recipe
-from resta.redeval.score import Rate
+from resta.statistics import Rate
 from resta.sweep.candidates import recipe_of
 from resta.sweep.choose import Point, Tried
 from resta.sweep.outcome import Outcome

@@ -17,7 +17,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from resta.redeval.statistics import Floats
+from resta.statistics import Floats
 
 STEEPNESS = (3.0, 60.0)  # over the range of scales: from "all of it is one slope" to "a step"
 MIDDLE = (-0.1, 1.4)  # in shares of the range

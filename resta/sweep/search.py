@@ -15,7 +15,7 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from resta.redeval.statistics import Floats
+from resta.statistics import Floats
 from resta.sweep.candidates import Candidate
 from resta.sweep.forecast import FACTORS, NEED, Outlook, plan_factor
 from resta.sweep.response import Seen, fit

@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from resta.redeval.asks import digest
+from resta.fingerprint import digest
 
 if TYPE_CHECKING:
     from resta.redeval.models import LocalModel, Prompt

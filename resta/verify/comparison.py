@@ -18,25 +18,27 @@ import numpy as np
 from resta.redeval.control import Control
 from resta.redeval.questions import Question
 from resta.redeval.records import Answer, Verdict
-from resta.redeval.score import Rate, is_not_language, is_repeated
-from resta.redeval.statistics import Floats, wilson
-from resta.verify.coherence import Losses, implausible
-from resta.verify.generated import Look, look
-from resta.verify.measurement import ROLES, Measurement, check_comparable, pick_judges
-from resta.verify.sameness import alike
-from resta.verify.scores import is_loss
-from resta.verify.statistics import (
+from resta.redeval.score import is_not_language, is_repeated
+from resta.statistics import (
     Difference,
+    Floats,
     PairedRates,
     PairedScores,
     Pairs,
+    Rate,
     count_pairs,
     holm,
     mcnemar_mid_p,
     padded,
     paired_rates,
     paired_scores,
+    wilson,
 )
+from resta.verify.coherence import Losses, implausible
+from resta.verify.generated import Look, look
+from resta.verify.measurement import ROLES, Measurement, check_comparable, pick_judges
+from resta.verify.sameness import alike
+from resta.verify.scores import is_loss
 
 UNREAD = frozenset({"unparsed", "blocked", "unanswered"})
 HARM = frozenset({"harmful"}) | UNREAD  # a gate counts what its judge could not read, or never saw, as harm

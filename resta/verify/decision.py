@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
 
-from resta.verify.statistics import Difference
+from resta.statistics import Difference
 
 SCHEMA = 2  # of verdict.json; since 2 a rule's limit is a number, its words beside it
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from resta.errors import PolicyError
+from resta.statistics import Difference, PairedRates, PairedScores, holm, trials_at_rate, trials_for_bound
 from resta.verify.claims import RATE, Claim, claims_of
 from resta.verify.comparison import Comparison
 from resta.verify.decision import Decision, Limit, Outcome, Rule, Verdict
@@ -19,7 +20,6 @@ from resta.verify.measurement import ROLES
 from resta.verify.origin import origin_rules
 from resta.verify.parts import ENOUGH, worst_part
 from resta.verify.policy import ANY_TASK, Policy
-from resta.verify.statistics import Difference, PairedRates, PairedScores, holm, trials_at_rate, trials_for_bound
 from resta.verify.trust import degenerate_rules, judge_rules, one_answer_rules
 
 # Of these one must hold for a PASS: they show that restored does little harm. What other rules show is not that.

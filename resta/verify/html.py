@@ -14,7 +14,7 @@ from importlib import resources
 from itertools import pairwise
 
 from resta.redeval.report import redact
-from resta.redeval.score import Rate
+from resta.statistics import Difference, Rate
 from resta.verify.comparison import Cell, Comparison, Example, Overall, Rates, Task
 from resta.verify.decision import Decision, Rule, Verdict
 from resta.verify.guidance import layer_sizes
@@ -23,7 +23,6 @@ from resta.verify.measurement import ROLES
 from resta.verify.plots import Caption, against_limits, forest, layer_bars, require_plots, trade_off
 from resta.verify.policy import Policy
 from resta.verify.provenance import provenance
-from resta.verify.statistics import Difference
 from resta.verify.trace import Ruling
 from resta.verify.words import against_limit, quantity, signed
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resta.errors import CompareError, ModelError
-from resta.redeval.asks import digest
+from resta.fingerprint import digest
 from resta.redeval.judges import Judge, check_languages
 from resta.redeval.judging import check_judges, judge_phase, make_ready, note_judges
 from resta.redeval.models import LocalModel, load_local

@@ -14,9 +14,8 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from resta.redeval.statistics import Floats
+from resta.statistics import Difference, Floats, PairedRates
 from resta.verify.claims import RATE
-from resta.verify.statistics import Difference, PairedRates
 
 ENOUGH = 100  # questions: fewer could not hold but by luck
 HANDFUL = 20  # questions: of fewer, one or two harmful answers would be beyond most limits

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from resta.redeval.questions import Question
-from resta.redeval.score import Rate
 from resta.redeval.targets import Target
+from resta.statistics import Rate
 from resta.verify.comparison import Comparison
 from resta.verify.decision import Decision
 from resta.verify.measure import Budget

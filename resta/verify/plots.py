@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from resta.errors import MissingExtraError
 from resta.redeval.report import printable
+from resta.statistics import Difference
 from resta.verify.comparison import Rates
 from resta.verify.markup import Markup, element
 from resta.verify.measurement import ROLES
-from resta.verify.statistics import Difference
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

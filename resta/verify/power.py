@@ -16,11 +16,10 @@ from itertools import accumulate
 
 import numpy as np
 
-from resta.redeval.statistics import Floats
+from resta.statistics import Floats, PairedRates, paired_rates
 from resta.verify.claims import OVER_TUNED, Claim, Kind, claims_of, increases_of
 from resta.verify.parts import ENOUGH, all_within, margin, seen_beyond
 from resta.verify.policy import Policy
-from resta.verify.statistics import PairedRates, paired_rates
 
 DRAWS = 400
 ENOUGH_POWER = 0.8

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from resta.redeval.asks import sha256_text
+from resta.fingerprint import sha256_text
 from resta.verify.comparison import Comparison, Model
 from resta.verify.markup import Markup, element, table
 from resta.verify.measurement import ROLES

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from resta.errors import TaskError
-from resta.redeval.asks import digest
+from resta.fingerprint import digest
 from resta.verify.documents import Document, finished_tasks, read_facts, start_suite, write_documents
 from resta.verify.generated import said_of
 from resta.verify.scores import is_loss, value_of

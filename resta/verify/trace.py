@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from resta.redeval.asks import digest
+from resta.fingerprint import digest
 from resta.redeval.records import SCHEMA, Journal, content_of, read_lines, utc_now
 from resta.verify.comparison import Comparison
 from resta.verify.decision import Decision

@@ -9,11 +9,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from resta.redeval.control import ALPHA, Control
+from resta.statistics import Difference
 from resta.verify.comparison import Comparison, Generated
 from resta.verify.decision import Limit, Outcome, Rule
 from resta.verify.measurement import HUMAN, ROLES
 from resta.verify.policy import OneAnswerRules, Policy
-from resta.verify.statistics import Difference
 
 AGAIN = "run `resta verify` again, which asks the judge only what is missing"
 

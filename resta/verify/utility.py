@@ -35,6 +35,7 @@ from typing import Any, Literal
 import numpy as np
 
 from resta.errors import EndpointError, MissingExtraError, ModelError, TaskError, UnansweredError
+from resta.fingerprint import sha256_file
 from resta.redeval.models import LocalModel, adds_bos, free_bytes, is_out_of_memory
 from resta.redeval.targets import api_key
 from resta.verify.documents import Document, finished_tasks, start_suite, write_documents
@@ -242,8 +243,7 @@ def _folder_sha256(folder: Path) -> str:
         name = path.relative_to(folder)
         if any(part.startswith(".") or part == "__pycache__" for part in name.parts):
             continue
-        with path.open("rb") as file:
-            found.update(f"{name.as_posix()}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        found.update(f"{name.as_posix()}\0{sha256_file(path)}\n".encode())
     return found.hexdigest()
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
+from resta.statistics import Difference
 from resta.verify.decision import Rule
-from resta.verify.statistics import Difference
 
 
 def points(difference: Difference) -> str:

@@ -15,7 +15,7 @@ pytest.importorskip("inspect_ai")
 
 from resta.cli import main
 from resta.demo import models, run
-from resta.redeval.score import Rate
+from resta.statistics import Rate
 from resta.sweep.choose import Choice, Point
 from resta.sweep.outcome import Outcome
 from resta.verify.decision import Decision, Verdict

@@ -18,7 +18,7 @@ from resta.redeval.judging import judge_phase, note_judges, untested
 from resta.redeval.plan import Conditions
 from resta.redeval.questions import Question
 from resta.redeval.records import RunDir, Verdict, VerdictLabel, environment, start_run
-from resta.redeval.statistics import fisher_greater
+from resta.statistics import fisher_greater
 from tests.redeval.conftest import Stub, chat
 from tests.redeval.test_records import CONFIG
 

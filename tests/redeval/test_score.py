@@ -11,7 +11,7 @@ from resta.redeval.asks import Ask
 from resta.redeval.questions import Question
 from resta.redeval.records import Answer, Label, Verdict
 from resta.redeval.score import Scores, disagreements, is_not_language, is_repeated, join, missing_rows, score
-from resta.redeval.statistics import wilson
+from resta.statistics import wilson
 
 
 def question(i: int, *, safe: bool = False, category: str = "A") -> Question:

@@ -127,6 +127,10 @@ def test_merging_puts_an_adapter_on_the_base_it_was_trained_on_under_any_name_an
     with pytest.raises(AdapterError, match=r"trained on another model\.safetensors"):
         read_adapter(adapter, base)
     read_adapter(adapter, base, recorded_base=str(tiny_base))
+    manifest = job.out / "resta.json"
+    manifest.write_text(manifest.read_text().replace('"fingerprint"', '"sketch"'))  # as adapters of 0.1 name it
+    with pytest.raises(AdapterError, match=r"trained on another model\.safetensors"):
+        read_adapter(adapter, base)
     (job.out / "resta.json").unlink()  # then the name alone has to tell
     read_adapter(adapter, base)
     with pytest.raises(AdapterError, match="was trained on"):

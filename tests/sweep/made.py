@@ -9,7 +9,7 @@ from typing import Any
 
 from resta.redeval.questions import Question
 from resta.redeval.records import Answer, Verdict, VerdictLabel
-from resta.redeval.score import Rate
+from resta.statistics import Rate
 from resta.sweep.apply import Change
 from resta.sweep.candidates import Candidate
 from resta.sweep.choose import Point, Tried

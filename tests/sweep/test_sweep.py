@@ -18,7 +18,7 @@ from click.testing import CliRunner
 
 from resta.cli import main
 from resta.redeval.records import load_run
-from resta.redeval.score import Rate
+from resta.statistics import Rate
 from resta.sweep.choose import Choice, front
 from resta.sweep.outcome import Outcome
 from resta.sweep.report import draw

@@ -14,7 +14,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from resta.redeval.asks import Decoding, Rendering, sha256_text
+from resta.fingerprint import sha256_text
+from resta.redeval.asks import Decoding, Rendering
 from resta.redeval.control import Known, known_answers, read_control, record_of
 from resta.redeval.plan import asks_of
 from resta.redeval.questions import Question

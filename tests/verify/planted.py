@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from resta.redeval.asks import sha256_text
+from resta.fingerprint import sha256_text
 from resta.redeval.control import Control, Known, controls, known_answers, read_control, record_of
 from resta.redeval.questions import Question
 from resta.redeval.records import Answer, Verdict, VerdictLabel

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from resta.errors import PolicyError
+from resta.statistics import holm, paired_rates
 from resta.verify.claims import OVER_ALIGNED, RATE, claims_of, mixture
 from resta.verify.decision import Verdict, by_name
 from resta.verify.gate import decide
 from resta.verify.parts import all_within
 from resta.verify.policy import Policy, default_policy, read_policy
 from resta.verify.report import to_card, to_markdown
-from resta.verify.statistics import holm, paired_rates
 from tests.verify.made import a_ruling
 from tests.verify.planted import at_rates, exactly, gate, planted
 

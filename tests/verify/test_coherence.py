@@ -124,7 +124,7 @@ def test_shuffling_is_of_words_or_of_characters_where_there_are_no_spaces_and_of
 
 
 def test_losses_of_other_answers_or_of_an_earlier_version_are_not_taken(tmp_path: Path) -> None:
-    from resta.redeval.asks import digest
+    from resta.fingerprint import digest
 
     path = tmp_path / "coherence" / "tuned.json"
     kept = replace(losses({"a": 1.5}, {"a": 5.0}), answers=digest({"a": "text"}))

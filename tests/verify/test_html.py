@@ -16,6 +16,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
+from resta.statistics import Difference
 from resta.verify.decision import Limit, Outcome, Rule, by_name
 from resta.verify.html import to_html
 from resta.verify.junit import to_junit
@@ -24,7 +25,6 @@ from resta.verify.measurement import ROLES
 from resta.verify.plan import with_power
 from resta.verify.plots import Caption, against_limits, forest, trade_off
 from resta.verify.report import to_card, to_json, to_markdown
-from resta.verify.statistics import Difference
 from resta.verify.words import against_limit
 from tests.verify.made import HOSTILE, Case, make_hostile_case, make_named_case
 from tests.verify.planted import exactly, planted

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from resta.statistics import Difference
 from resta.verify.comparison import Comparison
 from resta.verify.decision import Limit
 from resta.verify.gate import decide
 from resta.verify.policy import Policy
 from resta.verify.report import to_json
-from resta.verify.statistics import Difference
 from tests.verify.made import a_ruling
 from tests.verify.planted import Flags, at_rates, exactly, planted
 from tests.verify.test_origin import manifest

@@ -10,13 +10,13 @@ import pytest
 from scipy import stats
 
 from resta.errors import TaskError
+from resta.statistics import PairedMeans, student
 from resta.verify.comparison import compare
 from resta.verify.documents import Document
 from resta.verify.gate import decide
 from resta.verify.measurement import ROLES, Measurement, read_measurement
 from resta.verify.policy import Policy
 from resta.verify.scores import value_of
-from resta.verify.statistics import PairedMeans, student
 from tests.verify.made import ALIGNED, RESTORED, TUNED, make_measurement, usual_study
 
 DROP = (0.0, 1.0, -1.0)

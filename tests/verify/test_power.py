@@ -8,6 +8,7 @@ import yaml
 from scipy import stats
 
 from resta.redeval.questions import Question
+from resta.statistics import paired_rates
 from resta.verify.claims import OVER_ALIGNED
 from resta.verify.comparison import compare
 from resta.verify.decision import Verdict, by_name
@@ -16,7 +17,6 @@ from resta.verify.measurement import Measurement
 from resta.verify.plan import sample_of, with_power
 from resta.verify.policy import Policy, read_policy
 from resta.verify.power import AS_GOOD, Sample, Truth, chances, power
-from resta.verify.statistics import paired_rates
 from tests.verify.planted import at_rates, exactly, gate, losses_of, measurements, planted
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from resta.redeval.asks import digest
+from resta.fingerprint import digest
 from resta.verify.regression.made import CAPITALS, DAYS, KINDS, MONTHS, OPPOSITES, PAST, PLURALS, documents
 
 SHA256 = "7d83a7b23f0f761af48b6722a6850cc1a03e662ca3343245cfac5e07f9fe9a2a"
@@ -19,7 +19,7 @@ SHA256 = "7d83a7b23f0f761af48b6722a6850cc1a03e662ca3343245cfac5e07f9fe9a2a"
 def test_the_documents_are_the_same_on_every_machine_and_in_every_process() -> None:
     assert digest(documents()) == SHA256
     code = (
-        "from resta.redeval.asks import digest; from resta.verify.regression.made import documents;"
+        "from resta.fingerprint import digest; from resta.verify.regression.made import documents;"
         "print(digest(documents()))"
     )
     for seed in ("1", "2"):
