@@ -5,17 +5,35 @@ RESTA (Bhardwaj, Do and Poria, ACL 2024, arXiv 2402.11746), streamed over checkp
     import resta
     tuned, aligned, base = (resta.load(path) for path in ("tuned", "aligned", "base"))
     (tuned + 0.5 * (aligned - base)).save("restored")
+    resta.audit("restored", moved={"tuned": "tuned", "aligned": "aligned", "base": "base"}).raise_if_any()
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from resta.lazy import lazily
 from resta.version import VERSION as __version__
 
 if TYPE_CHECKING:
+    from resta import redeval, sft, sweep, verify
     from resta.algebra import Checkpoint, Delta, Merge, dare, load
+    from resta.auditing import audit
+    from resta.distance import diff
     from resta.engine import merge, tensors
     from resta.errors import RestaError
     from resta.recipe import Recipe, load_recipe
+else:
+    __getattr__ = lazily(
+        "resta",
+        {
+            **dict.fromkeys(("Checkpoint", "Delta", "Merge", "dare", "load"), "algebra"),
+            **dict.fromkeys(("merge", "tensors"), "engine"),
+            **dict.fromkeys(("Recipe", "load_recipe"), "recipe"),
+            "RestaError": "errors",
+            "audit": "auditing",
+            "diff": "distance",
+            **{package: package for package in ("redeval", "sft", "sweep", "verify")},
+        },
+    )
 
 __all__ = [
     "Checkpoint",
@@ -24,31 +42,15 @@ __all__ = [
     "Recipe",
     "RestaError",
     "__version__",
+    "audit",
     "dare",
+    "diff",
     "load",
     "load_recipe",
     "merge",
+    "redeval",
+    "sft",
+    "sweep",
     "tensors",
+    "verify",
 ]
-
-_HOMES = {
-    "Checkpoint": "algebra",
-    "Delta": "algebra",
-    "Merge": "algebra",
-    "dare": "algebra",
-    "load": "algebra",
-    "RestaError": "errors",
-    "merge": "engine",
-    "tensors": "engine",
-    "Recipe": "recipe",
-    "load_recipe": "recipe",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used, so that `import resta` and `resta --help` are instant."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'resta' has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f"resta.{_HOMES[name]}"), name)

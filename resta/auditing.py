@@ -66,7 +66,7 @@ Progress = Callable[[str, int, int], None]  # tensor or file, its bytes, which a
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class Audit:
     """What an audit checked and found, and in `not_proved` what it leaves open, each as the end of a sentence.
 
     `elements` and `tensors` count what was recomputed. `sha256` is of every file of the output, and of every input
@@ -100,8 +100,10 @@ def audit(
     moved: Mapping[str, str] | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
-) -> Report:
+) -> Audit:
     """Check a finished merge: every file, every claim of its manifest, inputs, and tensors by recomputing them.
+
+        resta.audit("restored", moved={"tuned": "tuned", "aligned": "aligned", "base": "base"}).raise_if_any()
 
     Args:
         out: the directory that a merge made.
@@ -133,7 +135,7 @@ def audit(
     digests, hashing_s = hash_files(named, workers, lambda path: report(named[path], path.stat().st_size))
     findings += _check_directory(out, manifest, plan, {outputs.get(p, p): d for p, d in digests.items()})
     elements = _check_tensors(tasks, workers, report, findings)
-    return Report(
+    return Audit(
         out=out,
         files=len({fact.file for fact in manifest.tensors.values()}),
         checksums=len(tasks),

@@ -95,9 +95,17 @@ class Diff:
 
 
 def diff(
-    a: str, b: str, *, on: str | None = None, workers: int | None = None, progress: Progress | None = None
+    a: str | Path,
+    b: str | Path,
+    *,
+    on: str | Path | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
 ) -> Diff:
     """Compare two checkpoints.
+
+        for kind, distance in resta.diff("base", "tuned").modules.items():
+            print(kind, distance.relative)
 
     Args:
         a: a directory, a Hub id, or a LoRA adapter.
@@ -110,7 +118,7 @@ def diff(
         RequestError: a model cannot be read, or an adapter came without `on`.
         RestaError: reading failed.
     """
-    models = _read(a, b, on)
+    models = _read(str(a), str(b), None if on is None else str(on))
     weights_a, weights_b = models["A"], models["B"]
     pairs: dict[str, tuple[Operand, Operand, int]] = {}
     mismatches: dict[str, str] = {}

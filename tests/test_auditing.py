@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import resta.auditing
-from resta.auditing import Report, audit, choose_tensors, philox_words, read_manifest, round_values
+from resta.auditing import Audit, audit, choose_tensors, philox_words, read_manifest, round_values
 from resta.cli import main
 from resta.engine import merge
 from resta.errors import AuditError, CheckpointError
@@ -48,7 +48,7 @@ def make(folder: Path, models: dict[str, Any], **recipe: Any) -> Path:
     return folder
 
 
-def audited(out: Path, **options: Any) -> Report:
+def audited(out: Path, **options: Any) -> Audit:
     return audit(out, **{"moved": PLACES.get(out), **options})
 
 

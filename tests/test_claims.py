@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resta import engine
-from resta.auditing import Report, audit
+from resta.auditing import Audit, audit
 from resta.claims import output_digests, read_manifest
 from resta.cli import main
 from resta.errors import AuditError, CheckpointError
@@ -78,11 +78,11 @@ def moved(made: tuple[Path, dict[str, str]]) -> dict[str, str]:
     return made[1]
 
 
-def problems(report: Report) -> list[str]:
+def problems(report: Audit) -> list[str]:
     return [f"{finding.what}: {finding.problem}" for finding in report.findings]
 
 
-def assert_found(report: Report, *parts: str) -> None:
+def assert_found(report: Audit, *parts: str) -> None:
     assert any(all(part in line for part in parts) for line in problems(report)), problems(report)
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ LAYERS = {
     name: number
     for number, names in enumerate(
         (
-            "version errors kernels statistics unique_keys page files coverage compatibility",
+            "version errors lazy kernels statistics unique_keys page files coverage compatibility",
             "mergekit fingerprint",
             "header hub recipe chat_templates",
             "checkpoint safety",
@@ -47,13 +48,43 @@ def imports_of(file: Path) -> set[str]:
 
 def test_the_public_surface_is_this() -> None:
     assert sorted(resta.__all__) == [
-        "Checkpoint", "Delta", "Merge", "Recipe", "RestaError", "__version__", "dare", "load", "load_recipe", "merge",
-        "tensors",
+        "Checkpoint", "Delta", "Merge", "Recipe", "RestaError", "__version__", "audit", "dare", "diff", "load",
+        "load_recipe", "merge", "redeval", "sft", "sweep", "tensors", "verify",
     ]  # fmt: skip
     for name in resta.__all__:
         assert getattr(resta, name) is not None
     with pytest.raises(AttributeError):
         resta.nothing  # noqa: B018
+
+
+def test_public_names_are_themselves_after_every_module_is_imported(trio: dict[str, str], tmp_path: Path) -> None:
+    script = """
+import importlib, pkgutil, sys, types, resta
+for module in pkgutil.walk_packages(resta.__path__, "resta."):
+    if module.name != "resta.__main__":
+        importlib.import_module(module.name)
+packages = [resta.redeval, resta.sft, resta.sweep, resta.verify]
+assert all(isinstance(package, types.ModuleType) for package in packages)
+for package in (resta, *packages):
+    for name in getattr(package, "__all__", ()):
+        named = getattr(package, name)
+        assert named in packages or not isinstance(named, types.ModuleType), f"{package.__name__}.{name} is a module"
+out, tuned, aligned, base = sys.argv[1:]
+models = {name: resta.load(path) for name, path in dict(tuned=tuned, aligned=aligned, base=base).items()}
+(models["tuned"] + 0.5 * (models["aligned"] - models["base"])).save(out)
+resta.audit(out, moved=dict(tuned=tuned, aligned=aligned, base=base)).raise_if_any()
+assert resta.diff(tuned, out).total.relative > 0
+"""
+    arguments = [str(tmp_path / "out"), trio["tuned"], trio["aligned"], trio["base"]]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+
+
+def test_the_types_are_shipped() -> None:
+    assert (PACKAGE / "py.typed").is_file()
+    settings = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())
+    assert "py.typed" in settings["tool"]["setuptools"]["package-data"]["resta"]
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -13,7 +13,8 @@ from typing import Any
 import click
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from resta.auditing import Report, audit
+import resta
+from resta.auditing import Audit
 from resta.checkpoint import following_links
 from resta.errors import RecipeError
 from resta.page import console, printable
@@ -48,7 +49,7 @@ def command(
     every element. Exit code 1 and a list of findings if anything differs. What an audit does not prove is printed too.
     """
     with following_links(trusted=follow_links), byte_progress("tensors", shown=sys.stderr.isatty()) as progress:
-        report = audit(out, sample=sample, moved=_parse_moved(moved), workers=workers, progress=progress)
+        report = resta.audit(out, sample=sample, moved=_parse_moved(moved), workers=workers, progress=progress)
     if as_json:
         click.echo(json.dumps(describe(report), indent=1))  # escaped: a file's name need not be text
     else:
@@ -56,7 +57,7 @@ def command(
     report.raise_if_any()
 
 
-def _print(report: Report) -> None:
+def _print(report: Audit) -> None:
     """Print the verdict if it is a good one, what it rests on, and in any case what it does not prove."""
     if not report.findings:
         click.echo(
@@ -70,7 +71,7 @@ def _print(report: Report) -> None:
         click.echo(f"not proved: {printable(item)}")
 
 
-def describe(report: Report) -> dict[str, Any]:
+def describe(report: Audit) -> dict[str, Any]:
     """Return a report as a versioned document."""
     return {"schema": SCHEMA, "kind": "audit", "passed": not report.findings, **asdict(report), "out": str(report.out)}
 

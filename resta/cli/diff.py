@@ -9,9 +9,10 @@ from pathlib import Path
 import click
 from rich.table import Table
 
+import resta
 from resta.checkpoint import following_links
 from resta.cli.audit import byte_progress
-from resta.distance import Diff, Distance, diff, require_plots, write_json, write_plot
+from resta.distance import Diff, Distance, require_plots, write_json, write_plot
 from resta.errors import RecipeError
 from resta.page import console, printable
 
@@ -52,7 +53,7 @@ def command(
         if path and not path.absolute().parent.is_dir():
             raise RecipeError(f"{path}: there is no directory {path.absolute().parent}")
     with following_links(trusted=follow_links), byte_progress("comparing", shown=sys.stderr.isatty()) as progress:
-        result = diff(a, b, on=on, workers=workers, progress=progress)
+        result = resta.diff(a, b, on=on, workers=workers, progress=progress)
     _print(result)
     if json_file:
         write_json(result, json_file)
