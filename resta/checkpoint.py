@@ -10,7 +10,7 @@ import errno
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -275,18 +275,6 @@ def _open_input(path: Path) -> int:
         raise ChangedError(f"{path}: is gone since the merge was planned") from error
     except OSError as error:
         raise RestaError(f"{path}: cannot be opened: {error.strerror}") from error
-
-
-def same_content(pairs: Sequence[tuple[Operand, Operand]], reader: Reader) -> bool:
-    """Whether both tensors of every pair are the same by their bytes; where models differ, a few blocks mostly tell.
-
-    False where only arithmetic could tell: of an adapter, or where dtypes or shapes differ.
-    """
-    for mine, theirs in pairs:
-        if mine.low_rank or theirs.low_rank or (mine.dtype, mine.shape) != (theirs.dtype, theirs.shape):
-            return False
-    probed = all(same_bytes(mine.stored, theirs.stored, reader, most=PROBE_BYTES) for mine, theirs in pairs)
-    return probed and all(same_bytes(mine.stored, theirs.stored, reader) for mine, theirs in pairs)
 
 
 def same_bytes(mine: Stored, theirs: Stored, reader: Reader, *, most: int | None = None) -> bool:

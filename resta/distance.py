@@ -27,8 +27,9 @@ from resta.errors import MissingExtraError, RecipeError
 from resta.header import DTYPE_BITS, FLOAT_DTYPES, Spec
 from resta.hub import locate
 from resta.manifest import layer_of
-from resta.plan import Slot, Step, StepTerm, read_models
-from resta.recipe import make_recipe
+from resta.opened import open_models
+from resta.plan import Slot, Step, StepTerm
+from resta.recipe import make_models
 from resta.version import VERSION
 
 SCHEMA = 1
@@ -281,15 +282,16 @@ def _read(a: str, b: str, on: str | None) -> dict[str, Weights]:
         raise RecipeError(f"{name}: is a LoRA adapter; name the model that it is on: --on {recorded or 'BASE'}")
     if on is not None and not adapters:
         raise RecipeError(f"--on {on}: neither {a} nor {b} is a LoRA adapter; leave it out")
-    models: dict[str, dict[str, str]] = {
+    named: dict[str, dict[str, str]] = {
         name: {"source": source, "on": "base", "recorded_base": base_name(folders[name])}
         if name in adapters
         else {"source": source}
         for name, source in (("A", a), ("B", b))
     }
     if on is not None:
-        models["base"] = {"source": on}
-    return read_models(make_recipe({"models": models, "start": "A", "terms": [{"delta": "B - A", "scale": 1.0}]}))
+        named["base"] = {"source": on}
+    models = make_models(named)
+    return open_models(models).of(models)
 
 
 def _comparable(mine: Operand, theirs: Operand) -> tuple[int | None, str | None]:

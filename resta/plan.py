@@ -10,25 +10,23 @@ import fnmatch
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from resta.adapter import is_adapter, read_adapter
-from resta.checkpoint import LowRank, Operand, Reader, Stored, Weights, read_weights, same_bytes, same_content
+from resta.checkpoint import LowRank, Operand, Stored, Weights
 from resta.compatibility import differences
 from resta.coverage import Coverage, Ledger, readable_share
 from resta.errors import PlanError
 from resta.header import FLOAT_DTYPES, Spec, count_bytes, lay_out
-from resta.hub import locate
 from resta.naming import extra_advice, missing_advice
+from resta.opened import Opened, open_models
 from resta.page import printable
 from resta.recipe import Recipe, Rule
-from resta.sidefiles import SideFile, plan_side_files, tokenizer_conflict
-from resta.tied import untie
+from resta.sidefiles import SideFile, plan_side_files
 from resta.version import MERGE_CODE, VERSION
 
 DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -168,53 +166,33 @@ def stored_bytes(operand: Operand) -> int:
     return sum(part.spec.nbytes for part in stored_parts(operand))
 
 
-def read_models(recipe: Recipe) -> dict[str, Weights]:
-    """Locate every model of a recipe and read its headers, adapters on their bases.
-
-    Raises:
-        CheckpointError, HeaderError, AdapterError: a model cannot be read.
-        PlanError: `on` is said of a full model, or missing for an adapter.
-    """
-    located = {name: locate(model.source) for name, model in recipe.models.items()}
-    full, adapters = {}, {}
-    for name, model in recipe.models.items():
-        if is_adapter(located[name].folder):
-            if model.on is None:
-                raise PlanError(f"{name} ({model.source}) is a LoRA adapter: say which model it is `on`")
-            adapters[name] = model
-        elif model.on is not None:
-            raise PlanError(f"{name} ({model.source}) is a full model, not an adapter: `on` cannot be said of it")
-        else:
-            full[name] = read_weights(located[name], strip_prefix=model.strip_prefix)
-    for name, model in adapters.items():
-        if model.on in adapters:
-            raise PlanError(f"{name} is on {model.on}, which is an adapter itself; merge that one first")
-    mounted = {
-        name: read_adapter(located[name], full[str(model.on)], recorded_base=model.recorded_base)
-        for name, model in adapters.items()
-    }
-    models = {name: (full | mounted)[name] for name in recipe.models}
-    if any(model.is_untied for model in mounted.values()):  # then all are, so that every output layer finds its peers
-        models = {name: untie(model) for name, model in models.items()}
-    return models
-
-
-def make_plan(recipe: Recipe) -> Plan:
+def make_plan(recipe: Recipe, *, weights: Opened | None = None) -> Plan:
     """Turn a recipe into steps.
+
+    Args:
+        recipe: what is asked for.
+        weights: its models and perhaps more, opened already; for whoever makes several plans of the same models.
 
     Raises:
         PlanError: with every reason why the models, the rules and the recipe do not fit together.
         CheckpointError, HeaderError, AdapterError: a model cannot be read.
     """
-    weights = read_models(recipe)
+    opened = weights or open_models(recipe.models)
+    models = opened.of(recipe.models)
     problems = _Problems()
-    _check_models(recipe, weights, problems)
-    _check_terms(recipe, weights, problems)
+    _check_models(recipe, models, opened, problems)
+    _check_terms(recipe, models, problems)
     matcher = _Matcher(recipe.rules)
     ledgers = [Ledger() for _ in recipe.terms]
-    drafts = list(_draft_steps(recipe, weights, matcher, problems, ledgers))
-    _check_extras(recipe, weights, matcher, problems)
-    _check_donor(recipe, weights, drafts, matcher, problems)
+    start = models[recipe.start]
+    drafts = [
+        _draft_step(recipe, name, operand, _Draft(models, start, matcher(name), problems, opened, ledgers))
+        for name, operand in start.tensors.items()
+    ]
+    _check_extras(recipe, models, matcher, problems)
+    if not opened.has_config(recipe.files_from):
+        problems.add(recipe.files_from, "has no config.json; name a model that has one in output.files_from")
+    _check_donor(recipe, models, drafts, matcher, problems)
     for rule in matcher.unmatched():
         problems.add("rules", f"no tensor is decided by the rule {', '.join(rule.globs)!r}; remove or correct it")
     if recipe.output.rounding == "stochastic" and not any(step.rounding_key is not None for step in drafts):
@@ -222,19 +200,18 @@ def make_plan(recipe: Recipe) -> Plan:
     problems.raise_if_any()
     coverage = tuple(ledger.close() for ledger in ledgers)
     _check_coverage(recipe, coverage, problems)
-    _check_zero(recipe, weights, drafts, coverage, problems)
+    _check_zero(recipe, models, opened, drafts, coverage, problems)
     problems.raise_if_any()
     heads, steps = _place(drafts, recipe.output.shard_size)
-    donor = weights[recipe.files_from]
+    found, left_out = opened.side_files(recipe.files_from)
     dtypes = [(step.slot.spec.dtype, step.slot.spec.nbytes) for step in steps]
-    side_files, left_out = plan_side_files(donor, dtypes)
     return Plan(
         recipe=recipe,
-        weights=weights,
+        weights=models,
         steps=steps,
         coverage=coverage,
         heads=heads,
-        side_files=side_files,
+        side_files=plan_side_files(found, dtypes, is_untied=models[recipe.files_from].is_untied),
         left_out=left_out,
     )
 
@@ -279,7 +256,7 @@ class _Matcher:
         return [rule for index, rule in enumerate(rules) if index not in self._used]
 
 
-def _check_models(recipe: Recipe, weights: Mapping[str, Weights], problems: _Problems) -> None:
+def _check_models(recipe: Recipe, weights: Mapping[str, Weights], opened: Opened, problems: _Problems) -> None:
     start = weights[recipe.start]
     for name, model in weights.items():
         if model.config.get("quantization_config"):
@@ -300,7 +277,7 @@ def _check_models(recipe: Recipe, weights: Mapping[str, Weights], problems: _Pro
                     f"allow_config: [{setting}] in the recipe (--allow-config {setting})",
                 )
         if recipe.tokenizers == "same" and model is not start:
-            conflict = tokenizer_conflict(start, model)
+            conflict = opened.tokenizer_conflict(recipe.start, name)
             if conflict:
                 problems.add(
                     name,
@@ -326,21 +303,6 @@ def _check_terms(recipe: Recipe, weights: Mapping[str, Weights], problems: _Prob
             problems.add(term.delta, "both are the same files, so that the term is zero; name two different models")
 
 
-def _draft_steps(
-    recipe: Recipe,
-    weights: Mapping[str, Weights],
-    matcher: _Matcher,
-    problems: _Problems,
-    ledgers: list[Ledger],
-) -> Iterator[Step]:
-    files = {path: identity for model in weights.values() for path, identity in model.files.items()}
-    with Reader(files) as reader:
-        start = weights[recipe.start]
-        for name, operand in start.tensors.items():
-            draft = _Draft(weights, start, matcher(name), problems, reader, ledgers)
-            yield _draft_step(recipe, name, operand, draft)
-
-
 @dataclass
 class _Draft:
     """What deciding one tensor needs to look at."""
@@ -349,7 +311,7 @@ class _Draft:
     start: Weights
     rule: Rule | None
     problems: _Problems
-    reader: Reader
+    opened: Opened
     ledgers: list[Ledger]
 
 
@@ -515,7 +477,7 @@ def _fits(name: str, start: Operand, end: _End, draft: _Draft) -> bool:
 def _check_equal(name: str, start: Operand, end: _End, draft: _Draft) -> None:
     model, operand = end
     alike = operand.dtype == start.dtype and operand.shape == start.shape
-    if not (alike and same_bytes(start.stored, operand.stored, draft.reader)):
+    if not (alike and draft.opened.same_bytes(start.stored, operand.stored)):
         draft.problems.add(
             f"{model} differs from the start in {start.dtype} tensors, which cannot be interpolated",
             "To copy the start's tensor, add a rule with match and keep: true",
@@ -538,30 +500,29 @@ def _check_coverage(recipe: Recipe, coverage: tuple[Coverage, ...], problems: _P
 def _check_zero(
     recipe: Recipe,
     weights: Mapping[str, Weights],
+    opened: Opened,
     drafts: list[Step],
     coverage: tuple[Coverage, ...],
     problems: _Problems,
 ) -> None:
     """A term that changes nothing restores nothing; what only the arithmetic can show, the merge finds at its end."""
-    files = {path: identity for model in weights.values() for path, identity in model.files.items()}
-    with Reader(files) as reader:
-        for index, (term, reached) in enumerate(zip(recipe.terms, coverage, strict=True)):
-            pairs = [
-                (step.operands[part.to], step.operands[part.frm])
-                for step in drafts
-                for part in step.terms
-                if part.term == index
-            ]
-            to, frm = term.ends
-            if term.scale != 0 and not pairs:
-                why = "; ".join(map(str, reached.left_out)) or f"{to} and {frm} are the same in every tensor"
-                problems.add(f"{term.label} ({term.delta})", f"changes nothing: {why}")
-            elif term.scale != 0 and same_content(pairs, reader):
-                problems.add(
-                    f"{term.label} ({term.delta})",
-                    f"changes nothing: {to} ({weights[to].located.source}) and {frm} ({weights[frm].located.source}) "
-                    "hold the same bytes in every tensor; one is a copy of the other. Name two models that differ",
-                )
+    for index, (term, reached) in enumerate(zip(recipe.terms, coverage, strict=True)):
+        pairs = [
+            (step.operands[part.to], step.operands[part.frm])
+            for step in drafts
+            for part in step.terms
+            if part.term == index
+        ]
+        to, frm = term.ends
+        if term.scale != 0 and not pairs:
+            why = "; ".join(map(str, reached.left_out)) or f"{to} and {frm} are the same in every tensor"
+            problems.add(f"{term.label} ({term.delta})", f"changes nothing: {why}")
+        elif term.scale != 0 and opened.same_content(pairs):
+            problems.add(
+                f"{term.label} ({term.delta})",
+                f"changes nothing: {to} ({weights[to].located.source}) and {frm} ({weights[frm].located.source}) "
+                "hold the same bytes in every tensor; one is a copy of the other. Name two models that differ",
+            )
 
 
 def _check_extras(recipe: Recipe, weights: Mapping[str, Weights], matcher: _Matcher, problems: _Problems) -> None:
@@ -582,8 +543,6 @@ def _check_donor(
 ) -> None:
     """The result's config comes from one model; its tensors must be what that config promises."""
     donor = weights[recipe.files_from]
-    if not (donor.config_folder / "config.json").is_file():
-        problems.add(recipe.files_from, "has no config.json; name a model that has one in output.files_from")
     if donor is weights[recipe.start]:
         return
     shapes = {step.name: step.slot.spec.shape for step in drafts}

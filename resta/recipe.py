@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from resta.compatibility import MEANING
 from resta.errors import RecipeError
@@ -360,6 +369,18 @@ def make_recipe(parsed: object) -> Recipe:
         raise RecipeError(f"a recipe is a mapping with models, start and terms; found {type(parsed).__name__}")
     try:
         return Recipe.model_validate(parsed)
+    except ValidationError as error:
+        raise RecipeError(_explain(error)) from error
+
+
+def make_models(parsed: object) -> dict[str, Model]:
+    """Validate a recipe's models given as plain data.
+
+    Raises:
+        RecipeError: see `load_recipe`.
+    """
+    try:
+        return TypeAdapter(dict[str, Model]).validate_python(parsed)
     except ValidationError as error:
         raise RecipeError(_explain(error)) from error
 

@@ -11,7 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from resta.checkpoint import Weights, inside, read_json
@@ -46,12 +46,10 @@ class SideFile:
     content: bytes
 
 
-def plan_side_files(donor: Weights, dtypes: Iterable[tuple[str, int]]) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
-    """Collect the files that the result takes from one model; also return the names that are left out.
+def read_side_files(donor: Weights) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
+    """Read the files that a result takes from one model; also return the names that are left out.
 
-    Args:
-        donor: the model; an adapter's own tokenizer and templates win over its base's.
-        dtypes: (dtype, bytes) of the result's tensors; the config is corrected to the one with most bytes.
+    Of an adapter its own tokenizer and templates win over its base's. Raises CheckpointError.
     """
     found: dict[str, Path] = {}
     left_out: list[str] = []
@@ -64,20 +62,36 @@ def plan_side_files(donor: Weights, dtypes: Iterable[tuple[str, int]]) -> tuple[
                 found[name] = path
             elif not path.is_dir() and path.suffix != ".safetensors" and name not in NOT_COPIED:
                 left_out.append(name)
-    dtype = _main_dtype(dtypes)
     files = []
     for name, path in sorted(found.items()):
         try:
             content = read_regular(path, MOST_FILE_BYTES)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-        if name == "config.json":
-            content = _corrected(content.decode("utf-8"), dtype, is_untied=donor.is_untied).encode("utf-8")
         if name in WITH_AUTO_MAP and (without := _without_local_code(content)):
             content = without
             left_out.append(f"auto_map of {name} (it names code, which is not copied)")
         files.append(SideFile(name=name, content=content))
     return tuple(files), tuple(left_out)
+
+
+def plan_side_files(
+    found: Iterable[SideFile], dtypes: Iterable[tuple[str, int]], *, is_untied: bool
+) -> tuple[SideFile, ...]:
+    """Return a model's side files as the result has them, the config corrected.
+
+    Args:
+        found: the files as they were read.
+        dtypes: (dtype, bytes) of the result's tensors; the config is corrected to the one with most bytes.
+        is_untied: whether the result's output layer has a matrix of its own that the config knows nothing of.
+    """
+    dtype = _main_dtype(dtypes)
+    return tuple(
+        replace(file, content=_corrected(file.content.decode("utf-8"), dtype, is_untied=is_untied).encode("utf-8"))
+        if file.name == "config.json"
+        else file
+        for file in found
+    )
 
 
 def _without_local_code(text: bytes) -> bytes | None:

@@ -24,6 +24,7 @@ LAYERS = {
             "checkpoint safety",
             "tied",
             "adapter sidefiles digests naming",
+            "opened",
             "plan",
             "compute cautions output",
             "manifest",

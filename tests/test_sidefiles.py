@@ -17,7 +17,7 @@ from resta.adapter import read_adapter
 from resta.checkpoint import Weights, read_weights
 from resta.errors import CheckpointError
 from resta.hub import locate
-from resta.sidefiles import plan_side_files, tokenizer_conflict
+from resta.sidefiles import SideFile, plan_side_files, read_side_files, tokenizer_conflict
 from tests.conftest import save_model
 
 ODD_CONFIG = """{
@@ -47,8 +47,14 @@ def model(folder: Path, **files: str | bytes) -> Weights:
     return read_weights(locate(str(folder)))
 
 
+def planned(donor: Weights, dtypes: Any) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
+    """The files that a result gets from a donor, and the names left out."""
+    found, left_out = read_side_files(donor)
+    return plan_side_files(found, dtypes, is_untied=donor.is_untied), left_out
+
+
 def files_of(donor: Weights, dtypes: Any = (("F32", 8),)) -> dict[str, bytes]:
-    return {file.name: file.content for file in plan_side_files(donor, dtypes)[0]}
+    return {file.name: file.content for file in planned(donor, dtypes)[0]}
 
 
 def test_the_config_keeps_every_byte_but_those_of_the_dtype(tmp_path: Path) -> None:
@@ -103,7 +109,7 @@ def test_tokenizer_templates_and_licences_are_copied_and_everything_else_is_left
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(name.encode() + b"\r\n\xff")
     donor = read_weights(locate(str(tmp_path / "m")))
-    files, left_out = plan_side_files(donor, [])
+    files, left_out = planned(donor, [])
     assert {file.name for file in files} == {"config.json", *wanted}
     assert all(file.content == file.name.encode() + b"\r\n\xff" for file in files if file.name != "config.json")
     assert set(left_out) == set(named)
@@ -113,7 +119,7 @@ def test_what_does_not_belong_to_a_model_is_never_read(tmp_path: Path, monkeypat
     donor = model(tmp_path / "m", train__txt="secret", tokenizer__json="{}")
     opened = []
     monkeypatch.setattr("resta.sidefiles.read_regular", lambda path, most: opened.append(path.name) or b"{}")
-    assert plan_side_files(donor, [])[1] == ("train.txt",)
+    assert planned(donor, [])[1] == ("train.txt",)
     assert sorted(opened) == ["config.json", "tokenizer.json"]
 
 
@@ -133,7 +139,7 @@ AUTO_MAPS = {
 def test_auto_map_goes_with_the_code_that_it_names(tmp_path: Path, case: str, name: str) -> None:
     text, expected = AUTO_MAPS[case]
     donor = model(tmp_path / "m", **{"modeling_x__py": "raise SystemExit", name.replace(".", "__"): text})
-    files, left_out = plan_side_files(donor, [])
+    files, left_out = planned(donor, [])
     content = next(file.content for file in files if file.name == name).decode()
     assert json.loads(content) == json.loads(expected or text)
     assert (content == text) == (expected is None)
@@ -155,7 +161,7 @@ def test_a_side_file_that_is_a_link_out_of_the_directory_is_left_out_by_name(tmp
     (tmp_path / "secret.json").write_text("secret")
     (tmp_path / "m" / "vocab.json").symlink_to(tmp_path / "secret.json")
     (tmp_path / "m" / "vocab.txt").symlink_to("tokenizer.json")
-    files, left_out = plan_side_files(donor, [])
+    files, left_out = planned(donor, [])
     assert {file.name for file in files} == {"config.json", "tokenizer.json", "vocab.txt"}
     assert left_out == ("vocab.json",)
 
