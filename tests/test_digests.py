@@ -24,7 +24,7 @@ from resta.errors import AuditError, RestaError
 from resta.fingerprint import sha256_file
 from resta.output import Output
 from resta.recipe import Recipe
-from resta.report import digest_line
+from resta.show import digest_line
 from tests.conftest import save_model
 from tests.test_auditing import lora_models
 from tests.test_cli import everyday, run

@@ -30,7 +30,7 @@ LAYERS = {
             "manifest",
             "directory",
             "engine forecast",
-            "algebra report distance claims",
+            "algebra show distance claims",
             "auditing",
         )
     )

@@ -25,7 +25,7 @@ from resta.output import check_place, check_space, check_vacant
 from resta.page import printable, printable_lines
 from resta.plan import Plan, make_plan
 from resta.recipe import SCALE_ADVICE, Recipe, dump_recipe, load_recipe, make_recipe, mergekit_note
-from resta.report import digest_line, merge_progress, print_plan, print_result
+from resta.show import digest_line, merge_progress, print_plan, print_result
 
 EPILOG = """\b
 Examples:

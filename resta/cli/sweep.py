@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from resta.redeval.plan import Conditions
     from resta.redeval.targets import Target
     from resta.sweep.candidates import Family, Grid
+    from resta.sweep.measure import Sweep
     from resta.sweep.outcome import Outcome
-    from resta.sweep.run import Sweep
 
 EPILOG = """\b
 Examples:
@@ -139,8 +139,8 @@ def command(ctx: click.Context, /, tuned_or_recipe: str, out: Path, **given: Any
     same command goes on where it was; more scales or methods may be added. Exit code 1: no candidate would pass.
     """
     from resta.redeval.records import environment
+    from resta.sweep.measure import check_sweep, open_sweep
     from resta.sweep.report import print_outcome, require_plots, write_reports
-    from resta.sweep.run import check_sweep, open_sweep
 
     require_plots()
     sweep = _sweep(ctx, tuned_or_recipe, out, given)
@@ -156,8 +156,8 @@ def command(ctx: click.Context, /, tuned_or_recipe: str, out: Path, **given: Any
 
 
 def _carry_out(sweep: Sweep, conditions: Conditions, given: Mapping[str, Any]) -> Outcome:
+    from resta.sweep.measure import in_this_process
     from resta.sweep.outcome import carry_out
-    from resta.sweep.run import in_this_process
 
     if given["ray_address"] is None:
         place = in_this_process(sweep, conditions)
@@ -176,7 +176,7 @@ def _sweep(ctx: click.Context, tuned_or_recipe: str, out: Path, given: dict[str,
     """Return the sweep that the options ask for. Raises RequestError."""
     from resta.plan import make_plan
     from resta.sweep.candidates import candidates_of, check_methods, tuned_recipe, with_groups
-    from resta.sweep.run import Sweep
+    from resta.sweep.measure import Sweep
     from resta.verify.gate import check_tasks
     from resta.verify.policy import read_policy
 

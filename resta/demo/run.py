@@ -28,9 +28,9 @@ from resta.redeval.targets import parse_target
 from resta.redeval.templates import read_template
 from resta.sweep.candidates import Family, Grid, candidates_of
 from resta.sweep.choose import Point
+from resta.sweep.measure import Sweep, check_sweep, in_this_process, open_sweep
 from resta.sweep.outcome import Outcome, carry_out
 from resta.sweep.report import write_reports
-from resta.sweep.run import Sweep, check_sweep, in_this_process, open_sweep
 from resta.verify.comparison import Comparison
 from resta.verify.decision import Decision, Verdict
 from resta.verify.gate import decide

@@ -11,10 +11,10 @@ from resta.sweep.baselines import beside, interpolation_words, nearest, of_equal
 from resta.sweep.candidates import Candidate, digits, recipe_of
 from resta.sweep.choose import Choice, Point, Rule, Tried, choose, front, point_of
 from resta.sweep.forecast import NEED, Outlook, in_the_way
+from resta.sweep.measure import Measure, Sweep, is_complete, read_change, read_references
 from resta.sweep.pruning import why_hopeless
 from resta.sweep.records import Records
 from resta.sweep.response import Seen
-from resta.sweep.run import Measure, Sweep, is_complete, read_change, read_references
 from resta.sweep.search import LAST, Search, Step, ask_all, enough_for_one, explore, planned_factors
 from resta.verify.coherence import read_losses
 from resta.verify.comparison import Comparison, compare

@@ -15,7 +15,7 @@ from typing import Any
 
 from resta.errors import MissingExtraError, RestaError, UnansweredError
 from resta.redeval.plan import Conditions
-from resta.sweep.run import REFERENCES, Measure, Sweep, Worker, asked_words
+from resta.sweep.measure import REFERENCES, Measure, Sweep, Worker, asked_words
 from resta.sweep.search import Job
 
 CONNECT_S = 10.0

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 from resta.sweep.candidates import Candidate
 from resta.sweep.forecast import Outlook
+from resta.sweep.measure import Measure, Sweep, is_complete, read_change, read_references
 from resta.sweep.pruning import part_of, why_hopeless
 from resta.sweep.response import Seen
-from resta.sweep.run import Measure, Sweep, is_complete, read_change, read_references
 from resta.sweep.search import EVERY, Job, Look
 from resta.verify.comparison import HARM, REFUSAL, compare
 from resta.verify.gate import decide

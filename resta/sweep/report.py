@@ -18,8 +18,8 @@ from resta.recipe import dump_recipe
 from resta.statistics import Rate
 from resta.sweep.candidates import recipe_of
 from resta.sweep.choose import Point, Tried
+from resta.sweep.measure import SCHEMA, Sweep
 from resta.sweep.outcome import Outcome
-from resta.sweep.run import SCHEMA, Sweep
 from resta.sweep.settings import settings_of
 from resta.verify.policy import Policy
 

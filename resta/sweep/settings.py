@@ -14,7 +14,7 @@ import yaml
 
 from resta.errors import RecipeError
 from resta.recipe import did_you_mean
-from resta.sweep.run import Sweep
+from resta.sweep.measure import Sweep
 from resta.unique_keys import UniqueKeyLoader
 
 MARK = "#: "  # begins such a line

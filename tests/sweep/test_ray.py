@@ -30,6 +30,6 @@ def test_a_cluster_that_is_not_there_is_said_in_one_sentence(
 
 
 def test_a_sweep_in_one_process_imports_no_ray() -> None:
-    script = "import sys, resta.cli.sweep, resta.sweep.run, resta.sweep.outcome; print('ray' in sys.modules)"
+    script = "import sys, resta.cli.sweep, resta.sweep.measure, resta.sweep.outcome; print('ray' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False", done.stderr

@@ -50,7 +50,7 @@ def test_the_same_command_again_asks_and_changes_nothing(
     done: Path, trio: Trio, bank: Path, policy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = {path: path.read_bytes() for path in done.rglob("*") if path.is_file() and "logs" not in path.parts}
-    monkeypatch.setattr("resta.sweep.run.load_local", lambda spec: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("resta.sweep.measure.load_local", lambda spec: pytest.fail("a model was loaded"))
     invoke(arguments(trio, bank, policy), done)
     assert {path: path.read_bytes() for path in before} == before
 
@@ -154,7 +154,7 @@ def test_a_search_is_explained_and_the_same_command_again_asks_nothing(
     assert float(name.split("-")[1]) < 0.25  # these models all refuse: a choice at the end of the grid widens it
     assert "The search:" in (out / "sweep.md").read_text()
     before = records(out)
-    monkeypatch.setattr("resta.sweep.run.load_local", lambda spec: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("resta.sweep.measure.load_local", lambda spec: pytest.fail("a model was loaded"))
     invoke(words, out)
     assert records(out) == before
     assert json.loads((out / "sweep.json").read_text()) == found
