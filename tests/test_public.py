@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -13,38 +14,143 @@ from resta.errors import RestaError
 
 PACKAGE = Path(resta.__file__).parent
 
-# Each layer knows nothing of those after it, nor of itself.
-LAYERS = {
-    name: number
-    for number, names in enumerate(
-        (
-            "version errors lazy kernels statistics unique_keys page files coverage compatibility",
-            "mergekit fingerprint",
-            "header hub recipe chat_templates",
-            "checkpoint safety",
-            "tied",
-            "adapter sidefiles digests naming",
-            "opened",
-            "plan",
-            "compute cautions output",
-            "manifest",
-            "directory",
-            "engine forecast",
-            "algebra show distance claims",
-            "auditing",
-        )
-    )
-    for name in names.split()
+# Each layer knows nothing of those after it, nor of itself; a line that begins with a package's name is of its modules.
+LAYERS = (
+    "version errors lazy kernels statistics unique_keys page files coverage compatibility",
+    "mergekit fingerprint",
+    "header hub recipe chat_templates",
+    "checkpoint safety",
+    "tied",
+    "adapter sidefiles digests naming",
+    "opened",
+    "plan",
+    "compute cautions output",
+    "manifest",
+    "directory",
+    "engine forecast",
+    "algebra show distance claims",
+    "auditing",
+    "sft: recipe",
+    "sft: data objective",
+    "sft: chat endpoint",
+    "sft: collect samples",
+    "sft: train",
+    "sft: memory output show",
+    "sft: run",
+    "sft: __init__",
+    "redeval: asks questions templates",
+    "redeval: clean language records wire",
+    "redeval: batchfile control models",
+    "redeval: engine judges score targets",
+    "redeval: plan",
+    "redeval: judging report tasks",
+    "redeval: __init__",
+    "verify: coherence decision documents markup places policy regression.made regression.__init__ sameness scores",
+    "verify: generated measurement words",
+    "verify: claims comparison samples utility",
+    "verify: measure origin parts plots provenance trace trust",
+    "verify: guidance junit power report",
+    "verify: gate html plan",
+    "verify: views",
+    "verify: __init__",
+    "sweep: candidates pruning response",
+    "sweep: apply forecast",
+    "sweep: choose search",
+    "sweep: baselines measure",
+    "sweep: ray records settings",
+    "sweep: outcome",
+    "sweep: report",
+    "sweep: __init__",
+    "__init__",
+    "demo: corpus",
+    "demo: files",
+    "demo: models",
+    "demo: run",
+    "demo: __init__",
+    "cli: asking audit completion output schema",
+    "cli: collect demo diff merge redeval sft verify",
+    "cli: sweep",
+    "cli: __init__",
+    "__main__",
+)
+# What anybody may use, and what each package uses of the merge beside it: its calls, and facts about its files.
+GROUND = "chat_templates errors files fingerprint lazy page statistics unique_keys version"
+DOORS = {
+    "sft": "",
+    "redeval": "engine",
+    "verify": "auditing manifest",
+    "sweep": "compute engine hub plan recipe",
+    "demo": "engine plan recipe",
 }
 
 
-def imports_of(file: Path) -> set[str]:
-    """Names of the resta modules that a file imports when it is imported itself."""
-    found = set()
-    for node in ast.parse(file.read_text()).body:
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("resta."):
-            found.add(str(node.module).split(".")[1])
-    return found
+def read_tree(package: Path) -> dict[str, set[str]]:
+    """Return, of every module at any depth, which modules of the package it imports, wherever in the file that stands.
+
+    Names are dotted and without the package's own: `verify.gate`; the file that makes a folder a package is its
+    `__init__`. What is imported from a package's `__init__` counts as that, a module of the package as the module.
+    """
+    files = {".".join(file.relative_to(package).with_suffix("").parts): file for file in package.rglob("*.py")}
+
+    def module(name: str) -> str:
+        inner = name.removeprefix(package.name).lstrip(".")
+        return inner if inner in files else f"{inner}.__init__".lstrip(".")
+
+    def found(importer: str, node: ast.AST) -> Iterator[str]:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = [package.name, *importer.split(".")][: -node.level] if node.level else []
+            origin = ".".join([*above, *([node.module] if node.module else [])])
+            for alias in node.names:
+                whole = f"{origin}.{alias.name}"
+                yield whole if module(whole) in files else origin
+
+    def imports(name: str) -> set[str]:
+        nodes = ast.walk(ast.parse(files[name].read_text(encoding="utf-8")))
+        named = {each for node in nodes for each in found(name, node)}
+        own = {module(each) for each in named if each.split(".")[0] == package.name}
+        return own - {name}
+
+    return {name: imports(name) for name in files}
+
+
+def places_of(layers: Iterable[str]) -> dict[str, int]:
+    """Return the number of each module's layer."""
+    places = {}
+    for number, line in enumerate(layers):
+        package, colon, names = line.rpartition(":")
+        for name in names.split():
+            places[f"{package}.{name}" if colon else name] = number
+    return places
+
+
+def misplaced(tree: Mapping[str, set[str]], layers: Iterable[str]) -> list[str]:
+    """Return what stands in no layer or twice, and each import that does not point to a lower one."""
+    layers = tuple(layers)
+    places = places_of(layers)
+    listed = sum(len(line.rpartition(":")[2].split()) for line in layers)
+    lines = [f"{name} has no layer" for name in sorted(tree.keys() - places.keys())]
+    lines += [f"{name} is no module" for name in sorted(places.keys() - tree.keys())]
+    lines += ["a module stands in two layers"] * (listed != len(places))
+    return lines + [
+        f"{name} imports {other}"
+        for name in sorted(tree.keys() & places.keys())
+        for other in sorted(tree[name] & places.keys())
+        if places[other] >= places[name]
+    ]
+
+
+def past_the_doors(tree: Mapping[str, set[str]], doors: Mapping[str, str]) -> list[str]:
+    """Return each import of the merge's insides by a package for which they are not named."""
+    return [
+        f"{name} imports {other}"
+        for name in sorted(tree)
+        for other in sorted(tree[name])
+        if name.split(".")[0] in doors
+        and "." not in other
+        and other not in f"{GROUND} {doors[name.split('.')[0]]}".split()
+    ]
 
 
 def test_the_public_surface_is_this() -> None:
@@ -88,14 +194,62 @@ def test_the_types_are_shipped() -> None:
     assert "py.typed" in settings["tool"]["setuptools"]["package-data"]["resta"]
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_imports_point_to_lower_layers_only(name: str) -> None:
-    for other in imports_of(PACKAGE / f"{name}.py"):
-        assert LAYERS[other] < LAYERS[name], f"{name} imports {other}"
+def test_every_module_has_a_layer_and_imports_from_lower_ones_only() -> None:
+    assert not misplaced(read_tree(PACKAGE), LAYERS)
 
 
-def test_every_module_of_the_merge_has_a_layer() -> None:
-    assert {file.stem for file in PACKAGE.glob("*.py")} - {"__init__", "__main__"} == LAYERS.keys()
+def test_no_package_imports_the_insides_of_the_merge_but_by_the_doors_that_are_named() -> None:
+    tree = read_tree(PACKAGE)
+    assert not past_the_doors(tree, DOORS)
+    for package, doors in DOORS.items():
+        used = set().union(*(tree[name] for name in tree if name.startswith(f"{package}.")))
+        assert set(doors.split()) <= used, f"a door of {package} that nobody uses"
+
+
+def test_no_module_uses_a_private_name_of_another() -> None:
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("resta"):
+                private = [alias.name for alias in node.names if alias.name.startswith("_") and "__" not in alias.name]
+                assert not private, f"{file} imports {private} from {node.module}"
+
+
+UP = {
+    "from": "from house.roof.tiles import slate",
+    "from a package": "from house.roof import tiles",
+    "import": "import house.roof.tiles",
+    "import as": "import house.roof.tiles as tiles",
+    "relative": "from ..roof import tiles",
+    "relative, of a name": "from ..roof.tiles import slate",
+    "in a function": "def lay():\n    from house.roof.tiles import slate",
+    "for type checkers": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import house.roof.tiles",
+    "of a package's name": "from house.roof import ridge",
+    "of a package": "import house.roof",
+}
+
+
+@pytest.mark.parametrize("statement", UP.values(), ids=UP.keys())
+def test_an_import_that_points_up_is_found_in_every_form(statement: str, tmp_path: Path) -> None:
+    house = tmp_path / "house"
+    for folder in ("", "cellar", "roof"):
+        (house / folder).mkdir()
+        (house / folder / "__init__.py").write_text("")
+    (house / "roof" / "tiles.py").write_text("from house.cellar.stones import granite\nimport os.path\n")
+    (house / "cellar" / "stones.py").write_text("import json\n")
+    layers = ("cellar: stones __init__", "roof: tiles", "roof: __init__", "__init__")
+    assert not misplaced(read_tree(house), layers)
+    (house / "cellar" / "stones.py").write_text(f"{statement}\n")
+    [line] = misplaced(read_tree(house), layers)
+    assert line in ("cellar.stones imports roof.tiles", "cellar.stones imports roof.__init__")
+    assert misplaced(read_tree(house), layers[::-1])
+    assert misplaced(read_tree(house), layers[1:])
+    assert misplaced(read_tree(house), (*layers, "roof: tiles"))
+    assert misplaced(read_tree(house), (*layers, "roof: chimney"))
+    (house / "deep.py").write_text("from house import kitchen\n")
+    (house / "kitchen.py").write_text("")
+    (house / "cellar" / "stones.py").write_text("from house import deep\n")
+    assert past_the_doors(read_tree(house), {"cellar": ""}) == ["cellar.stones imports deep"]
+    assert not past_the_doors(read_tree(house), {"cellar": "deep"})
 
 
 def test_a_merge_of_local_models_imports_no_heavy_library(trio: dict[str, str], tmp_path: Path) -> None:

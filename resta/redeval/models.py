@@ -623,24 +623,14 @@ def _on_adapter(model: Any, adapter: str) -> Any:
     return PeftModel.from_pretrained(model, adapter)
 
 
-def recipe_tensors(recipe: str) -> Iterable[tuple[str, torch.Tensor]]:
-    """Return the tensors of an unwritten merge, one at a time, in the output's dtype."""
-    import resta
-
-    try:
-        tensors = getattr(resta, "tensors")  # noqa: B009 - part of the package only where merging is built in
-    except AttributeError as error:
-        raise ModelError(f"{recipe}: this installation cannot apply a recipe in memory") from error
-    result: Iterator[tuple[str, torch.Tensor]] = tensors(recipe)
-    return result
-
-
 def _load_recipe(
     transformers: Any, spec: LocalSpec, files: str, dtype: Any, place: dict[str, Any], known: dict[str, Any]
 ) -> Any:
     """Return the model that a recipe makes; every tensor must find its place and every place its tensor."""
+    from resta.engine import tensors
+
     config = transformers.AutoConfig.from_pretrained(files, **known)
-    state = dict(recipe_tensors(spec.model))
+    state = dict(tensors(spec.model))  # of an unwritten merge, in the output's dtype
     if dtype == "auto":
         dtype = next(iter(state.values())).dtype
     # The auto class insists on a path; the class that it would pick takes a state alone.
