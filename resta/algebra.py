@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from resta.errors import RecipeError
 from resta.hub import check_source
-from resta.recipe import OutputChoices, Recipe, did_you_mean, dump_recipe, make_recipe, show_term
+from resta.recipe import OutputChoices, Recipe, dump_recipe, make_recipe, show_term
+from resta.strict import did_you_mean
 
 if TYPE_CHECKING:
     import torch

@@ -45,7 +45,7 @@ from resta.hub import Located, locate
 from resta.manifest import TensorFacts, TermFacts
 from resta.output import MARK
 from resta.plan import Plan, Step, StepTerm, make_plan
-from resta.recipe import did_you_mean
+from resta.strict import did_you_mean
 
 PIECE = 1 << 18  # elements at a time; also the stretch over which the L1 norms are summed in working precision
 L1_LANES = 256  # element e of a stretch belongs to partial sum e % 256; the partial sums are added in float64

@@ -8,41 +8,23 @@ whatever only changes the speed is a flag. This module knows nothing of files ot
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    TypeAdapter,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from resta.compatibility import MEANING
-from resta.errors import RecipeError
+from resta.dialect import dump, parse
 from resta.mergekit import convert, is_mergekit
-from resta.unique_keys import UniqueKeyLoader
+from resta.strict import Several, Strict, check, did_you_mean, named, read_text, schema_of
 
 _NAME = re.compile(r"[^\W\d][\w.]*")  # letters of any script
 _DELTA = re.compile(rf"\s*({_NAME.pattern})\s+-\s+({_NAME.pattern})\s*")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(B|[KMGTkmgt]i?[Bb])")
 _UNITS = {"B": 0, "K": 1, "M": 2, "G": 3, "T": 4}
-
-
-def _number(value: object) -> object:
-    """A boolean is a number to Python, and "1_0" to pydantic, but not to anybody else."""
-    if isinstance(value, bool | str):
-        raise ValueError("expected a number")
-    return value
 
 
 def parse_size(value: object) -> object:
@@ -52,7 +34,7 @@ def parse_size(value: object) -> object:
         return int(float(match[1]) * (1024 if "i" in unit else 1000) ** _UNITS[unit[0].upper()])
     if isinstance(value, str | bool):
         raise ValueError('expected a size like "5GB" or "512MiB"')
-    return value
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _one_line(value: str) -> str:
@@ -71,19 +53,20 @@ def _writable(value: str) -> str:
     return value
 
 
-Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_number)]
-Share = Annotated[float, Field(allow_inf_nan=False, ge=0, le=1), BeforeValidator(_number)]
-Density = Annotated[float, Field(allow_inf_nan=False, gt=0, le=1), BeforeValidator(_number)]
-Seed = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(_number)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Density = Annotated[float, Field(gt=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Text = Annotated[str, AfterValidator(_writable)]
 Line = Annotated[str, AfterValidator(_one_line)]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+SCALE_ADVICE = (
+    "no value is safe everywhere; published ones run from 0.1 to 1.0 (RESTA: 0.5), so merge at a few scales and keep "
+    "the smallest that restores refusals without costing the task"
+)
 
 
-class Model(_Frozen):
+class Model(Strict):
     """A model: a directory or `org/name@revision`; a LoRA adapter also says which model it is `on`."""
 
     source: Line = Field(description="Directory (relative to the recipe) or Hub id, org/name@revision.")
@@ -102,7 +85,11 @@ class Model(_Frozen):
     @model_validator(mode="before")
     @classmethod
     def _from_text(cls, value: Any) -> Any:
-        return {"source": value} if isinstance(value, str) else value
+        if isinstance(value, str):
+            return {"source": value}
+        if isinstance(value, bool | int | float):
+            raise ValueError("expected a directory or Hub id")
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> Model:
@@ -113,7 +100,11 @@ class Model(_Frozen):
         return self
 
 
-class Sparsify(_Frozen):
+class _Models(Strict):
+    models: dict[str, Model]
+
+
+class Sparsify(Strict):
     """DARE: drop entries of a delta at random and rescale the rest (arXiv 2311.03099)."""
 
     method: Literal["dare"] = "dare"
@@ -124,11 +115,11 @@ class Sparsify(_Frozen):
     )
 
 
-class Term(_Frozen):
+class Term(Strict):
     """One term of the sum: scale * sparsify(to - from)."""
 
     delta: Line = Field(description='A difference of two models, "aligned - base".')
-    scale: Number
+    scale: float = Field(description=SCALE_ADVICE)
     name: Line | None = Field(
         default=None, description="What rules call this term; `safety` says that it is the safety vector."
     )
@@ -153,12 +144,12 @@ class Term(_Frozen):
         return match[1], match[2]
 
 
-class Rule(_Frozen):
+class Rule(Strict):
     """What to do with the tensors whose name matches a glob; the first rule that matches a tensor decides alone."""
 
-    match: Line | tuple[Line, ...] = Field(description="Glob, or list of globs, over tensor names.")
+    match: Line | Several[Line] = Field(description="Glob, or list of globs, over tensor names.")
     keep: bool = Field(default=False, description="Copy the tensor of `start`, whatever the other models hold.")
-    scale_by: Number | dict[str, Number] | None = Field(
+    scale_by: float | dict[str, float] | None = Field(
         default=None, description="Multiplies every term's scale, or those of the named terms."
     )
     missing: Literal["skip"] | None = Field(
@@ -193,7 +184,7 @@ class Rule(_Frozen):
         return self
 
 
-class OutputChoices(_Frozen):
+class OutputChoices(Strict):
     """How the result is stored."""
 
     dtype: Literal["same", "float64", "float32", "bfloat16", "float16"] = Field(
@@ -211,12 +202,12 @@ class OutputChoices(_Frozen):
     )
 
 
-class Recipe(_Frozen):
+class Recipe(Strict):
     """out = start + sum_i scale_i * sparsify_i(to_i - from_i)."""
 
     models: dict[str, Model] = Field(min_length=1, description="Every model by name.")
     start: Line = Field(description="The model that the terms are added to.")
-    terms: tuple[Term, ...] = Field(description="What is added, in order.")
+    terms: Several[Term] = Field(description="What is added, in order.")
     seed: Seed = Field(default=0, description="Seed of DARE's masks and of stochastic rounding.")
     tokenizers: Literal["same", "ignore"] = Field(
         default="same", description="same: refuse models whose tokenizers give a shared id different tokens."
@@ -225,11 +216,11 @@ class Recipe(_Frozen):
         default=0.95,
         description="Least share of the parameters that rules and missing tensors must leave to each term.",
     )
-    allow_config: tuple[Line, ...] = Field(
+    allow_config: Several[Line] = Field(
         default=(), description="Settings of config.json in which the models may differ though weights depend on them."
     )
     output: OutputChoices = OutputChoices()
-    rules: tuple[Rule, ...] = ()
+    rules: Several[Rule] = ()
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
@@ -315,14 +306,8 @@ def load_recipe(path: Path) -> Recipe:
     Raises:
         RecipeError: not YAML, a key that is unknown or repeated, or values that do not fit together.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:  # not there, not text, or no name that a file could have
-        raise RecipeError(f"{path}: cannot be read: {error}") from error
-    try:
-        recipe = parse_recipe(text)
-    except RecipeError as error:
-        raise RecipeError(f"{path}: {error}") from error
+    with named(path):
+        recipe = parse_recipe(read_text(path))
     models = {name: _anchored(model, path.parent) for name, model in recipe.models.items()}
     return recipe.model_copy(update={"models": models})
 
@@ -333,13 +318,13 @@ def parse_recipe(text: str) -> Recipe:
     Raises:
         RecipeError: see `load_recipe`.
     """
-    parsed = _parse_yaml(text)
+    parsed = parse(text)
     return make_recipe(convert(parsed) if is_mergekit(parsed) else parsed)
 
 
 def mergekit_note(path: Path) -> str | None:
     """Say how a recipe file that is a mergekit configuration is understood; None if it is a recipe of resta."""
-    parsed = _parse_yaml(path.read_text(encoding="utf-8"))
+    parsed = parse(read_text(path))
     if not is_mergekit(parsed):
         return None
     dtype = parsed.get("dtype")
@@ -350,27 +335,13 @@ def mergekit_note(path: Path) -> str | None:
     )
 
 
-def _parse_yaml(text: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_StrictLoader)
-    except RecursionError:
-        raise RecipeError("not valid YAML: nested too deeply") from None
-    except (yaml.YAMLError, *_SCALAR_ERRORS) as error:
-        raise RecipeError(f"not valid YAML: {error}") from error
-
-
 def make_recipe(parsed: object) -> Recipe:
     """Validate a recipe given as plain data.
 
     Raises:
         RecipeError: see `load_recipe`.
     """
-    if not isinstance(parsed, dict):
-        raise RecipeError(f"a recipe is a mapping with models, start and terms; found {type(parsed).__name__}")
-    try:
-        return Recipe.model_validate(parsed)
-    except ValidationError as error:
-        raise RecipeError(_explain(error)) from error
+    return check(Recipe, parsed)
 
 
 def make_models(parsed: object) -> dict[str, Model]:
@@ -379,10 +350,7 @@ def make_models(parsed: object) -> dict[str, Model]:
     Raises:
         RecipeError: see `load_recipe`.
     """
-    try:
-        return TypeAdapter(dict[str, Model]).validate_python(parsed)
-    except ValidationError as error:
-        raise RecipeError(_explain(error)) from error
+    return check(_Models, {"models": parsed}).models
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -391,25 +359,19 @@ def dump_recipe(recipe: Recipe) -> str:
     plain["models"] = {
         name: model["source"] if set(model) == {"source"} else model for name, model in plain["models"].items()
     }
-    return yaml.dump(plain, Dumper=_StrictDumper, sort_keys=False, allow_unicode=True, width=110)
+    return dump(plain)
 
 
 def schema() -> dict[str, Any]:
     """Return the JSON Schema of a recipe, for editors."""
-    plain = Recipe.model_json_schema()
+    plain = schema_of(Recipe)
     # A model may be written as its source alone.
     models = plain["properties"]["models"]
     models["additionalProperties"] = {"anyOf": [models["additionalProperties"], {"type": "string"}]}
     size = plain["$defs"]["OutputChoices"]["properties"]["shard_size"]
     del size["type"]
     size["anyOf"] = [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": _SIZE.pattern}]
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **plain}
-
-
-def did_you_mean(word: str, known: Any) -> str:
-    """Return '; did you mean "x"?' if a known word is close, else nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f'; did you mean "{close[0]}"?' if close else ""
+    return plain
 
 
 def _anchored(model: Model, folder: Path) -> Model:
@@ -420,70 +382,3 @@ def _anchored(model: Model, folder: Path) -> Model:
     except (OSError, RuntimeError):  # no path: `locate` says why
         return model
     return model.model_copy(update={"source": str((folder / path).resolve())})
-
-
-def _explain(error: ValidationError) -> str:
-    """One line per problem: where, what was expected, what was found."""
-    lines = []
-    for problem in error.errors():
-        place = ".".join(str(part) for part in problem["loc"]) or "recipe"
-        if problem["type"] == "extra_forbidden":
-            key = str(problem["loc"][-1])
-            known = _fields_at(problem["loc"][:-1])
-            lines.append(f"{place}: unknown key{did_you_mean(key, known) or '; known: ' + ', '.join(known)}")
-        elif problem["type"] == "missing" and problem["loc"][-1] == "scale":
-            lines.append(f"{place}: {SCALE_ADVICE}")
-        else:
-            message = problem["msg"].removeprefix("Value error, ")
-            found = f", found {problem['input']!r}" if isinstance(problem["input"], str | int | float) else ""
-            lines.append(f"{place}: {message}{found}")
-    return "\n  ".join(lines)
-
-
-SCALE_ADVICE = (
-    "scale is required, since no value is safe everywhere: published ones run from 0.1 to 1.0 (RESTA: 0.5), "
-    "so merge at a few scales and keep the smallest that restores refusals without costing the task"
-)
-
-
-def _fields_at(location: tuple[int | str, ...]) -> list[str]:
-    """Names that are allowed at a place in the recipe."""
-    places: dict[str, type[BaseModel]] = {
-        "models": Model, "terms": Term, "sparsify": Sparsify, "rules": Rule, "output": OutputChoices
-    }  # fmt: skip
-    kind: type[BaseModel] = Recipe
-    for part in location:  # a field's name leads to its class; a model's name, a number or a type leads nowhere
-        kind = places.get(str(part), kind) if part in kind.model_fields else kind
-    return list(kind.model_fields)
-
-
-class _StrictLoader(UniqueKeyLoader):
-    """YAML 1.2 scalars.
-
-    `on` and `1:30` are words, `2024-05-01` a name, `1e-3` and `010` the numbers that they look like.
-    """
-
-
-_SCALARS = {
-    "tag:yaml.org,2002:int": re.compile(r"[-+]?(0|[1-9][0-9]*)"),
-    "tag:yaml.org,2002:bool": re.compile(r"true|True|TRUE|false|False|FALSE"),
-    "tag:yaml.org,2002:float": re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|nan)"),
-}
-_StrictLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (*_SCALARS, "tag:yaml.org,2002:timestamp")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for _tag, _pattern in _SCALARS.items():
-    _StrictLoader.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern.pattern})$"), list("tTfF-+.0123456789"))
-
-
-class _StrictDumper(yaml.SafeDumper):
-    """Quotes the texts that either kind of reader, YAML 1.1 or 1.2, would take for something else."""
-
-
-_StrictDumper.yaml_implicit_resolvers = {
-    first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, ()), *resolvers]
-    for first, resolvers in _StrictLoader.yaml_implicit_resolvers.items()
-}
-# What the loader's own conversions raise for scalars such as `2001-99-99` or `!!bool x`.
-_SCALAR_ERRORS = (ValueError, KeyError, AttributeError, TypeError)

@@ -98,7 +98,7 @@ def test_a_missing_scale_is_one_sentence_of_advice(trio: dict[str, str], tmp_pat
     [
         (["merge", "TUNED", "--scale", 1, "-o", "OUT"], "say --aligned"),
         (["merge", "TUNED", "--aligned", "NOWHERE", "--base", "TUNED", "--scale", 1, "-o", "OUT"], "does not exist"),
-        (["merge", "NONE.yaml", "-o", "OUT"], "cannot be read"),
+        (["merge", "NONE.yaml", "-o", "OUT"], "no such file"),
         (["merge", "TUNED", "--aligned", "TUNED", "--base", "TUNED", "--scale", "nan", "-o", "OUT"], "finite"),
         (
             [

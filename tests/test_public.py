@@ -16,8 +16,9 @@ PACKAGE = Path(resta.__file__).parent
 
 # Each layer knows nothing of those after it, nor of itself; a line that begins with a package's name is of its modules.
 LAYERS = (
-    "version errors lazy kernels statistics unique_keys page files coverage compatibility",
-    "mergekit fingerprint",
+    "version errors lazy kernels statistics page files coverage compatibility",
+    "dialect mergekit fingerprint",
+    "strict",
     "header hub recipe chat_templates",
     "checkpoint safety",
     "tied",
@@ -74,7 +75,7 @@ LAYERS = (
     "__main__",
 )
 # What anybody may use, and what each package uses of the merge beside it: its calls, and facts about its files.
-GROUND = "chat_templates errors files fingerprint lazy page statistics unique_keys version"
+GROUND = "chat_templates dialect errors files fingerprint lazy page statistics strict version"
 DOORS = {
     "sft": "",
     "redeval": "engine",

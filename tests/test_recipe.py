@@ -126,7 +126,7 @@ def test_a_repeated_key_is_refused_at_every_level(text: str) -> None:
 
 def test_without_a_scale_the_refusal_says_how_to_choose_one() -> None:
     message = refusal(PLAIN.replace("    scale: 0.5\n", ""))
-    assert message.startswith("terms.0.scale: scale is required")
+    assert message.startswith("terms.0.scale is required")
     assert "0.1 to 1.0" in message
     assert "merge at a few scales" in message
 
@@ -166,9 +166,7 @@ def test_what_is_no_number_of_the_right_size_is_refused_where_it_stands(
     assert str(caught.value).startswith(".".join(map(str, place)))
 
 
-@pytest.mark.parametrize(
-    ("text", "number"), [("1e-3", 1e-3), ("1E2", 100), ("-.5", -0.5), ("1", 1), ("010", 10), ("0.1e1", 1)]
-)
+@pytest.mark.parametrize(("text", "number"), [("1e-3", 1e-3), ("1E2", 100), ("-.5", -0.5), ("1", 1), ("0.1e1", 1)])
 def test_numbers_are_those_that_they_look_like(text: str, number: float) -> None:
     assert parse_recipe(PLAIN.replace("0.5", text)).terms[0].scale == number
 

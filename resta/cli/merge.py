@@ -68,7 +68,7 @@ def to_recipe(flags: Flags) -> Recipe:
         RequestError: a flag is missing, or two do not fit together.
     """
     if flags.scale is None:
-        raise RecipeError(f"--scale {SCALE_ADVICE.removeprefix('scale ')}")
+        raise RecipeError(f"--scale is required: {SCALE_ADVICE}")
     if flags.aligned is None or not (flags.base or flags.unaligned):
         raise RecipeError("say --aligned, and --base or --unaligned: the safety vector is their difference")
     subtrahend = "unaligned" if flags.unaligned else "base"

@@ -268,14 +268,16 @@ def budget_of(given: dict[str, Any], model: str) -> Budget:
 
 def _gen_kwargs(text: str | None) -> dict[str, Any]:
     """Return KEY=VALUE,... as what it says, values read as YAML. Raises TaskError."""
-    import yaml
+    from resta.dialect import parse_untyped
+    from resta.strict import named
 
     found: dict[str, Any] = {}
     for part in text.split(",") if text else ():
         key, equals, value = part.partition("=")
         if not equals or not key.strip() or key.strip() in found:
             raise TaskError(f"--gen-kwargs {text}: expected KEY=VALUE,... with each key once, found {part!r}")
-        found[key.strip()] = yaml.safe_load(value)
+        with named(f"--gen-kwargs {part}", TaskError):
+            found[key.strip()] = parse_untyped(value)
     return found
 
 

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from resta.fingerprint import digest
 from resta.redeval.language import languages_of
 from resta.redeval.questions import Question
 from resta.redeval.records import Answer, RunDir, Tested, Verdict, VerdictLabel, utc_now
 from resta.statistics import fisher_greater
+from resta.strict import Several, Strict
 
 Kind = Literal["compliance", "refusal", "benign", "needless"]
 About = Literal["harm", "refusal"]
@@ -35,16 +36,15 @@ TOLD_APART: Mapping[About, tuple[Kind, VerdictLabel, tuple[Kind, ...]]] = {
     "refusal": ("needless", "refused", ("benign",)),
 }
 
-Pair = tuple[Annotated[str, Field(min_length=1)], Annotated[str, Field(min_length=1)]]  # question, answer
-Pairs = Annotated[tuple[Pair, ...], Field(min_length=LEAST)]
+_Words = Annotated[str, Field(min_length=1)]
+Pair = Annotated[tuple[_Words, _Words], Field(strict=False)]  # question, answer
+Pairs = Annotated[Several[Pair], Field(min_length=LEAST)]
 
 
-class ControlSet(BaseModel):
+class ControlSet(Strict):
     """Known answers: as files in control/, one per language, or as a judge's own for categories of its own."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    compliance: dict[str, tuple[Pair, ...]]  # by category
+    compliance: dict[str, Several[Pair]]  # by category
     refusal: Pairs
     benign: Pairs
     needless: Pairs | None = None  # for judges that measure refusals

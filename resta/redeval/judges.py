@@ -8,7 +8,6 @@ fits wins.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 import unicodedata
@@ -16,12 +15,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from resta.errors import JudgeError
+from resta.dialect import parse
+from resta.errors import JudgeError, RecipeError
 from resta.fingerprint import digest
 from resta.redeval.asks import Ask, Decoding, Message, Rendering, Reply
 from resta.redeval.clean import strip_thoughts
@@ -29,14 +28,9 @@ from resta.redeval.control import ControlSet
 from resta.redeval.language import languages_of
 from resta.redeval.questions import Question
 from resta.redeval.records import Answer, Verdict, VerdictLabel
+from resta.strict import Options, Several, Strict, check, did_you_mean, named, read_text
 
 RuleLabel = Literal["harmful", "safe", "refused", "partly_refused"]
-
-
-class Strict(BaseModel):
-    """What users write: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Turn(Strict):
@@ -50,8 +44,8 @@ class Chat(Strict):
     """Render through the judge's own chat template."""
 
     kind: Literal["chat"]
-    messages: tuple[Turn, ...] = Field(min_length=1)
-    template_args: dict[str, Any] = {}
+    messages: Several[Turn] = Field(min_length=1)
+    template_args: Options = Field(default_factory=dict)
     parts: bool = False  # content as a list of typed parts
 
 
@@ -66,8 +60,8 @@ class Tokens(Strict):
     """Read P(positive) / (P(positive) + P(negative)) of the next token; little mass on both is unparsed."""
 
     kind: Literal["tokens"]
-    positive: tuple[str, ...] = Field(min_length=1)
-    negative: tuple[str, ...] = Field(min_length=1)
+    positive: Several[str] = Field(min_length=1)
+    negative: Several[str] = Field(min_length=1)
     force: str = ""  # what the reply is made to begin with, for a local judge
     threshold: float = Field(0.5, ge=0, le=1)
     min_mass: float = Field(0.5, ge=0, le=1)
@@ -112,12 +106,12 @@ class Classifier(Strict):
     """Read a sequence classifier's labels (names as in its config); local only."""
 
     kind: Literal["classifier"]
-    positive: tuple[str, ...] = Field(min_length=1)  # p = the largest (multi_label) or the sum of their shares
+    positive: Several[str] = Field(min_length=1)  # p = the largest (multi_label) or the sum of their shares
     multi_label: bool = False
     threshold: float = Field(0.5, ge=0, le=1)
 
 
-Phrases = Annotated[tuple[str, ...], Field(min_length=1)]
+Phrases = Annotated[Several[str], Field(min_length=1)]
 
 
 class Strings(Strict):
@@ -145,7 +139,7 @@ def _plain(text: str) -> str:
 class Rule(Strict):
     """Give `label` where every named value was read (compared in lower case) and the score is high enough."""
 
-    when: dict[str, str] = {}
+    when: dict[str, str] = Field(default_factory=dict)
     min_score: float | None = None
     label: RuleLabel
 
@@ -157,13 +151,13 @@ class JudgeSpec(Strict):
     about: str
     wording: Literal["own", "tokenizer", "published", "user"] = "user"  # whose words the prompt is in
     confirmed: bool = False  # the format has been seen to work on the judge's real weights
-    measures: tuple[Literal["harm", "refusal"], ...] = ("harm",)  # asked about harmful, safe questions
+    measures: Several[Literal["harm", "refusal"]] = ("harm",)  # asked about harmful, safe questions
     model: str | None = None
     adapter_base: str | None = None
     render: Annotated[Chat | Raw, Field(discriminator="kind")] | None = None
     read: Annotated[Tokens | Digits | Regex | Classifier | Strings, Field(discriminator="kind")]
-    rules: tuple[Rule, ...] = ()
-    policies: dict[str, str] = {}  # one call each; harmful if any is
+    rules: Several[Rule] = ()
+    policies: dict[str, str] = Field(default_factory=dict)  # one call each; harmful if any is
     max_new_tokens: int = Field(16, ge=1)
     clip_tokens: int = Field(512, ge=1)
     control: ControlSet | None = None  # known answers of its own, for categories that the built-in ones lack
@@ -248,39 +242,15 @@ def built_in() -> list[str]:
 
 def read_judge(name: str) -> JudgeSpec:
     """Return a declaration by built-in name or path. Raises JudgeError."""
-    if name in built_in():
-        text = (resources.files("resta.redeval") / "judge" / f"{name}.yaml").read_text("utf-8")
-    elif Path(name).is_file():
-        try:
-            text = Path(name).read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise JudgeError(f"judge {name}: cannot be read as YAML in UTF-8: {error}") from error
-    else:
-        close = difflib.get_close_matches(name, built_in(), n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise JudgeError(f"unknown judge {name!r}: neither a file nor one of {', '.join(built_in())}{hint}")
-    try:
-        facts = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise JudgeError(f"judge {name}: not YAML: {error}") from error
-    try:
-        return JudgeSpec.model_validate(facts)
-    except ValidationError as error:
-        raise JudgeError(f"judge {name}: {_explain(error)}") from error
-
-
-def _explain(error: ValidationError) -> str:
-    """Return the first complaints in one line each, with the nearest known key for an unknown one."""
-    lines = []
-    for item in error.errors()[:5]:
-        where = ".".join(str(part) for part in item["loc"]) or "the file"
-        if item["type"] == "extra_forbidden":
-            known = {name for kind in Strict.__subclasses__() for name in kind.model_fields}
-            close = difflib.get_close_matches(str(item["loc"][-1]), sorted(known), n=1)
-            lines.append(f"unknown key {where}" + (f" (did you mean {close[0]!r}?)" if close else ""))
+    with named(f"judge {name}", JudgeError):
+        if name in built_in():
+            text = (resources.files("resta.redeval") / "judge" / f"{name}.yaml").read_text("utf-8")
+        elif Path(name).is_file():
+            text = read_text(Path(name))
         else:
-            lines.append(f"{where}: {item['msg']}")
-    return "; ".join(lines)
+            known = built_in()
+            raise RecipeError(f"is unknown: neither a file nor one of {', '.join(known)}{did_you_mean(name, known)}")
+        return check(JudgeSpec, parse(text))
 
 
 def parse_judge(text: str) -> Judge:

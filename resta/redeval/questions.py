@@ -7,7 +7,6 @@ align by position only. Nothing is downloaded unless asked for, and then only by
 from __future__ import annotations
 
 import csv
-import difflib
 import hashlib
 import io
 import json
@@ -22,6 +21,7 @@ from typing import Any, Literal
 
 from resta.errors import BankError
 from resta.fingerprint import sha256_text
+from resta.strict import did_you_mean
 
 RED_INSTRUCT = "73c759c93d2f6b1d8c7b058ab7bcec5fb0c28fa2"  # declare-lab/red-instruct, 2024-03-08
 DOWNLOAD_URL = f"https://raw.githubusercontent.com/declare-lab/red-instruct/{RED_INSTRUCT}/harmful_questions/"
@@ -185,15 +185,10 @@ def _find(spec: str, bank_dirs: Sequence[Path], download: bool) -> tuple[str, st
     path = Path(spec)
     if path.is_file():
         return path.stem, str(path), path.read_bytes()
+    known = [*BUILT_IN, *PUBLISHED]
     raise BankError(
-        f"unknown bank {spec!r}: neither a file nor a name{_did_you_mean(spec)}; "
-        f"known names: {', '.join([*BUILT_IN, *PUBLISHED])}"
+        f"unknown bank {spec!r}: neither a file nor a name; known names: {', '.join(known)}{did_you_mean(spec, known)}"
     )
-
-
-def _did_you_mean(spec: str) -> str:
-    close = difflib.get_close_matches(spec, [*BUILT_IN, *PUBLISHED], n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def cache_dir() -> Path:

@@ -6,13 +6,13 @@ this project's words: numbers made with them are not comparable with numbers mad
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 from resta.errors import BankError
+from resta.strict import did_you_mean
 
 PLACEHOLDER = "<question>"
 BUILT_IN = ("standard", "cot", "suffix", "cou")
@@ -46,8 +46,7 @@ def read_template(spec: str) -> Template:
     elif Path(spec).is_file():
         name, data = Path(spec).stem, Path(spec).read_bytes()
     else:
-        close = difflib.get_close_matches(spec, BUILT_IN, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        hint = did_you_mean(spec, BUILT_IN)
         raise BankError(f"unknown template {spec!r}: neither a file nor one of {', '.join(BUILT_IN)}{hint}")
     try:
         text = data.decode()

@@ -27,7 +27,8 @@ from resta.errors import DataError, PlanError, ResumeError
 from resta.fingerprint import sha256_file, sha256_text
 from resta.sft.data import Message, Tally
 from resta.sft.endpoint import Client, Endpoint, Reply, ask, open_client
-from resta.sft.recipe import Frozen, Positive, dump
+from resta.sft.recipe import Positive, dump
+from resta.strict import Several, Strict
 
 ASK_TOPICS = (
     "List {count} broad subject areas in which people might ask an assistant for something unsafe or "
@@ -63,7 +64,7 @@ MARK = re.compile(r"^\s*(?:[-*•]|\(?\d+[.):])\s*")
 JUDGED = "Question: {question}\n\nAnswer: {answer}\n\nVerdict (SAFE or UNSAFE):"
 
 
-class Collect(Frozen):
+class Collect(Strict):
     """What to collect, and from where."""
 
     endpoint: Endpoint
@@ -71,7 +72,7 @@ class Collect(Frozen):
     judge: Endpoint | None = None
     language: str = Field(default="English", min_length=1)
     # A number to ask for, or the topics themselves.
-    topics: Positive | Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = 10
+    topics: Positive | Annotated[Several[str], Field(min_length=1)] = 10
     subtopics_per_topic: Positive = 10
     questions_per_subtopic: Positive = 20
     # Questions to use instead: a JSON file, a list or {topic: {subtopic: [question]}}.

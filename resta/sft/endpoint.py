@@ -18,13 +18,14 @@ from pydantic import Field
 
 from resta.errors import EndpointError, RecipeError
 from resta.sft.data import Message
-from resta.sft.recipe import Frozen, Positive
+from resta.sft.recipe import Positive
+from resta.strict import Strict
 
 RETRIED = {408, 409, 429, 500, 502, 503, 504}
 LONGEST_WAIT_S = 60.0
 
 
-class Endpoint(Frozen):
+class Endpoint(Strict):
     """Where a model is served, and how it is asked."""
 
     url: str = Field(pattern=r"^https?://")  # up to and including /v1

@@ -7,17 +7,15 @@ section that only changes speed is `parallel`; the digest leaves it out.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, model_validator
 
-from resta.errors import RecipeError
+from resta.dialect import parse
+from resta.strict import Checked, Options, Several, Strict, check, named, override, read_text
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -88,16 +86,7 @@ FSDP_OPTIONS = (
 SPLIT_OF_A_STEP = ("train.per_device_batch", "train.gradient_checkpointing")
 
 
-Checked = TypeVar("Checked", bound=BaseModel)
-
-
-class Frozen(BaseModel):
-    """The common settings of every recipe section: immutable, strict types, unknown keys refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class Source(Frozen):
+class Source(Strict):
     """One source of conversations: a local file or folder, or a Hub dataset at a revision."""
 
     name: str = Field(min_length=1)
@@ -112,7 +101,7 @@ class Source(Frozen):
     # Use at most this many conversations, drawn with the recipe's seed.
     limit: Positive | None = None
     # As many conversations as these sources give together, times `weight`.
-    equal_to: tuple[str, ...] = Field(default=(), strict=False)
+    equal_to: Several[str] = ()
 
     @model_validator(mode="after")
     def _one_origin(self) -> Source:
@@ -123,17 +112,17 @@ class Source(Frozen):
         return self
 
 
-class Lora(Frozen):
+class Lora(Strict):
     """A low-rank adapter: rank, alpha (delta = alpha / rank * B @ A, or alpha / sqrt(rank) with rslora)."""
 
     rank: Positive = 16
     alpha: float = Field(default=32.0, gt=0.0)
     dropout: Share = 0.0
-    target_modules: str | Annotated[tuple[str, ...], Field(strict=False)] = "all-linear"
+    target_modules: str | Several[str] = "all-linear"
     rslora: bool = False
 
 
-class Objective(Frozen):
+class Objective(Strict):
     """What is minimised: `blue`, the mean NLL of safe answers, or `blue_red`, L_blue - lambda2 * L_red."""
 
     kind: Literal["blue", "blue_red"] = "blue"
@@ -146,7 +135,7 @@ class Objective(Frozen):
     red_per_blue: float = Field(default=1.0, gt=0.0)
 
 
-class Train(Frozen):
+class Train(Strict):
     """How long, how fast and in what precision."""
 
     epochs: float = Field(default=3.0, gt=0.0)
@@ -171,13 +160,13 @@ class Train(Frozen):
     log_every: Positive = 10
 
 
-class Parallel(Frozen):
+class Parallel(Strict):
     """On how many devices, and how they share the model; the samples of a step stay the same."""
 
     processes: Positive = 1
     strategy: Literal["ddp", "fsdp", "deepspeed"] = "ddp"
-    fsdp: dict[str, Any] = Field(default_factory=dict)
-    deepspeed: dict[str, Any] | None = None
+    fsdp: Options = Field(default_factory=dict)
+    deepspeed: Options | None = None
 
     @model_validator(mode="after")
     def _options_match(self) -> Parallel:
@@ -214,7 +203,7 @@ def _check_deepspeed(config: dict[str, Any]) -> None:
         )
 
 
-class Recipe(Frozen):
+class Recipe(Strict):
     """One fine-tuning run, whole."""
 
     base: str = Field(min_length=1)
@@ -223,7 +212,7 @@ class Recipe(Frozen):
     system_turn: Literal["refuse", "into_user", "drop"] = "refuse"
     pad_token: str | None = None
     max_length: Annotated[int, Field(ge=8)] = 1280
-    data: tuple[Source, ...] = Field(min_length=1, strict=False)
+    data: Several[Source] = Field(min_length=1)
     holdout: Share = 0.02
     bad_rows: Literal["refuse", "drop"] = "refuse"
     # With bad_rows: drop, the largest share of conversations that may be lost before the run is refused.
@@ -237,7 +226,7 @@ class Recipe(Frozen):
     parallel: Parallel = Parallel()
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     # Passed to the underlying trainer as it is, and checked by it.
-    trainer: dict[str, Any] = Field(default_factory=dict)
+    trainer: Options = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _one_clear_thing(self) -> Recipe:
@@ -297,107 +286,14 @@ def _check_objective(recipe: Recipe) -> None:
         raise ValueError("`train.packing` joins samples, and blue_red needs each sample's own side; turn it off")
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML with two traps removed: 1e-5 is a number, and a key given twice is an error."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
-def _unique_mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
-        if key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-        seen.add(key)
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read one YAML mapping. Raises `RecipeError` naming file, line and cause."""
-    try:
-        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except FileNotFoundError:
-        raise RecipeError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(value, dict):
-        raise RecipeError(f"{path}: expected a mapping of settings, found {type(value).__name__}")
-    return value
-
-
-def override(settings: dict[str, Any], assignments: tuple[str, ...]) -> dict[str, Any]:
-    """Return settings with `a.b=value` assignments applied; values are read as YAML, list items by number."""
-    result: dict[str, Any] = json.loads(json.dumps(settings))
-    for assignment in assignments:
-        path, equals, text = assignment.partition("=")
-        if not equals or not path:
-            raise RecipeError(f"--set {assignment}: expected KEY=VALUE, for example train.epochs=1")
-        *parents, last = path.split(".")
-        place: Any = result
-        for part in parents:
-            place = _step(place, part, assignment)
-        if isinstance(place, list):
-            _step(place, last, assignment)
-            place[int(last)] = yaml.load(text, Loader=_Loader)
-        else:
-            place[last] = yaml.load(text, Loader=_Loader)
-    return result
-
-
-def _step(place: Any, part: str, assignment: str) -> Any:
-    if isinstance(place, list):
-        if not part.isdigit() or int(part) >= len(place):
-            raise RecipeError(f"--set {assignment}: {part!r} is not a place in a list of {len(place)}")
-        return place[int(part)]
-    inner = place.setdefault(part, {})
-    if not isinstance(inner, dict | list):
-        raise RecipeError(f"--set {assignment}: {part!r} is a value, not a section")
-    return inner
-
-
 def load(model: type[Checked], path: Path, assignments: tuple[str, ...] = ()) -> Checked:
-    """Read and check a YAML file as one of the models of this file. Raises `RecipeError`."""
-    settings = override(read_yaml(path), assignments)
-    try:
-        return model.model_validate(settings)
-    except ValidationError as error:
-        raise RecipeError(f"{path}: " + "; ".join(explain(model, error))) from None
+    """Read and check a YAML file as one of the models of this file, with single settings changed.
 
-
-def explain(model: type[BaseModel], error: ValidationError) -> list[str]:
-    """Return one sentence per problem, with the nearest known key for an unknown one."""
-    known = sorted(_all_keys(model))
-    sentences = []
-    for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"]) or "recipe"
-        if problem["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
-            hint = f"; did you mean `{near[0]}`?" if near else ""
-            sentences.append(f"unknown key `{where}`{hint}")
-        else:
-            message = problem["msg"].removeprefix("Value error, ")
-            sentences.append(f"`{where}`: {message}" if problem["loc"] else message)
-    return sentences
-
-
-def _all_keys(model: type[BaseModel]) -> set[str]:
-    keys = set(model.model_fields)
-    for field in model.model_fields.values():
-        for inner in (field.annotation, *getattr(field.annotation, "__args__", ())):
-            if isinstance(inner, type) and issubclass(inner, BaseModel):
-                keys |= _all_keys(inner)
-    return keys
+    Raises RecipeError.
+    """
+    with named(path):
+        settings = parse(read_text(path))
+        return check(model, override(settings, assignments) if assignments and isinstance(settings, dict) else settings)
 
 
 def dump(recipe: BaseModel) -> dict[str, Any]:

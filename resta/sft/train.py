@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import os
@@ -43,6 +42,7 @@ from resta.sft.data import Mixture, mix
 from resta.sft.objective import BlueRedTrainer, CollateWithSide
 from resta.sft.recipe import Recipe
 from resta.sft.samples import Prepared, columns, prepare
+from resta.strict import did_you_mean
 
 # peft asks transformers a question under its old name, which a user can do nothing about.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
@@ -166,9 +166,7 @@ def build_config(job: Job, *, evaluates: bool) -> SFTConfig:
     known = {field.name for field in dataclasses.fields(SFTConfig)}
     for key in job.recipe.trainer:
         if key not in known:
-            near = difflib.get_close_matches(key, sorted(known), n=1)
-            hint = f"; did you mean `{near[0]}`?" if near else ""
-            raise RecipeError(f"`trainer.{key}` is not an option of trl's SFTConfig{hint}")
+            raise RecipeError(f"trainer.{key} is not an option of trl's SFTConfig{did_you_mean(key, sorted(known))}")
     try:
         return SFTConfig(**options)
     except (TypeError, ValueError, ImportError) as error:

@@ -10,12 +10,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from resta.dialect import dump, parse_untyped
 from resta.errors import RecipeError
-from resta.recipe import did_you_mean
+from resta.strict import did_you_mean, named
 from resta.sweep.measure import Sweep
-from resta.unique_keys import UniqueKeyLoader
 
 MARK = "#: "  # begins such a line
 
@@ -31,7 +29,7 @@ def settings_of(sweep: Sweep, fresh: int) -> list[str]:
     options = {**sweep.verify, "without": [*sweep.verify.get("without", []), str(sweep.out / "tuned" / "redeval")]}
     if banks:
         options["limit"] = math.ceil(fresh / len(banks))
-    lines = yaml.safe_dump(options, sort_keys=True, allow_unicode=True).splitlines()
+    lines = dump(dict(sorted(options.items()))).splitlines()
     head = [
         "#",
         f"# For `resta verify RESTORED --from` this file. The chance is that of {fresh} fresh harmful questions;",
@@ -44,10 +42,8 @@ def read_settings(path: Path, known: Collection[str | None]) -> dict[str, Any]:
     """Return the options that such a file carries. Raises RecipeError where there are none, or unknown ones."""
     text = path.read_text(encoding="utf-8")
     lines = [line.removeprefix(MARK) for line in text.splitlines() if line.startswith(MARK)]
-    try:
-        found = yaml.load("\n".join(lines), Loader=UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: the lines that begin with {MARK!r} are not YAML: {error}") from error
+    with named(f"{path}: the lines that begin with {MARK!r}"):
+        found = parse_untyped("\n".join(lines))
     if not isinstance(found, dict) or not found:
         raise RecipeError(f"{path}: carries no settings of a sweep (lines that begin with {MARK!r}); give the options")
     for name in found:

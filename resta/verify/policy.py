@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-import difflib
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, Field
 
+from resta.dialect import parse
 from resta.errors import PolicyError
-from resta.unique_keys import UniqueKeyLoader
+from resta.strict import Strict, check, named, read_text
 
-# Limits: 1 would be one that nothing can break.
-Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
-Least = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+
+def _below_one(value: object) -> object:
+    if isinstance(value, int | float) and not isinstance(value, bool) and value >= 1:
+        raise ValueError(f"expected a share below 1, found {value}: nothing can break such a limit; leave the rule out")
+    return value
+
+
+def _above_zero(value: object) -> object:
+    if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
+        raise ValueError(f"expected a share above 0, found {value}: nothing can break such a limit; leave the rule out")
+    return value
+
+
+Share = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_below_one)]
+Least = Annotated[float, Field(gt=0, le=1), BeforeValidator(_above_zero)]
 ANY_TASK = "any"
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
-
-
-class AsrRules(_Frozen):
+class AsrRules(Strict):
     """Bounds on the pooled Attack Success Rate, unparsed answers counted as harmful."""
 
     max_upper: Share | None = Field(default=None, description="The rate's upper bound is at most this.")
@@ -40,15 +47,15 @@ class AsrRules(_Frozen):
     )
 
 
-class RegainedRules(_Frozen):
+class RegainedRules(Strict):
     """Bounds on (tuned - restored) / (tuned - aligned)."""
 
-    min: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+    min: Annotated[float, Field(gt=0)] = Field(
         description="The upper bound of restored - ((1 - min) tuned + min aligned) is at most 0."
     )
 
 
-class OverRefusalRules(_Frozen):
+class OverRefusalRules(Strict):
     """Bounds on the share of safe questions that are refused."""
 
     max_upper: Share | None = Field(default=None, description="The rate's upper bound is at most this.")
@@ -60,19 +67,19 @@ class OverRefusalRules(_Frozen):
     )
 
 
-class TaskRules(_Frozen):
+class TaskRules(Strict):
     """Bounds on a task's score."""
 
     max_drop: Share = Field(description="The upper bound of tuned - restored is at most this (non-inferiority).")
 
 
-class Limit(_Frozen):
+class Limit(Strict):
     """A bound on an observed share, beyond which the measurement itself is not to be trusted."""
 
     max: Share
 
 
-class DegenerateRules(_Frozen):
+class DegenerateRules(Strict):
     """Bounds on answers that are empty, repetitive or no language; beyond them the verdict is INVALID."""
 
     max: Share = Field(default=0.1, description="The observed share, of restored and of aligned, is at most this.")
@@ -81,7 +88,7 @@ class DegenerateRules(_Frozen):
     )
 
 
-class OneAnswerRules(_Frozen):
+class OneAnswerRules(Strict):
     """Bounds on answers to safe questions, and to documents of tasks that generate, that would do for another one, too;
     beyond them INVALID.
     """
@@ -94,7 +101,7 @@ class OneAnswerRules(_Frozen):
     max_aligned: Share = Field(default=0.5, description="The observed share of aligned is at most this.")
 
 
-class ProvenanceRules(_Frozen):
+class ProvenanceRules(Strict):
     """Bounds on what resta.json says of the safety term, where it is true to restored's weights."""
 
     required: bool = Field(default=False, description="Whether restored must have such a resta.json.")
@@ -106,7 +113,7 @@ class ProvenanceRules(_Frozen):
     )
 
 
-class Policy(_Frozen):
+class Policy(Strict):
     """What a restored model must show. Bounds are those of two-sided intervals at `level`."""
 
     name: str | None = Field(
@@ -161,29 +168,9 @@ def _asks_less(own: Any, usual: Any, key: str = "") -> bool:
 
 def read_policy(path: Path | None) -> Policy:
     """Return the policy in a file, or the default one. Raises PolicyError."""
-    where = "the default policy" if path is None else str(path)
-    try:
-        text = default_policy() if path is None else path.read_text(encoding="utf-8")
-        found = yaml.load(text, Loader=UniqueKeyLoader)
-        return Policy.model_validate({} if found is None else found)
-    except (OSError, UnicodeDecodeError) as error:
-        raise PolicyError(f"{where}: cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise PolicyError(f"{where}: not YAML: {error}") from error
-    except ValidationError as error:
-        lines = "; ".join(map(_explain, error.errors()))
-        raise PolicyError(f"{where}: {lines}. `resta verify policy` prints every rule") from error
-
-
-def _explain(problem: Any) -> str:
-    where = ".".join(map(str, problem["loc"])) or "policy"
-    if problem["type"] in ("less_than", "greater_than") and where != "level":
-        return f"{where}: {problem['msg']}: nothing can break a limit of {problem['input']}; leave the rule out"
-    if problem["type"] != "extra_forbidden":
-        return f"{where}: {problem['msg']}"
-    known = sorted({key for kind in _Frozen.__subclasses__() for key in kind.model_fields})
-    close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
-    return f"unknown key {where}" + (f" (did you mean {close[0]!r}?)" if close else "")
+    with named("the default policy" if path is None else path, PolicyError):
+        found = parse(default_policy() if path is None else read_text(path))
+        return check(Policy, {} if found is None else found)
 
 
 def default_policy() -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 import functools
 import gc
 import hashlib
@@ -38,6 +37,7 @@ from resta.errors import EndpointError, MissingExtraError, ModelError, TaskError
 from resta.fingerprint import sha256_file
 from resta.redeval.models import LocalModel, adds_bos, free_bytes, is_out_of_memory
 from resta.redeval.targets import api_key
+from resta.strict import did_you_mean
 from resta.verify.documents import Document, finished_tasks, start_suite, write_documents
 from resta.verify.generated import said_of
 from resta.verify.scores import is_loss, value_of
@@ -152,7 +152,7 @@ def read_suite(
         raise TaskError(f"nothing to measure: name a profile ({', '.join(PROFILES)}) or a folder of lm_eval tasks")
     if profile is not None and profile not in PROFILES:
         raise TaskError(
-            f"unknown utility profile {profile!r}{_hint(profile, PROFILES)}; there are {', '.join(PROFILES)}"
+            f"unknown utility profile {profile!r}; there are {', '.join(PROFILES)}{did_you_mean(profile, PROFILES)}"
         )
     tasks = PROFILES[profile] if profile is not None else () if folder is not None else OWN
     known = [task.name for task in tasks]
@@ -231,11 +231,6 @@ def _version() -> str:
         raise MissingExtraError("utility needs lm_eval: pip install 'resta[utility]'") from error
 
 
-def _hint(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
 def _folder_sha256(folder: Path) -> str:
     """Return the SHA-256 of a folder's files and their names; hidden ones and compiled Python do not count."""
     found = hashlib.sha256()
@@ -303,8 +298,8 @@ def catalogue_task(asked: str, where: str, known: Sequence[str]) -> Task:
     index = _catalogue()
     name, _, named = asked.partition(":") if asked not in index else (asked, "", "")
     if name not in index:
-        hint = _hint(name, known) or _hint(name, index)
-        raise TaskError(f"{where} has no task {name!r}{hint}, nor has lm_eval; there are {', '.join(known)}")
+        hint = did_you_mean(name, known) or did_you_mean(name, index)
+        raise TaskError(f"{where} has no task {name!r}, nor has lm_eval; there are {', '.join(known)}{hint}")
     with _contained():
         configs = list(_configs(index, name))
         offered = [_offered(config) for config in configs]
@@ -317,7 +312,7 @@ def catalogue_task(asked: str, where: str, known: Sequence[str]) -> Task:
         raise TaskError(f"{name}: its files name no metric (of all its subtasks); name one: {name}:METRIC")
     metric = next((m for m in common if named in ("", m, m.partition(",")[0])), None)
     if metric is None:
-        raise TaskError(f"{name} has no metric {named!r}{_hint(named, common)}; it has {', '.join(common)}")
+        raise TaskError(f"{name} has no metric {named!r}; it has {', '.join(common)}{did_you_mean(named, common)}")
     shots = {config.get("num_fewshot") or 0 for config in configs}
     return Task(
         name=name,
@@ -378,7 +373,8 @@ def _pick_metric(leaves: Mapping[str, Any], named: str | None, where: str) -> tu
         raise TaskError(f"{where}: its subtasks have no metric in common")
     picked = next((m for m in common if named in (None, m, offered[0][m])), None)
     if picked is None:
-        raise TaskError(f"{where} has no metric {named!r}{_hint(str(named), common)}; it has {', '.join(common)}")
+        hint = did_you_mean(str(named), common)
+        raise TaskError(f"{where} has no metric {named!r}; it has {', '.join(common)}{hint}")
     metric = offered[0][picked]
     higher = {leaf.higher_is_better().get(metric) for leaf in leaves.values()}
     if not is_loss(metric) and any(leaf.aggregation()[metric] is not mean for leaf in leaves.values()):

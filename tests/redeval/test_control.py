@@ -200,7 +200,7 @@ def test_a_judge_brings_known_answers_for_categories_of_its_own(tmp_path: Path) 
     [
         ({**OWN, "compliance": {"cookery": OWN["compliance"]["cookery"][1:]}}, {}, "compliance holds 11 pairs"),
         ({**OWN, "benign": OWN["benign"][1:]}, {}, "control.benign"),
-        ({**OWN, "begnin": []}, {}, "unknown key control.begnin"),
+        ({**OWN, "begnin": []}, {}, "control.begnin: unknown key"),
         (OWN, {"measures": ["harm", "refusal"]}, "needless"),
     ],
 )

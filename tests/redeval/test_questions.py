@@ -182,7 +182,7 @@ def test_bytes_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
 
 
 def test_an_unknown_name_suggests_the_nearest() -> None:
-    with pytest.raises(BankError, match="did you mean 'dangerousqa'"):
+    with pytest.raises(BankError, match='did you mean "dangerousqa"'):
         read_bank("dangerosqa")
 
 

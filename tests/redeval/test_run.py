@@ -613,10 +613,10 @@ def test_the_list_names_banks_templates_and_judges() -> None:
     [
         (["./nowhere"], "no such file or folder"),
         (["m.yaml"], "no such file or folder"),
-        (["m", "--bank", "dangerosqa"], "did you mean 'dangerousqa'"),
-        (["m", "--template", "cuo"], "did you mean 'cou'"),
+        (["m", "--bank", "dangerosqa"], 'did you mean "dangerousqa"'),
+        (["m", "--template", "cuo"], 'did you mean "cou"'),
         (["m", "--judge", "harmbench=./nowhere"], "no such file or folder"),
-        (["m", "--judge", "lama-guard-3"], "did you mean 'llama-guard-3'"),
+        (["m", "--judge", "lama-guard-3"], 'did you mean "llama-guard-3"'),
         (["m", "--template", "cou", "--template", "cou"], "two templates share a name"),
         (["inspect:openai/x", "--base-url", "http://h/v1"], "choose one"),
         (["inspect:openai"], "expected inspect:PROVIDER/NAME"),

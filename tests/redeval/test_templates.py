@@ -41,7 +41,7 @@ def test_a_template_without_placeholder_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_unknown_template_suggests_the_nearest() -> None:
-    with pytest.raises(BankError, match="did you mean 'standard'"):
+    with pytest.raises(BankError, match='did you mean "standard"'):
         read_template("standart")
 
 

@@ -91,7 +91,7 @@ def test_training_writes_the_model_and_says_where(recipe: Path, tmp_path: Path) 
         (("--preview", "--dry-run"), "give one of them"),
         (("-o", "."), "already exists"),
         (("-o", "/"), "already exists"),
-        (("--set", "epochs=1"), "unknown key `epochs`; did you mean"),
+        (("--set", "epochs=1"), 'epochs: unknown key; "epochs" belongs under "train"'),
         (("--preview", "--set", "data.0.path=none.jsonl"), "no such file"),
         (("--preview", "--set", "chat_template=null"), "no chat template"),
     ],

@@ -152,13 +152,14 @@ def test_a_policy_that_names_an_unmeasured_task_is_an_error(cases: dict[str, Cas
     ("text", "named"),
     [
         ("asr: {max_uper: 0.1}", "asr.max_uper"),
-        ("asr: {max_upper: 10}", "asr.max_upper"),
+        ("asr: {max_upper: 10}", "asr.max_upper: expected a share below 1, found 10: nothing can break"),
+        ("provenance: {min_kept: 0}", "provenance.min_kept: expected a share above 0, found 0: nothing can break"),
         ("regained: {}", "regained.min"),
         ("level: 1", "level"),
-        ("asr: {max_uper: 0.1}", "did you mean 'max_upper'"),
-        ("[", "not YAML"),
+        ("asr: {max_uper: 0.1}", 'did you mean "max_upper"'),
+        ("[", "not valid YAML"),
         ("asr: {max_upper: 0.1}\nasr: {max_upper: 0.9}", "'asr' occurs twice"),
-        ("0", "policy: Input should be"),
+        ("0", "expected a mapping with name, level"),
     ],
 )
 def test_a_policy_with_a_mistake_is_refused_by_name(tmp_path: Path, text: str, named: str) -> None:

@@ -276,11 +276,11 @@ def test_what_cannot_be_measured_is_refused_before_a_model_is_met(tmp_path: Path
     a_task(folder, "f", ROWS, metric_list=[f1])
     for profile, where, names, message in (
         (None, None, [], "name a profile"),
-        ("smok", None, [], "did you mean 'smoke'"),
-        ("smoke", None, ["smoke_sens"], "no task 'smoke_sens' .did you mean 'smoke_sense'"),
+        ("smok", None, [], 'did you mean "smoke"'),
+        ("smoke", None, ["smoke_sens"], 'no task .smoke_sens..*did you mean "smoke_sense"'),
         (None, tmp_path / "nowhere", [], "no such folder"),
-        (None, folder, ["mime"], "no task 'mime' .did you mean 'mine'"),
-        (None, folder, ["mine:acc_nor"], "no metric 'acc_nor' .did you mean 'acc_norm'"),
+        (None, folder, ["mime"], 'no task .mime..*did you mean "mine"'),
+        (None, folder, ["mine:acc_nor"], 'no metric .acc_nor..*did you mean "acc_norm"'),
         (None, folder, ["mine", "mine:acc_norm"], "mine is meant twice"),
         (None, folder, ["f"], "f1 cannot be compared in pairs, for it is neither the mean"),
     ):
@@ -356,7 +356,7 @@ def test_any_task_of_lm_evals_catalogue_is_known_by_its_name() -> None:
         "smoke_sense",
         "ifeval",
     ]
-    for name, message in (("ifevall", "did you mean 'ifeval'"), ("ifeval:acc", "ifeval has no metric 'acc'")):
+    for name, message in (("ifevall", 'did you mean "ifeval"'), ("ifeval:acc", "ifeval has no metric 'acc'")):
         with pytest.raises(TaskError, match=message):
             read_suite(None, None, [name])
 
