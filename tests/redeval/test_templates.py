@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from resta.errors import BankError
+from resta.redeval import templates
 from resta.redeval.templates import BUILT_IN, PLACEHOLDER, read_template
 
-from .test_questions import RED_INSTRUCT, published
+TINY = Path(__file__).parent / "published"  # the published structures in words of our own
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -25,13 +26,15 @@ def test_the_chain_of_utterances_has_the_papers_structure() -> None:
     assert text.index("(Internal thought:") < text.index("<question>")
 
 
-@published
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_published_templates_load_unchanged_and_are_recognised(name: str) -> None:
-    path = RED_INSTRUCT / f"{name}.txt"
+def test_published_templates_load_unchanged_and_are_recognised(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = TINY / f"{name}.txt"
     template = read_template(str(path))
-    assert template.published
     assert template.text.encode() == path.read_bytes()
+    assert template.published == (name == "standard")  # of which there is only one wording
+    monkeypatch.setattr(templates, "PUBLISHED", {template.sha256: name})
+    assert read_template(str(path)).published
+    assert template.fill(" Why \\1 %s? ") == path.read_text(encoding="utf-8").replace("<question>", "Why \\1 %s?")
 
 
 def test_a_template_without_placeholder_is_refused(tmp_path: Path) -> None:
