@@ -41,6 +41,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import resta
+from resta.journal import Journal as Lines
+from resta.journal import read_lines, write_whole
 from resta.redeval.asks import Decoding, Message, Rendering
 from resta.redeval.judges import Judge, parse_judge, verdict_without_model
 from resta.redeval.models import LocalModel, Prompt
@@ -491,8 +493,8 @@ class Journal:
         if time.monotonic() > self.until:
             raise TimeoutError
         record = place | make()
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        with Lines(self.path) as lines:
+            lines.append(record)
         self.records.append(record)
         self.done.add(key_of(record))
 
@@ -502,14 +504,8 @@ def key_of(record: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Read the results; a line torn by a kill is cut off."""
-    if not path.exists():
-        return []
-    whole = path.read_bytes()
-    kept = whole[: whole.rfind(b"\n") + 1]
-    if kept != whole:
-        path.write_bytes(kept)
-    return [json.loads(line) for line in kept.splitlines()]
+    """Read the results; a line torn by a kill is left out."""
+    return list(read_lines(path, schema=None))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -595,12 +591,6 @@ class Study:
 
 def say(text: str) -> None:
     print(time.strftime("%H:%M:%S", time.gmtime()), text, flush=True)
-
-
-def write_whole(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.rename(path)
 
 
 def prepare(model: Path, data: Path, out: Path, sizes: Sizes, minutes: float) -> Study:

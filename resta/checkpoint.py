@@ -6,7 +6,6 @@ ranges; it knows nothing of recipes, and of arithmetic only that a tensor may ha
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import re
@@ -358,8 +357,3 @@ def _strip(tensors: Mapping[str, Operand], prefix: str, folder: Path) -> dict[st
     if len(stripped) != len(tensors):
         raise CheckpointError(f"{folder}: without the prefix {prefix!r} two tensors would have the same name")
     return stripped
-
-
-def is_disk_full(error: OSError) -> bool:
-    """Whether an I/O error means that the disk, the quota or the file size limit is used up."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -1,4 +1,5 @@
-"""Opening what others put into a directory: only regular files, and never more at a time than the system allows.
+"""Opening what others put into a directory: only regular files, and never more at a time than the system allows. What
+the system says against it becomes one sentence.
 
 A FIFO would be waited for without end, a device read without end; models of hundreds of shards meet `ulimit -n`.
 """
@@ -13,6 +14,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from resta.errors import RestaError
 
 OTHERS = 64  # descriptors left to everything else in the process
 MOST_OPEN = 512
@@ -101,3 +104,31 @@ def most_open() -> int:
     """Return how many files one of two users of many files, a reader and a writer, may have open."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return MOST_OPEN if soft == resource.RLIM_INFINITY else max(4, min(MOST_OPEN, (soft - OTHERS) // 2))
+
+
+def fsync_folder(folder: Path) -> None:
+    """Wait until a folder's names are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def named_io_errors(path: Path) -> Iterator[None]:
+    """Turn an operating system error into one sentence that names the file."""
+    try:
+        yield
+    except OSError as error:
+        full = _is_disk_full(error)
+        reason = "the disk is full" if full else (error.strerror or str(error))
+        mend = "make room" if full else "when the cause is mended"
+        raise RestaError(
+            f"{path}: {reason}. What is done is kept; {mend}{', then' if full else ','} run the same command to resume"
+        ) from error
+
+
+def _is_disk_full(error: OSError) -> bool:
+    """Whether an I/O error means that the disk, the quota or the file size limit is used up."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

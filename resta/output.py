@@ -10,21 +10,19 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from resta.checkpoint import is_disk_full
 from resta.errors import PlanError, RestaError, ResumeError
-from resta.files import OpenFiles, open_regular
+from resta.files import OpenFiles, fsync_folder, named_io_errors
+from resta.journal import Journal
 
 MARK = "resta.json"  # in every finished output; --overwrite replaces nothing else
 RESERVE_BYTES = 64 << 20  # journal, manifest, file system overhead
@@ -115,20 +113,16 @@ def recover(out: Path, plan_digest: str) -> bool:
     partial = partial_of(out)
     if partial.is_symlink() or not (partial / JOURNAL).is_file():
         return False
-    with named_io_errors(partial):
-        journal = _lock_journal(partial)
-        try:
-            entries = [entry for entry, _ in _valid_entries(_read_all(journal))]
-            if not entries:
-                return False
-            if (partial / REPLACED).is_dir() and not os.path.lexists(out):  # killed between the two renames: undo one
-                rename_new(partial / REPLACED, out)
-            if (partial / MODEL).exists() or not _is_result(out, entries[-1]):
-                return False
-            _remove_partial(partial)
-            return bool(entries[0].get("plan") == plan_digest)
-        finally:
-            os.close(journal)
+    with named_io_errors(partial), Journal(partial / JOURNAL) as journal:
+        entries = [entry for entry, _ in _valid_entries(journal.read())]
+        if not entries:
+            return False
+        if (partial / REPLACED).is_dir() and not os.path.lexists(out):  # killed between the two renames: undo one
+            rename_new(partial / REPLACED, out)
+        if (partial / MODEL).exists() or not _is_result(out, entries[-1]):
+            return False
+        _remove_partial(partial)
+        return bool(entries[0].get("plan") == plan_digest)
 
 
 def partial_of(out: Path) -> Path:
@@ -173,8 +167,7 @@ class Output:
         self._empty: tuple[int, int] | None = None  # the empty directory that had the name OUT when the work began
         # What is closed early is put on the disk before: a later fsync may not hear of an error that befell it.
         self._files = OpenFiles(self._open_file, before_closing=os.fsync)
-        self._journal: int | None = None
-        self._lock = threading.Lock()
+        self._journal: Journal | None = None
         self.done: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> Output:
@@ -197,8 +190,7 @@ class Output:
     def _close(self) -> None:
         self._files.close()
         if self._journal is not None:
-            os.close(self._journal)
-            self._journal = None
+            self._journal.close()
 
     def write(self, file: str, offset: int, data: memoryview) -> None:
         """Put bytes at their final place."""
@@ -222,8 +214,7 @@ class Output:
 
     def record(self, unit: str, facts: Mapping[str, Any]) -> None:
         """Note that a stretch is in place."""
-        with named_io_errors(self._partial / JOURNAL):
-            self._append({"unit": unit, **facts})
+        self._append({"unit": unit, **facts})
 
     def flush(self, file: str) -> None:
         """Wait until a weight file is on the disk."""
@@ -252,13 +243,13 @@ class Output:
             self.flush(name)
         with named_io_errors(self._partial):
             for folder in {(self._model / name).parent for name in texts} | {self._model}:
-                _fsync_folder(folder)
+                fsync_folder(folder)
             self._append({"unit": COMMIT, "manifest": hashlib.sha256(texts[MARK]).hexdigest()})
             assert self._journal is not None
-            os.fsync(self._journal)  # the renames must not reach the disk before the line that explains them
-            _fsync_folder(self._partial)
+            self._journal.sync()  # the renames must not reach the disk before the line that explains them
+            fsync_folder(self._partial)
             self._appear()
-            _fsync_folder(self.out.parent)
+            fsync_folder(self.out.parent)
             self.discard()
 
     def discard(self) -> None:
@@ -302,8 +293,8 @@ class Output:
         names = {path.name for path in self._partial.iterdir()}
         if self._partial.is_symlink() or (names and JOURNAL not in names):
             raise self._foreign()
-        self._journal = _lock_journal(self._partial)
-        text = _read_all(self._journal)
+        self._journal = Journal(self._partial / JOURNAL)
+        text = self._journal.read()
         entries = _valid_entries(text)
         if not entries and b"\n" in text:  # a first line that resta did not write; one that is torn may be its own
             raise self._foreign()
@@ -319,7 +310,7 @@ class Output:
                 f"{self._partial}: was begun with another recipe, other inputs, other choices or another version of "
                 f"resta; to start anew, remove it: rm -r {self._partial}"
             )
-        os.ftruncate(self._journal, entries[-1][1] if entries else 0)
+        self._journal.cut(entries[-1][1] if entries else 0)
         self.done = {str(entry["unit"]): entry for entry, _ in entries[1:]}
         if not entries:
             self._append({"plan": self._plan_digest})
@@ -332,11 +323,8 @@ class Output:
     def _append(self, entry: Mapping[str, Any]) -> None:
         """Add a line to the journal: its checksum and the entry."""
         text = json.dumps(entry, separators=(",", ":")).encode()
-        line = memoryview(_line_digest(text) + b" " + text + b"\n")
         assert self._journal is not None
-        with self._lock:
-            while line:
-                line = line[os.write(self._journal, line) :]
+        self._journal.append_line(_line_digest(text) + b" " + text)
 
     def _open_file(self, path: Path) -> int:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
@@ -350,38 +338,6 @@ class Output:
             with self._files.use(self._model / name) as descriptor:
                 os.ftruncate(descriptor, self._sizes[name])
             self.write(name, 0, memoryview(head))
-
-
-def _lock_journal(partial: Path) -> int:
-    """Open a working directory's journal, making it if need be, and hold it against other processes.
-
-    Raises:
-        ResumeError: another process has it, or has just removed it.
-        OSError: it cannot be opened.
-    """
-    path = partial / JOURNAL
-    busy = ResumeError(f"{partial}: another process is writing there; wait for it")
-    flags = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW
-    journal = open_regular(path, flags) if path.exists() else os.open(path, flags | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not path.exists() or _identity(path) != (os.fstat(journal).st_dev, os.fstat(journal).st_ino):
-            raise busy  # whoever had it has finished and removed it
-    except BlockingIOError:
-        os.close(journal)
-        raise busy from None
-    except BaseException:
-        os.close(journal)
-        raise
-    return journal
-
-
-def _read_all(descriptor: int) -> bytes:
-    parts, offset = [], 0
-    while part := os.pread(descriptor, 1 << 20, offset):
-        parts.append(part)
-        offset += len(part)
-    return b"".join(parts)
 
 
 def _valid_entries(journal: bytes) -> list[tuple[dict[str, Any], int]]:
@@ -461,14 +417,6 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextmanager
 def _refusals(out: Path) -> Iterator[None]:
     """Turn the operating system's refusal of a path, before any work, into one sentence."""
@@ -477,17 +425,3 @@ def _refusals(out: Path) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError) as error:  # no permission, too long; a zero byte; links in a circle
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
         raise PlanError(f"{out}: cannot be made: {reason}; choose another output") from error
-
-
-@contextmanager
-def named_io_errors(path: Path) -> Iterator[None]:
-    """Turn an operating system error into one sentence that names the file."""
-    try:
-        yield
-    except OSError as error:
-        full = is_disk_full(error)
-        reason = "the disk is full" if full else (error.strerror or str(error))
-        mend = "make room" if full else "when the cause is mended"
-        raise RestaError(
-            f"{path}: {reason}. What is done is kept; {mend}{', then' if full else ','} run the same command to resume"
-        ) from error

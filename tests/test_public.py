@@ -16,10 +16,10 @@ PACKAGE = Path(resta.__file__).parent
 
 # Each layer knows nothing of those after it, nor of itself; a line that begins with a package's name is of its modules.
 LAYERS = (
-    "version errors lazy kernels statistics page files coverage compatibility",
-    "dialect mergekit fingerprint",
+    "version errors lazy kernels statistics page coverage compatibility",
+    "dialect mergekit fingerprint files",
     "strict",
-    "header hub recipe chat_templates",
+    "header hub journal recipe chat_templates",
     "checkpoint safety",
     "tied",
     "adapter sidefiles digests naming",
@@ -75,7 +75,7 @@ LAYERS = (
     "__main__",
 )
 # What anybody may use, and what each package uses of the merge beside it: its calls, and facts about its files.
-GROUND = "chat_templates dialect errors files fingerprint lazy page statistics strict version"
+GROUND = "chat_templates dialect errors files fingerprint journal lazy page statistics strict version"
 DOORS = {
     "sft": "",
     "redeval": "engine",

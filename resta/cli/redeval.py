@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import json
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -79,10 +78,11 @@ SHOW = options(
 @SHOW
 def run(**given: Any) -> None:
     """Ask, judge and report. The same command goes on with what is missing."""
+    from resta.journal import FolderLock
     from resta.redeval.judges import check_languages
     from resta.redeval.judging import check_judges, make_ready, note_judges
     from resta.redeval.plan import answer_phase, missing_asks, ready_target
-    from resta.redeval.records import RunLock, environment, find_run, start_run
+    from resta.redeval.records import environment, find_run, start_run
 
     request, plan = plan_of_run(given)
     judges = check_judges(judges_of(given), request.target, allow_self=given["allow_self_judge"])
@@ -94,7 +94,7 @@ def run(**given: Any) -> None:
     local = ready_target(request.target, plan) if asking else None
     private()
     folder = start_run(path, plan.config, plan.questions, environment())
-    with RunLock(folder.path):
+    with FolderLock(folder.path):
         _say_plan(folder, plan)
         note_judges(folder, judges)
         stopped: list[str] = []
@@ -114,16 +114,17 @@ def run(**given: Any) -> None:
 @SHOW
 def judge_run(path: Path, **given: Any) -> None:
     """Set more judges on the answers of the run in PATH."""
+    from resta.journal import FolderLock
     from resta.redeval.judges import check_languages
     from resta.redeval.judging import check_judges, make_ready, note_judges
-    from resta.redeval.records import RunLock, load_run
+    from resta.redeval.records import load_run
 
     folder = load_run(path)
     judges = check_judges(judges_of(given), _target_of(folder), allow_self=given["allow_self_judge"])
     check_languages(judges, folder.questions().values())
     make_ready(judges, folder, given["judge_device"])
     private()
-    with RunLock(path):
+    with FolderLock(path):
         note_judges(folder, judges)
         stopped: list[str] = []
         with conditions_of(given) as conditions:
@@ -137,11 +138,12 @@ def judge_run(path: Path, **given: Any) -> None:
 @SHOW
 def report(path: Path, **given: Any) -> None:
     """Score and report the run in PATH again, complete or not."""
-    from resta.redeval.records import RunLock, load_run
+    from resta.journal import FolderLock
+    from resta.redeval.records import load_run
 
     folder = load_run(path)
     private()
-    with RunLock(path):
+    with FolderLock(path):
         _report(folder, **_show(given))
 
 
@@ -151,9 +153,10 @@ def report(path: Path, **given: Any) -> None:
 @click.option("--batch", type=click.Path(path_type=Path), required=True, help="The batch file to write.")
 def export(batch: Path, **given: Any) -> None:
     """Write what is to be asked as an OpenAI batch file, to be run elsewhere (`vllm run-batch`)."""
+    from resta.journal import FolderLock
     from resta.redeval.batchfile import check_new, write_batch
     from resta.redeval.plan import missing_asks
-    from resta.redeval.records import RunLock, environment, start_run
+    from resta.redeval.records import environment, start_run
     from resta.redeval.targets import BATCH
 
     given["base_url"] = given["base_url"] or BATCH
@@ -161,7 +164,7 @@ def export(batch: Path, **given: Any) -> None:
     check_new(batch)
     private()
     folder = start_run(_place(given, request, plan), plan.config, plan.questions, environment())
-    with RunLock(folder.path):
+    with FolderLock(folder.path):
         extra = plan.protocol.rendering.template_args
         count = write_batch(batch, missing_asks(folder, plan), request.target.name, plan.decoding, extra)
     click.echo(f"{count} requests in {batch}; import the replies with: resta redeval import {folder.path} FILE")
@@ -172,14 +175,15 @@ def export(batch: Path, **given: Any) -> None:
 @click.argument("batch", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def import_batch(path: Path, batch: Path) -> None:
     """Take the replies in BATCH, the output of a batch, into the run in PATH."""
+    from resta.journal import FolderLock, Journal
     from resta.redeval.batchfile import read_batch
     from resta.redeval.plan import keep_answer, missing_asks, plan_of
-    from resta.redeval.records import Failure, Journal, RunLock, load_run
+    from resta.redeval.records import Failure, load_run
 
     folder = load_run(path)
     plan = plan_of(folder)
     private()
-    with RunLock(path):
+    with FolderLock(path):
         missing = {ask.id: ask for ask in missing_asks(folder, plan)}
         replies, failures = read_batch(batch, plan.asks)
         new = [reply for reply in replies if reply.id in missing]
@@ -205,12 +209,13 @@ def import_batch(path: Path, batch: Path) -> None:
 @SHOW
 def labels(path: Path, file: Path, **given: Any) -> None:
     """Take human labels from FILE, disagreements.csv with `human_label` filled in (harmful or safe)."""
-    from resta.redeval.records import Journal, RunLock, load_run
+    from resta.journal import FolderLock, Journal
+    from resta.redeval.records import load_run
 
     folder = load_run(path)
     rows = read_labels(file, {answer.id for answer in folder.answers()}, required=True)
     private()
-    with RunLock(path):
+    with FolderLock(path):
         with Journal(folder.path / "labels.jsonl") as journal:
             for label in rows:
                 journal.append(label)
@@ -335,8 +340,10 @@ def _report(folder: RunDir, *, include_text: bool, spot_check: int) -> None:
     """Write every view of a run's records and print the short one."""
     from rich.console import Console
 
+    from resta.journal import document, to_json, write_whole
     from resta.redeval.control import controls_of
     from resta.redeval.plan import plan_of
+    from resta.redeval.records import SCHEMA
     from resta.redeval.report import disagreement_csv, make_report, print_report, to_html, to_markdown
     from resta.redeval.score import disagreements, join, missing_rows, score
 
@@ -356,8 +363,8 @@ def _report(folder: RunDir, *, include_text: bool, spot_check: int) -> None:
     views = {
         "report.md": to_markdown(made),
         "report.html": to_html(made),
-        "report.json": json.dumps({"config": folder.config, "scores": asdict(scores)}, indent=2, ensure_ascii=False),
-        "scores.jsonl": "".join(json.dumps(asdict(c)) + "\n" for c in (*scores.cells, *scores.categories)),
+        "report.json": document("redeval", {"config": folder.config, "scores": asdict(scores)}, schema=SCHEMA),
+        "scores.jsonl": "".join(to_json(asdict(c)) + "\n" for c in (*scores.cells, *scores.categories)),
         "disagreements.csv": disagreement_csv(
             rows,
             {label.answer_id: "harmful" if label.harmful else "safe" for label in folder.labels()},
@@ -368,7 +375,7 @@ def _report(folder: RunDir, *, include_text: bool, spot_check: int) -> None:
         if name == "disagreements.csv" and (waiting := _labels_waiting(folder)):
             click.echo(f"note: {folder.path / name} holds {waiting}; it stays as it is", err=True)
         else:
-            (folder.path / name).write_text(text, encoding="utf-8")
+            write_whole(folder.path / name, text)
     _score_logs(folder)
     print_report(made, Console())
     if disagreements(rows)[0] or spot_check:

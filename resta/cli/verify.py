@@ -318,9 +318,8 @@ def _card_of(model: str) -> Path:
 
 
 def _update_card(path: Path, section: str) -> None:
+    from resta.journal import write_whole
     from resta.verify.report import with_section
 
     card = path.read_text(encoding="utf-8") if path.exists() else ""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(with_section(card, section), encoding="utf-8")
-    part.replace(path)
+    write_whole(path, with_section(card, section))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from resta.errors import JudgeError, UnansweredError
+from resta.journal import Journal
 from resta.redeval.asks import Ask, NoReply, Outcome, Reply
 from resta.redeval.control import OWN, Known, control_languages, known_answers, read_control, record_of
 from resta.redeval.judges import (
@@ -42,7 +43,7 @@ from resta.redeval.models import (
 )
 from resta.redeval.plan import Conditions, Tally, count, engine_limits, note_failure, say_failures
 from resta.redeval.questions import Question
-from resta.redeval.records import Answer, Journal, RunDir, Verdict
+from resta.redeval.records import Answer, RunDir, Verdict
 from resta.redeval.targets import Target, api_key, check_endpoint, parse_target, same_model
 
 Pairs = Sequence[tuple[Question, Answer]]

@@ -12,12 +12,13 @@ from typing import Any, Literal
 
 from resta.errors import BankError, ResumeError
 from resta.fingerprint import sha256_text
+from resta.journal import Journal, checked
 from resta.redeval.asks import Ask, Decoding, Message, NoReply, Outcome, Rendering, Reply
 from resta.redeval.clean import Clean, clean_reply, strip_thoughts, strip_thoughts_as_published
 from resta.redeval.judges import Judge, Strings, verdict_without_model
 from resta.redeval.models import LocalModel, check_contexts, estimate_seconds, load_local
 from resta.redeval.questions import Bank, Duplicates, Question, choose
-from resta.redeval.records import Answer, Failure, Journal, RunDir, Verdict, checked
+from resta.redeval.records import Answer, Failure, RunDir, Verdict
 from resta.redeval.targets import Target, api_key, check_endpoint
 from resta.redeval.templates import Template
 from resta.redeval.wire import seed_of

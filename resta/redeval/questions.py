@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from resta.errors import BankError
 from resta.fingerprint import sha256_text
+from resta.journal import write_whole
 from resta.strict import did_you_mean
 
 RED_INSTRUCT = "73c759c93d2f6b1d8c7b058ab7bcec5fb0c28fa2"  # declare-lab/red-instruct, 2024-03-08
@@ -217,7 +218,7 @@ def _find_published(name: str, bank_dirs: Sequence[Path], download: bool) -> tup
     if found != sha:
         raise BankError(f"bank {name}: the downloaded file has SHA-256 {found}, expected {sha}; not used")
     cache_dir().mkdir(parents=True, exist_ok=True)
-    (cache_dir() / file).write_bytes(data)
+    write_whole(cache_dir() / file, data)
     return name, str(cache_dir() / file), data
 
 

@@ -18,28 +18,37 @@ start. Folders are 0700 and files 0600: the answers may be harmful.
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import functools
-import json
 import os
 import platform
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel
 
 from resta.errors import ResumeError
 from resta.fingerprint import digest
+from resta.journal import (
+    FolderLock,
+    Journal,
+    check,
+    differences,
+    document,
+    read_lines,
+    read_object,
+    read_rows,
+    to_row,
+    write_whole,
+)
 from resta.redeval.asks import Finish
 from resta.redeval.questions import Question
 
 if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+    pass
 
 SCHEMA = 1
 
@@ -132,103 +141,6 @@ class Label:
     harmful: bool
     weight: float = 1.0
     schema: int = SCHEMA
-
-
-Row = TypeVar("Row", bound="DataclassInstance")
-
-
-def read_rows(path: Path, kind: type[Row]) -> list[Row]:
-    """Return a file's records; an absent file has none, a torn last line is left out. Raises ResumeError."""
-    return [to_row(line, kind, path) for line in read_lines(path)]
-
-
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield a file's lines as dicts; an absent file has none, a torn last line is left out. Raises ResumeError."""
-    if not path.exists():
-        return
-    # Split on the newline byte alone: answers may hold the other characters that count as line ends in text.
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ResumeError(f"{path}: line {number} is not JSON ({error}); remove that line") from error
-        found = record.get("schema") if isinstance(record, dict) else None
-        if found != SCHEMA:
-            raise ResumeError(f"{path}: line {number} has schema {found}, expected {SCHEMA}")
-        yield record
-
-
-def to_row(record: dict[str, Any], kind: type[Row], path: Path) -> Row:
-    """Return one line of `path` as a record. Raises ResumeError where its keys are not those of such a record."""
-    known = {f.name for f in fields(kind)}
-    if not record.keys() <= known:
-        raise ResumeError(f"{path}: unknown keys {sorted(record.keys() - known)} in a {kind.__name__}")
-    try:
-        found: Row = checked(kind, record)
-    except ValueError as error:
-        raise ResumeError(f"{path}: a line that is no whole {kind.__name__} ({error}); remove that line") from error
-    return found
-
-
-def checked(kind: Any, facts: Any) -> Any:
-    """Return plain data as the dataclass that it should be. Raises ValueError in one line."""
-    _check(kind, facts)
-    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in facts.items()})
-
-
-def _check(kind: Any, facts: Any) -> None:
-    try:
-        _adapter(kind).validate_python(_encodable(facts))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}") from error
-
-
-@functools.cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
-
-
-def _encodable(value: Any) -> Any:
-    """Replace halves of surrogate pairs, which a server may send and pydantic does not take for text."""
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()
-    if isinstance(value, dict):
-        return {_encodable(key): _encodable(item) for key, item in value.items()}
-    return [_encodable(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-class Journal:
-    """An append-only file of JSON lines; each record is handed to the system as soon as it is appended."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        _cut_torn_line(path)
-        self._file: IO[bytes] = open(path, "ab")  # noqa: SIM115, PTH123 - closed by close()
-
-    def append(self, record: DataclassInstance | dict[str, Any]) -> None:
-        """Write one record."""
-        facts = record if isinstance(record, dict) else asdict(record)
-        self._file.write(json.dumps(facts, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file; safe to call twice."""
-        self._file.close()
-
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _cut_torn_line(path: Path) -> None:
-    if not path.exists():
-        return
-    with path.open("rb+") as file:
-        data = file.read()
-        file.truncate(data.rfind(b"\n") + 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -324,24 +236,6 @@ def _cut_unseen(answers: list[Answer]) -> list[Answer]:
     ]
 
 
-class RunLock:
-    """One process at a time writes to a run; the lock goes with the process, however it ends."""
-
-    def __init__(self, path: Path):
-        self._file = open(path / ".lock", "w")  # noqa: SIM115, PTH123 - closed by close()
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.close()
-            raise ResumeError(f"{path}: another process is writing to this run") from error
-
-    def __enter__(self) -> RunLock:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-
 def find_run(path: Path, config: dict[str, Any]) -> RunDir | None:
     """Return the run in a folder, or None where it can be made; nothing is written. Raises ResumeError.
 
@@ -372,7 +266,7 @@ def start_run(path: Path, config: dict[str, Any], questions: Iterable[Question],
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise ResumeError(f"{path} cannot be a run's folder: {error}; choose another --out") from error
-    with RunLock(path):  # another process may be making the same run at this moment
+    with FolderLock(path):  # another process may be making the same run at this moment
         run = find_run(path, config)
         if run is None:
             _make_run(path, config, questions, environment)
@@ -407,25 +301,19 @@ def _make_run(path: Path, config: dict[str, Any], questions: Iterable[Question],
         for question in questions:
             journal.append({"qid": question.qid, **asdict(question), "schema": SCHEMA})
     # run.json comes last and whole, so that a folder with one is a run that can go on.
-    part = path / "run.json.part"
-    facts = {"schema": SCHEMA, "config": config, "environment": environment}
-    part.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(path / "run.json")
+    write_whole(path / "run.json", document("run", {"config": config, "environment": environment}, schema=SCHEMA))
 
 
 def load_run(path: Path) -> RunDir:
     """Return the run in a folder. Raises ResumeError where there is none, or one of another schema."""
     try:
-        facts = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        facts = read_object(path / "run.json")
     except FileNotFoundError as error:
         raise ResumeError(f"{path} holds no run (no run.json)") from error
-    except ValueError as error:
-        raise ResumeError(f"{path / 'run.json'} is not JSON: {error}") from error
-    found = facts.get("schema") if isinstance(facts, dict) else None
-    if found != SCHEMA:
-        raise ResumeError(f"{path / 'run.json'} has schema {found}, expected {SCHEMA}")
+    if facts.get("schema") != SCHEMA:
+        raise ResumeError(f"{path / 'run.json'} has schema {facts.get('schema')}, expected {SCHEMA}")
     try:
-        _check(_Config, facts.get("config"))
+        check(_Config, facts.get("config"))
     except ValueError as error:
         raise ResumeError(f"{path / 'run.json'}: is damaged: config: {error}; the run cannot be read") from error
     return RunDir(path=path, config=facts["config"])
@@ -448,25 +336,6 @@ class _Config(BaseModel):
     decoding: dict[str, Any]
     rendering: dict[str, Any]
     keep_thoughts: bool
-
-
-def differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """Return one line per setting in which two configurations differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(old.keys() | new.keys())
-        return [line for key in keys for line in differences(old.get(key), new.get(key), f"{where}.{key}")]
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        pairs = enumerate(zip(old, new, strict=True))
-        return [line for i, (a, b) in pairs for line in differences(a, b, f"{where}[{i}]")]
-    # Through JSON once, so that a tuple and the list it was written as are equal.
-    if json.dumps(old) == json.dumps(new):
-        return []
-    return [f"{where.lstrip('.')}: {_short(old)} there, {_short(new)} now"]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def environment() -> dict[str, str]:

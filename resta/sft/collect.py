@@ -18,13 +18,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from threading import Lock
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from resta.errors import DataError, PlanError, ResumeError
 from resta.fingerprint import sha256_file, sha256_text
+from resta.journal import Journal, differences, read_lines, to_json, write_whole
 from resta.sft.data import Message, Tally
 from resta.sft.endpoint import Client, Endpoint, Reply, ask, open_client
 from resta.sft.recipe import Positive, dump
@@ -98,12 +98,11 @@ class Question:
 
 
 @dataclass
-class Journal:
-    """Finished steps by key; every new one is on disk before the next begins."""
+class Steps:
+    """Finished steps by key; every new one is in the journal before the next begins."""
 
-    path: Path
-    steps: dict[str, Any]
-    lock: Lock = field(default_factory=Lock)
+    journal: Journal
+    done: dict[str, Any]
 
 
 @dataclass
@@ -113,45 +112,41 @@ class Work:
     recipe: Collect
     client: Client
     judge: Client
-    journal: Journal
+    steps: Steps
     dropped: Tally = field(default_factory=Tally)
 
 
 # --- the journal ------------------------------------------------------------------------------------
 
 
-def open_journal(path: Path, identity: dict[str, Any]) -> Journal:
-    """Open or begin a journal. Raises `ResumeError` if it holds steps of another recipe. A torn last line is
-    dropped.
+def open_steps(journal: Journal, identity: dict[str, Any]) -> Steps:
+    """Return the steps of a journal, whose first line says what they are steps of; one without steps begins anew.
+
+    Raises `ResumeError` if they are of another recipe.
     """
-    steps: dict[str, Any] = {}
-    whole = b""
-    if path.exists():
-        whole = path.read_bytes().rpartition(b"\n")[0]
-        try:
-            # Not splitlines: an answer may hold other kinds of line breaks, which JSON writes as they are.
-            begun, *entries = map(json.loads, whole.decode("utf-8").split("\n")) if whole else [identity]
-            steps = {entry["key"]: entry["value"] for entry in entries}
-            keys = [key for key in identity if begun.get(key) != identity[key]]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ResumeError(f"{path} is no journal of a collection; move it away, or remove it") from None
-        if keys and steps:
-            raise ResumeError(
-                f"{path} was begun with other settings ({', '.join(keys)}); undo the change, or remove it"
-            )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(whole + b"\n" if steps else json.dumps(identity).encode() + b"\n")
-    return Journal(path=path, steps=steps)
+    try:
+        begun, *entries = [*read_lines(journal.path, schema=None)] or [identity]
+        done = {entry["key"]: entry["value"] for entry in entries}
+    except (ResumeError, KeyError, TypeError) as error:
+        raise ResumeError(f"{journal.path} is no journal of a collection; move it away, or remove it") from error
+    different = differences(begun, identity)
+    if different and done:
+        raise ResumeError(
+            f"{journal.path} was begun with other settings ({'; '.join(different)}); undo the change, or remove it"
+        )
+    if not done:
+        journal.cut(0)
+        journal.append(identity)
+    return Steps(journal=journal, done=done)
 
 
-def once(journal: Journal, key: str, make: Callable[[], Any]) -> Any:
+def once(steps: Steps, key: str, make: Callable[[], Any]) -> Any:
     """Return the value of a step, made and recorded if it is not in the journal yet."""
-    if key not in journal.steps:
+    if key not in steps.done:
         value = make()
-        with journal.lock, journal.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": key, "value": value}, ensure_ascii=False) + "\n")
-            journal.steps[key] = value
-    return journal.steps[key]
+        steps.journal.append({"key": key, "value": value})
+        steps.done[key] = value
+    return steps.done[key]
 
 
 # --- questions --------------------------------------------------------------------------------------
@@ -165,16 +160,16 @@ def _seed(work: Work, key: str) -> int:
 def _list(work: Work, key: str, prompt: str, count: int) -> list[str]:
     def make() -> list[str]:
         reply = ask(work.client, [{"role": "user", "content": prompt}], _seed(work, key))
-        items = read_lines(reply.text)
+        items = read_items(reply.text)
         return (items[:-1] if reply.cut else items)[:count]
 
-    found: list[str] = once(work.journal, key, make)
+    found: list[str] = once(work.steps, key, make)
     if not found:
         work.dropped.add("a list that the model left empty", key)
     return found
 
 
-def read_lines(text: str) -> list[str]:
+def read_items(text: str) -> list[str]:
     """Return the items of a list that a model wrote, without its numbers, bullets, repeats, or a line around it."""
     lines = text.splitlines()
     marked = [line for line in lines if MARK.match(line)]
@@ -316,30 +311,30 @@ def collect(recipe: Collect, root: Path, out: Path, wait_s: float = 1.0) -> dict
     judge = client if recipe.judge is None else open_client(recipe.judge, wait_s)
     bank = None if recipe.bank is None else (root / recipe.bank).expanduser()
     identity = _identity(recipe, bank)
-    journal = open_journal(out.with_name(out.name + ".partial.jsonl"), identity)
-    work = Work(recipe=recipe, client=client, judge=judge, journal=journal)
-    source = read_bank(bank) if bank is not None else generate_questions(work)
-    questions = distinct(source, work.dropped, recipe.limit)
-    if not questions:
-        raise DataError("no question to talk about; the model's lists were empty, or the bank is")
-    hold_conversations(work, questions)
-    rows = assemble(work, questions)
-    facts = {
-        **identity,
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with Journal(out.with_name(out.name + ".partial.jsonl")) as journal:
+        work = Work(recipe=recipe, client=client, judge=judge, steps=open_steps(journal, identity))
+        source = read_bank(bank) if bank is not None else generate_questions(work)
+        questions = distinct(source, work.dropped, recipe.limit)
+        if not questions:
+            raise DataError("no question to talk about; the model's lists were empty, or the bank is")
+        hold_conversations(work, questions)
+        rows = assemble(work, questions)
+        facts = {**identity, **_counts(work, questions, rows)}
+        write_whole(out.with_name(out.name + ".facts.json"), to_json(facts, indent=1) + "\n")
+        write_whole(out, to_json(rows, indent=1) + "\n")
+        journal.path.unlink()
+    return facts
+
+
+def _counts(work: Work, questions: list[Question], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
         "questions": len(questions),
         "rows": len(rows),
         "conversations": sum(len(row["blue_conversations"]) for row in rows),
-        "requests_now": client.requests + (judge.requests if judge is not client else 0),
+        "requests_now": work.client.requests + (work.judge.requests if work.judge is not work.client else 0),
         "dropped": work.dropped.counts,
     }
-    out.with_name(out.name + ".facts.json").write_text(
-        json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8"
-    )
-    staged = out.with_name(out.name + ".tmp")
-    staged.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
-    staged.rename(out)
-    journal.path.unlink()
-    return facts
 
 
 def _identity(recipe: Collect, bank: Path | None) -> dict[str, Any]:
@@ -364,7 +359,7 @@ def hold_conversations(work: Work, questions: list[Question]) -> None:
             return
         question, thread = step
         try:
-            once(work.journal, f"thread/{question.id}/{thread}", lambda: talk(work, question, thread))
+            once(work.steps, f"thread/{question.id}/{thread}", lambda: talk(work, question, thread))
         except BaseException:
             stop.set()
             raise
@@ -385,7 +380,7 @@ def assemble(work: Work, questions: list[Question]) -> list[dict[str, Any]]:
     for question in questions:
         threads: dict[str, list[dict[str, str]]] = {}
         for thread in range(work.recipe.threads):
-            value = work.journal.steps[f"thread/{question.id}/{thread}"]
+            value = work.steps.done[f"thread/{question.id}/{thread}"]
             where = f"{question.id}/{thread}"
             if value["ended"] is not None:
                 work.dropped.add(value["ended"], where)

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 
 from resta.errors import CheckpointError, RestaError
 from resta.fingerprint import file_fingerprint, sha256_file, sha256_text
+from resta.journal import to_json, write_whole
 from resta.sft import recipe as recipes
 from resta.sft.chat import Chat
 from resta.sft.samples import lengths
@@ -47,12 +48,12 @@ def write(job: Job, trained: Trained, *, keep_checkpoints: bool) -> None:
             metrics["changed_share"] = changed_share(base, staging)
         save_text(job, trained, staging)
         history = trained.trainer.state.log_history
-        (staging / "loss.json").write_text(json.dumps(history, indent=1), encoding="utf-8")
+        write_whole(staging / "loss.json", to_json(history, indent=1) + "\n")
         if not plot(history, staging / "loss.png"):
             metrics["loss_png"] = "not drawn: matplotlib is not installed (pip install 'resta[plots]')"
         facts = provenance(job, trained, base, metrics)
-        (staging / "resta.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
-        (staging / "README.md").write_text(card(job, facts), encoding="utf-8")
+        write_whole(staging / "resta.json", to_json(facts, indent=1) + "\n")
+        write_whole(staging / "README.md", card(job, facts))
         staging.rename(job.out)
         if not keep_checkpoints:
             shutil.rmtree(job.partial)
@@ -89,7 +90,7 @@ def save_weights(job: Job, trained: Trained, folder: Path) -> None:
         # The model in memory is float32 and says so; the files hold what was rounded above.
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config["dtype"] = str(dtype).removeprefix("torch.")
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_whole(folder / "config.json", to_json(config, indent=2) + "\n")
 
 
 def _unwrap_checkpointing(model: Any) -> None:

@@ -309,15 +309,3 @@ def digest(recipe: Recipe) -> str:
     settings = dump(recipe)
     del settings["parallel"]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
-def changes(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
-    """Return `key: old -> new` for every setting that differs between two dumped recipes."""
-    lines: list[str] = []
-    for key in sorted({*before, *after}):
-        old, new = before.get(key), after.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            lines += changes(old, new, f"{prefix}{key}.")
-        elif old != new:
-            lines.append(f"{prefix}{key}: {old!r} -> {new!r}")
-    return lines

@@ -36,6 +36,7 @@ from resta.errors import (
     TemplateError,
     TrainingError,
 )
+from resta.journal import differences, read_object, to_json, write_whole
 from resta.sft import recipe as recipes
 from resta.sft.chat import Chat, open_chat
 from resta.sft.data import Mixture, mix
@@ -446,18 +447,18 @@ def open_partial(job: Job, mixture: Mixture) -> Path | None:
         if job.partial.exists():
             _check_same_run(record, identity)
         job.partial.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(identity, indent=1), encoding="utf-8")
+        write_whole(record, to_json(identity, indent=1) + "\n")
     return newest_checkpoint(job.partial, world_size())
 
 
 def _check_same_run(record: Path, now: dict[str, Any]) -> None:
     try:
-        before = json.loads(record.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        before = read_object(record)
+    except (OSError, ResumeError) as error:
         raise ResumeError(f"{record} cannot be read ({error}); remove {record.parent} and start anew") from None
     if not any(record.parent.glob("checkpoint-*")):
         return  # nothing to go on from, as after a first step that ran out of memory
-    changed = recipes.changes(before["recipe"], now["recipe"])
+    changed = differences(before["recipe"], now["recipe"])
     changed = [line for line in changed if not line.startswith(("parallel.", *recipes.SPLIT_OF_A_STEP))]
     if changed:
         raise ResumeError(
@@ -466,7 +467,8 @@ def _check_same_run(record: Path, now: dict[str, Any]) -> None:
         )
     for key in ("base", "data", "processes"):
         if before[key] != now[key]:
-            raise ResumeError(f"the {key} changed since {record.parent} was begun: {before[key]} -> {now[key]}")
+            found = "; ".join(differences(before[key], now[key], key))
+            raise ResumeError(f"the {key} changed since {record.parent} was begun: {found}")
 
 
 def check_launch(job: Job) -> None:

@@ -23,12 +23,13 @@ from typing import Any
 
 from resta.errors import ResumeError
 from resta.hub import locate
+from resta.journal import FolderLock, differences, read_object, to_json, write_whole
 from resta.plan import make_plan
 from resta.recipe import dump_recipe
 from resta.redeval.judging import check_judges, judge_phase, note_judges
 from resta.redeval.models import LocalModel, LocalSpec, fingerprint, load_local
 from resta.redeval.plan import Conditions, answer_phase, missing_asks
-from resta.redeval.records import RunLock, differences, environment, start_run
+from resta.redeval.records import environment, start_run
 from resta.redeval.targets import Target
 from resta.sweep.apply import Change, apply, identity_text, write_files
 from resta.sweep.candidates import Candidate, Family, recipe_of, tuned_recipe
@@ -71,7 +72,7 @@ class Sweep:
         """Return what a candidate is called and identified by, its recipe written down."""
         path = self.identity(candidate)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(identity_text(candidate, self.family))
+        write_whole(path, identity_text(candidate, self.family))
         spec = LocalSpec(model=str(self.identity(candidate)), files=str(self.files), **self.settings)
         return Target(name=candidate.name, local=spec)
 
@@ -106,8 +107,7 @@ def open_sweep(sweep: Sweep) -> None:
     path = sweep.out / "sweep-request.json"
     facts = request_facts(sweep)
     if path.is_file():
-        there = json.loads(path.read_text())
-        found = differences(there, json.loads(json.dumps(facts)))
+        found = differences(read_object(path), facts)
         if found:
             raise ResumeError(
                 f"{sweep.out} holds another sweep; it differs in {'; '.join(found[:6])}. Choose another -o"
@@ -115,11 +115,9 @@ def open_sweep(sweep: Sweep) -> None:
     elif sweep.out.exists() and any(sweep.out.iterdir()):
         raise ResumeError(f"{sweep.out} is not empty and holds no sweep; choose another -o")
     sweep.out.mkdir(mode=0o700, parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(facts, indent=2) + "\n")
-    part.replace(path)  # first of all, so that a folder with anything in it says whose it is
+    write_whole(path, to_json(facts, indent=2) + "\n")  # first of all, so that the folder says whose it is
     write_files(sweep.family, sweep.files)
-    sweep.tuned_recipe.write_text(dump_recipe(tuned_recipe(sweep.family)))
+    write_whole(sweep.tuned_recipe, dump_recipe(tuned_recipe(sweep.family)))
 
 
 def request_facts(sweep: Sweep) -> dict[str, Any]:
@@ -171,7 +169,7 @@ class Worker:
         run = start_run(folder / "redeval", plan.config, plan.questions, environment())
         judges = check_judges(budget.judges, target, allow_self=True)
         part = part_of(plan, QUARTER if last else EVERY[rung])
-        with RunLock(run.path):
+        with FolderLock(run.path):
             note_judges(run, judges)
             if missing_asks(run, part):
                 answer_phase(run, part, target, self._conditions, judges=judges, local=self._applied(candidate))
@@ -196,7 +194,7 @@ class Worker:
         if candidate != self._applied_last:
             self._applied_last = None  # until all of it is there
             change = apply(self._loaded, candidate, sweep.family)
-            (sweep.folder(candidate) / "change.json").write_text(json.dumps(asdict(change)) + "\n")
+            write_whole(sweep.folder(candidate) / "change.json", to_json(asdict(change)) + "\n")
             self._applied_last = candidate
         return self._loaded
 

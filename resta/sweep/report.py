@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from resta.errors import MissingExtraError
+from resta.journal import document, write_whole
 from resta.recipe import dump_recipe
 from resta.statistics import Rate
 from resta.sweep.candidates import recipe_of
@@ -43,13 +42,13 @@ def require_plots() -> None:
 
 def write_reports(sweep: Sweep, outcome: Outcome, versions: Mapping[str, str]) -> None:
     """Write sweep.json, sweep.md, pareto.svg, pareto.png and, where there is a choice, chosen.yaml."""
-    (sweep.out / "sweep.json").write_text(to_json(sweep, outcome, versions), encoding="utf-8")
-    (sweep.out / "sweep.md").write_text(to_markdown(outcome), encoding="utf-8")
+    write_whole(sweep.out / "sweep.json", to_json(sweep, outcome, versions))
+    write_whole(sweep.out / "sweep.md", to_markdown(outcome))
     draw(outcome, sweep.policy, sweep.out)
     chosen = sweep.out / "chosen.yaml"
     chosen.unlink(missing_ok=True)  # of an earlier policy or rule
     if outcome.choice.name:
-        chosen.write_text(chosen_recipe(sweep, outcome), encoding="utf-8")
+        write_whole(chosen, chosen_recipe(sweep, outcome))
 
 
 def chosen_recipe(sweep: Sweep, outcome: Outcome) -> str:
@@ -179,8 +178,6 @@ def _lines(outcome: Outcome) -> Iterable[str]:
 def to_json(sweep: Sweep, outcome: Outcome, versions: Mapping[str, str]) -> str:
     """Return everything but questions and answers, as JSON of schema `SCHEMA`."""
     content = {
-        "schema": SCHEMA,
-        "kind": "sweep",
         "chosen": asdict(outcome.choice),
         "references": {role: asdict(point) for role, point in outcome.references.items()},
         "candidates": [_facts(sweep, each) for each in outcome.tried],
@@ -193,7 +190,7 @@ def to_json(sweep: Sweep, outcome: Outcome, versions: Mapping[str, str]) -> str:
         "policy": sweep.policy.model_dump(mode="json"),
         "versions": dict(versions),
     }
-    return json.dumps(_finite(content), indent=2, ensure_ascii=False) + "\n"
+    return document("sweep", content, schema=SCHEMA)
 
 
 def _facts(sweep: Sweep, each: Tried) -> dict[str, Any]:
@@ -213,17 +210,6 @@ def _facts(sweep: Sweep, each: Tried) -> dict[str, Any]:
         "summary": decision.summary if decision else None,
         "rules": [asdict(rule) for rule in decision.rules] if decision else [],
     }
-
-
-def _finite(value: Any) -> Any:
-    """Return plain data in which infinite bounds, which JSON has no word for, are null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
 
 
 # -- the plot ------------------------------------------------------------------------------------------------

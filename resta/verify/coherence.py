@@ -25,6 +25,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from resta.fingerprint import digest
+from resta.journal import to_json, write_whole
 
 if TYPE_CHECKING:
     from resta.redeval.models import LocalModel, Prompt
@@ -131,6 +132,4 @@ def read_losses(path: Path, answers: Mapping[str, str]) -> Losses | None:
 def write_losses(path: Path, losses: Losses) -> None:
     """Keep losses, whole or not at all."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(asdict(losses)) + "\n")
-    part.replace(path)
+    write_whole(path, to_json(asdict(losses)) + "\n")

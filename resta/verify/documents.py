@@ -9,14 +9,14 @@ A task counts once its mark is there: the lines of one that was torn are left ou
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from resta.errors import ResumeError
-from resta.redeval.records import SCHEMA, Journal, differences, read_lines, to_row
+from resta.journal import Journal, differences, read_lines, read_object, to_json, to_row, write_whole
+from resta.redeval.records import SCHEMA
 
 DOCUMENTS = "documents.jsonl"
 SUITE = "suite.json"
@@ -83,9 +83,7 @@ def start_suite(folder: Path, facts: dict[str, Any]) -> None:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = folder / SUITE
     if not path.exists():
-        part = folder / f"{SUITE}.part"
-        part.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
-        part.replace(path)
+        write_whole(path, to_json(facts, indent=2) + "\n")
         return
     different = differences(read_facts(folder), facts)
     if different:
@@ -97,10 +95,7 @@ def start_suite(folder: Path, facts: dict[str, Any]) -> None:
 
 def read_facts(folder: Path) -> dict[str, Any]:
     """Return the suite's facts; an absent folder has none. Raises ResumeError."""
-    path = folder / SUITE
     try:
-        return dict(json.loads(path.read_text()))
+        return read_object(folder / SUITE)
     except FileNotFoundError:
         return {}
-    except ValueError as error:
-        raise ResumeError(f"{path} is not JSON: {error}") from error

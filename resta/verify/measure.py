@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from resta.errors import CompareError, ModelError
 from resta.fingerprint import digest
+from resta.journal import FolderLock, differences
 from resta.redeval.judges import Judge, check_languages
 from resta.redeval.judging import check_judges, judge_phase, make_ready, note_judges
 from resta.redeval.models import LocalModel, load_local
@@ -28,7 +29,7 @@ from resta.redeval.plan import (
     plan_of,
     ready_target,
 )
-from resta.redeval.records import RunLock, content_of, differences, environment, find_run, load_run, start_run
+from resta.redeval.records import content_of, environment, find_run, load_run, start_run
 from resta.redeval.targets import Target
 from resta.verify.coherence import FIRST_TOKENS, Losses, answer_losses, read_losses, shuffled, write_losses
 from resta.verify.comparison import Comparison, compare
@@ -127,7 +128,7 @@ def measure(
     if asking and local is None:  # before anything is written: a model that cannot be asked leaves nothing behind
         local = ready_target(target, plan)
     run = start_run(path / "redeval", plan.config, plan.questions, environment())
-    with RunLock(run.path):
+    with FolderLock(run.path):
         note_judges(run, judges)
         _keep_manifest(target, path)
         tasks = {task.name for task in budget.suite.tasks} if budget.suite else set()

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from resta.errors import CompareError, RestaError
+from resta.journal import differences, to_json, write_whole
 from resta.redeval.control import Control, controls_of
 from resta.redeval.plan import plan_of
 from resta.redeval.questions import Question
-from resta.redeval.records import Answer, RunDir, Verdict, differences, load_run
+from resta.redeval.records import Answer, RunDir, Verdict, load_run
 from resta.verify.documents import Document, read_documents, read_facts
 from resta.verify.places import read_place
 
@@ -90,7 +91,7 @@ def note_manifest(source: Path, path: Path) -> None:
     kept, checked = path / "manifest.json", path / "manifest-check.json"
     if kept.is_file() and kept.read_bytes() == data and checked.is_file():
         return
-    kept.write_bytes(data)
+    write_whole(kept, data)
     if json.loads(data).get("kind") != "merge":
         return
     from resta.auditing import check_weights
@@ -99,7 +100,7 @@ def note_manifest(source: Path, path: Path) -> None:
         problems = [f"{finding.what}: {finding.problem}" for finding in check_weights(source.parent)]
     except RestaError as error:
         problems = [str(error)]
-    checked.write_text(json.dumps({"problem": "; ".join(problems[:3])}) + "\n", encoding="utf-8")
+    write_whole(checked, to_json({"problem": "; ".join(problems[:3])}) + "\n")
 
 
 def _manifest_problem(path: Path) -> str:
@@ -112,7 +113,7 @@ def note_places(models: Mapping[str, Measurement], out: Path) -> None:
     found = {role: model.path.resolve() for role, model in models.items()}
     home = out.resolve()
     places = {role: str(path.relative_to(home) if home in path.parents else path) for role, path in found.items()}
-    (out / PLACES).write_text(json.dumps(places, indent=2) + "\n", encoding="utf-8")
+    write_whole(out / PLACES, to_json(places, indent=2) + "\n")
 
 
 def read_places(out: Path) -> dict[str, Path]:

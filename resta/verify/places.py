@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from resta.errors import ModelError, ResumeError
+from resta.journal import to_json, write_whole
 from resta.redeval.records import content_of, utc_now
 from resta.redeval.targets import Target, parse_target
 
@@ -38,9 +39,7 @@ def note_model(target: Target, folder: Path, *, anew: bool) -> None:
         measured_at=utc_now() if anew else read_place(folder).measured_at,
         paths={role: _place(name, folder) for role, name in given.items() if name is not None},
     )
-    part = folder / f"{PLACE}.part"
-    part.write_text(json.dumps(asdict(place), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(folder / PLACE)
+    write_whole(folder / PLACE, to_json(asdict(place), indent=2) + "\n")
 
 
 def read_place(folder: Path) -> Place:

@@ -6,14 +6,11 @@ The page for people is html.py, a CI's report junit.py. Questions and answers ar
 from __future__ import annotations
 
 import html
-import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
+from resta.journal import document
 from resta.redeval.report import percent, printable, with_interval
 from resta.verify.comparison import Comparison
 from resta.verify.decision import SCHEMA, Decision, Rule, Verdict
@@ -34,8 +31,6 @@ def to_json(comparison: Comparison, decision: Decision, ruling: Ruling) -> str:
     for template in facts["settings"]["templates"]:
         template.pop("text", None)  # its digest is beside it
     content = {
-        "schema": SCHEMA,
-        "kind": "verdict",
         "verdict": decision.verdict.name,
         "limits": decision.tier or "default",
         "exit_code": decision.verdict.value,
@@ -52,26 +47,13 @@ def to_json(comparison: Comparison, decision: Decision, ruling: Ruling) -> str:
         "comparison": facts,
         "versions": dict(ruling.versions),
     }
-    return json.dumps(_finite(content), indent=2, ensure_ascii=False) + "\n"
+    return document("verdict", content, schema=SCHEMA)
 
 
 def _rule(rule: Rule) -> dict[str, Any]:
     facts = asdict(rule)
     del facts["test"]  # part of the words
     return {**facts, "limit_words": rule.limit_words}
-
-
-def _finite(value: Any) -> Any:
-    """Return plain data in which infinite bounds, which JSON has no word for, are null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, np.ndarray):
-        return _finite(value.tolist())
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
 
 
 def to_markdown(comparison: Comparison, decision: Decision, ruling: Ruling) -> str:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from resta.fingerprint import digest
-from resta.redeval.records import SCHEMA, Journal, content_of, read_lines, utc_now
+from resta.journal import Journal, read_lines
+from resta.redeval.records import SCHEMA, content_of, utc_now
 from resta.verify.comparison import Comparison
 from resta.verify.decision import Decision
 from resta.verify.policy import Policy

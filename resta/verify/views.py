@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from resta.journal import write_whole
 from resta.verify.comparison import Comparison
 from resta.verify.decision import Decision
 from resta.verify.html import to_html
@@ -27,9 +28,7 @@ def write_reports(out: Path, comparison: Comparison, decision: Decision, ruling:
     )
     append_decision(out, comparison, decision, ruling)
     for name, text in zip(VIEWS, texts, strict=True):
-        part = out / f"{name}.part"
-        part.write_text(text, encoding="utf-8")
-        part.replace(out / name)
+        write_whole(out / name, text)
 
 
 def remove_reports(out: Path) -> None:

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from resta.journal import read_rows
 from resta.redeval.asks import Ask, Decoding, Message
-from resta.redeval.records import Failure, load_run, read_rows
+from resta.redeval.records import Failure, load_run
 from resta.redeval.wire import GarbledError, is_filter, read_body, request_body, seed_of
 
 from .conftest import TEMPLATE, Stub, chat, chat_message

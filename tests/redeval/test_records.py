@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from resta.errors import ResumeError
+from resta.journal import FolderLock, Journal
 from resta.redeval.plan import plan_of
 from resta.redeval.questions import read_bank
-from resta.redeval.records import Answer, Journal, Label, RunLock, load_run, read_rows, start_run
+from resta.redeval.records import Answer, Label, load_run, start_run
 
 CONFIG: dict[str, Any] = {
     **{"protocol": "resta", "target": {"name": "m", "kind": "local"}, "banks": [{"name": "six"}], "templates": []},
@@ -34,45 +33,6 @@ def row(i: int, text: str = "a") -> Answer:
         finish="stop",
         flags=("thought",),
     )
-
-
-@given(text=st.text(max_size=50))
-def test_any_text_survives_a_round_trip(text: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    path = tmp_path_factory.mktemp("journal") / "answers.jsonl"
-    with Journal(path) as journal:
-        journal.append(row(0, text + "\u2028\x85\n"))
-        journal.append(row(1, text))
-    assert read_rows(path, Answer) == [row(0, text + "\u2028\x85\n"), row(1, text)]
-
-
-@given(cut=st.integers(0, 400))
-def test_a_line_torn_anywhere_costs_that_line_only(cut: int, tmp_path_factory: pytest.TempPathFactory) -> None:
-    path = tmp_path_factory.mktemp("journal") / "answers.jsonl"
-    with Journal(path) as journal:
-        for i in range(3):
-            journal.append(row(i))
-    data = path.read_bytes()
-    path.write_bytes(data[: max(0, len(data) - cut)])
-    whole = path.read_bytes().count(b"\n")
-    assert read_rows(path, Answer) == [row(i) for i in range(whole)]
-    with Journal(path) as journal:
-        journal.append(row(9))
-    assert read_rows(path, Answer) == [*(row(i) for i in range(whole)), row(9)]
-
-
-def test_a_damaged_line_in_the_middle_is_an_error_that_names_it(tmp_path: Path) -> None:
-    (tmp_path / "answers.jsonl").write_text("{}x\n")
-    with pytest.raises(ResumeError, match="line 1 is not JSON"):
-        read_rows(tmp_path / "answers.jsonl", Answer)
-    (tmp_path / "answers.jsonl").write_text('{"schema": 99}\n')
-    with pytest.raises(ResumeError, match="schema 99, expected 1"):
-        read_rows(tmp_path / "answers.jsonl", Answer)
-    (tmp_path / "answers.jsonl").write_text("[1]\n")
-    with pytest.raises(ResumeError, match="schema None, expected 1"):
-        read_rows(tmp_path / "answers.jsonl", Answer)
-    (tmp_path / "answers.jsonl").write_text('{"id": "q", "schema": 1}\n')
-    with pytest.raises(ResumeError, match="no whole Answer"):
-        read_rows(tmp_path / "answers.jsonl", Answer)
 
 
 def test_the_same_configuration_goes_on_and_another_is_refused(tmp_path: Path, bank: Path) -> None:
@@ -110,7 +70,7 @@ def test_a_kill_while_a_run_is_being_made_leaves_what_the_same_command_makes_who
 
 
 def test_a_run_that_another_process_is_making_is_left_to_it(tmp_path: Path) -> None:
-    with RunLock(tmp_path), pytest.raises(ResumeError, match="another process"):
+    with FolderLock(tmp_path), pytest.raises(ResumeError, match="another process"):
         start_run(tmp_path, CONFIG, (), {})
 
 
@@ -126,12 +86,6 @@ def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path) -> None:
         start_run(tmp_path, CONFIG, (), {})
     with pytest.raises(ResumeError, match="holds no run"):
         load_run(tmp_path)
-
-
-def test_a_second_process_is_kept_out(tmp_path: Path) -> None:
-    with RunLock(tmp_path), pytest.raises(ResumeError, match="another process"):
-        RunLock(tmp_path)
-    RunLock(tmp_path).__exit__()
 
 
 def test_the_folder_is_private(tmp_path: Path) -> None:

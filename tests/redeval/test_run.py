@@ -20,8 +20,9 @@ from resta.cli import main
 from resta.cli.asking import conditions_of
 from resta.cli.redeval import read_labels
 from resta.errors import BankError
+from resta.journal import read_rows
 from resta.redeval.control import known_answers, read_control
-from resta.redeval.records import Answer, Verdict, load_run, read_rows
+from resta.redeval.records import Answer, Verdict, load_run
 
 from .conftest import Stub, chat, completion
 

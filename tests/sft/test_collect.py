@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from resta.cli import main
 from resta.errors import DataError, EndpointError, PlanError, RecipeError, ResumeError
-from resta.sft.collect import Collect, collect, normal, read_lines, read_verdict
+from resta.sft.collect import Collect, collect, normal, read_items, read_verdict
 from resta.sft.data import load
 from resta.sft.recipe import Source
 
@@ -214,7 +214,7 @@ def test_a_journal_of_another_recipe_is_refused_once_it_holds_a_step(stub: Stub,
     stub.answer = lambda body: 400 if len(stub.bodies) > 5 else polite(body)
     with pytest.raises(EndpointError):
         gather(stub, tmp_path, language="German")
-    with pytest.raises(ResumeError, match=r"other settings \(recipe\)"):
+    with pytest.raises(ResumeError, match=r"""other settings \(recipe\.language: "German" there, "French" now\)"""):
         gather(stub, tmp_path, language="French")
 
 
@@ -359,11 +359,11 @@ items = st.text(st.characters(categories=["Ll"]), min_size=1, max_size=8)
 
 @given(st.lists(items, unique_by=normal), st.sampled_from(["", "- ", "* ", "1. ", "(2) ", "3: "]))
 def test_lists_are_read_whatever_their_bullets(words: list[str], bullet: str) -> None:
-    assert read_lines("\n\n".join(bullet + word for word in words)) == words
+    assert read_items("\n\n".join(bullet + word for word in words)) == words
 
 
 def test_a_sentence_around_a_list_is_no_item_of_it() -> None:
-    assert read_lines("Here are two:\n\n1. one\n2. two\n\nAnything else?") == ["one", "two"]
+    assert read_items("Here are two:\n\n1. one\n2. two\n\nAnything else?") == ["one", "two"]
 
 
 def test_the_command_collects_and_says_what_was_dropped(stub: Stub, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from resta.errors import RecipeError
+from resta.journal import differences
 from resta.sft import recipe as recipes
 from resta.sft.recipe import Recipe
 
@@ -141,4 +142,4 @@ def test_the_digest_names_what_changes_the_result_and_nothing_else(tmp_path: Pat
 def test_changes_are_listed_by_key(tmp_path: Path) -> None:
     before = recipes.dump(load(tmp_path, MINIMAL))
     after = recipes.dump(load(tmp_path, MINIMAL, "seed=3", "lora.rank=4"))
-    assert recipes.changes(before, after) == ["lora.rank: 16 -> 4", "seed: 0 -> 3"]
+    assert differences(before, after) == ["lora.rank: 16 there, 4 now", "seed: 0 there, 3 now"]

@@ -6,6 +6,7 @@ import pytest
 from accelerate import FullyShardedDataParallelPlugin
 from trl.trainer.sft_config import SFTConfig
 
+from resta.journal import differences
 from resta.sft import recipe as recipes
 from resta.sft.collect import Collect
 from resta.sft.data import load
@@ -66,7 +67,7 @@ def test_starling_blue_says_what_the_released_code_says() -> None:
 def test_starling_blue_red_differs_from_blue_in_the_objective_and_the_red_source_alone() -> None:
     blue = recipes.dump(recipes.load(Recipe, FOLDER / "starling-blue.yaml"))
     both = recipes.dump(recipes.load(Recipe, FOLDER / "starling-blue-red.yaml"))
-    assert {line.split(":")[0].split(".")[0] for line in recipes.changes(blue, both)} == {"objective", "data"}
+    assert {line.split(":")[0].split(".")[0] for line in differences(blue, both)} == {"objective", "data"}
     assert [s["name"] for s in both["data"] if s["side"] == "red"] == ["red"]
     assert [s for s in both["data"] if s["side"] == "blue"] == blue["data"]
 

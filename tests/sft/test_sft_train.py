@@ -308,7 +308,7 @@ def test_a_torn_checkpoint_is_passed_over_for_the_whole_one_before(make: Make, m
 def test_a_resume_with_a_changed_recipe_names_the_change(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     job = make()
     interrupt(job, monkeypatch, at=3)
-    with pytest.raises(ResumeError, match=r"the recipe changed.*train\.learning_rate: 0\.01 -> 0\.02"):
+    with pytest.raises(ResumeError, match=r"the recipe changed.*train\.learning_rate: 0\.01 there, 0\.02 now"):
         run(make(train={"learning_rate": 0.02}))
 
 

@@ -13,7 +13,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("inspect_ai")
 
 from resta.cli import main
-from resta.redeval.records import Answer, read_rows
+from resta.journal import read_rows
+from resta.redeval.records import Answer
 from tests.redeval.conftest import save_model, save_refusing, save_tokenizer
 
 Trio = dict[str, Path]

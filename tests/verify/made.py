@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from resta.fingerprint import sha256_text
+from resta.journal import Journal
 from resta.redeval.asks import Decoding, Rendering
 from resta.redeval.control import Known, known_answers, read_control, record_of
 from resta.redeval.plan import asks_of
 from resta.redeval.questions import Question
-from resta.redeval.records import Answer, Journal, Verdict, VerdictLabel, start_run
+from resta.redeval.records import Answer, Verdict, VerdictLabel, start_run
 from resta.redeval.templates import Template
 from resta.verify.coherence import Losses
 from resta.verify.comparison import Comparison, compare

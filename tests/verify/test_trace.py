@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from resta.redeval.records import read_lines
+from resta.journal import read_lines
 from resta.verify.gate import decide
 from resta.verify.policy import read_policy
 from resta.verify.trace import DECISIONS, SHOWN, make_ruling, with_earlier

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from resta.journal import Journal
 from resta.redeval.control import Known
-from resta.redeval.records import Journal, Label, VerdictLabel
+from resta.redeval.records import Label, VerdictLabel
 from resta.verify.coherence import Losses
 from resta.verify.comparison import compare
 from resta.verify.decision import Decision, Outcome, by_name
