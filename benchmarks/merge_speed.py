@@ -383,43 +383,30 @@ def alternate(chosen: list[Contestant], data: Path, size: str, *, cold: bool, ru
 def report_cost(data: Path, size: str, result: Path) -> None:
     """Time the arithmetic of a whole merge in one thread, with and without the realised-change report."""
     from resta.checkpoint import Reader
-    from resta.cli.merge import Flags, to_recipe
     from resta.compute import CHUNK, Workspace
-    from resta.engine import settle_scales
+    from resta.engine import settle
     from resta.plan import make_plan
+    from resta.shorthand import Roles, Shorthand, to_recipe
 
     models = {model: str(data / size / model) for model in MODELS}
     seconds: dict[str, list[float]] = {}
     for name, density in (("plain", None), ("dare", DENSITY)):
-        plan = make_plan(to_recipe(merge_flags(Flags, models, density)))
+        choices = {"output": {"files_from": "tuned"}}
+        plan = make_plan(
+            to_recipe(Shorthand(roles=Roles(**models), scale=SCALE, dare_density=density, choices=choices))
+        )
         identities = {path: identity for weights in plan.weights.values() for path, identity in weights.files.items()}
         with Reader(identities) as reader:
             workspace = Workspace(reader)
-            scales = settle_scales(plan, reader, 1)
+            steps = settle(plan, reader, 1).steps
             for measured in (False, True, True, False, False, True):
                 begin = time.process_time()
-                for index, step in enumerate(plan.steps):
+                for step in steps:
                     for first in range(0, step.slot.spec.count, CHUNK):
                         count = min(CHUNK, step.slot.spec.count - first)
-                        workspace.run(step, first, count, scales=scales[index], measure=measured)
+                        workspace.run(step, first, count, measure=measured)
                 seconds.setdefault(f"{name} {measured}", []).append(time.process_time() - begin)
     write_json(result, seconds)
-
-
-def merge_flags(flags: Callable[..., object], models: dict[str, str], density: float | None) -> object:
-    """Return the flags of the measured command, as the command line builds them."""
-    fixed = {"unaligned": None, "dare_on": "tuned", "dare_rescale": "inverse_density", "tuned_from": None}
-    return flags(
-        **models,
-        **fixed,
-        scale=SCALE,
-        dare_density=density,
-        recorded_base=(),
-        seed=0,
-        dtype="same",
-        rounding="nearest",
-        shard_size="5GB",
-    )
 
 
 # --- the report

@@ -87,23 +87,20 @@ class Workspace:
     _step: Step | None = None
     _terms: tuple[Array, ...] = ()
 
-    def run(
-        self, step: Step, first: int, count: int, *, scales: tuple[float, ...], measure: bool
-    ) -> tuple[Bytes, Totals]:
+    def run(self, step: Step, first: int, count: int, *, measure: bool) -> tuple[Bytes, Totals]:
         """Compute elements first..first+count of a step; `first` is a multiple of the kernels' tile.
 
         Args:
             step: what to compute.
             first: flat index of the first element.
             count: number of elements, at most CHUNK.
-            scales: what each term's difference is multiplied by, DARE's rescaling included.
             measure: whether to sum up the intended and the realised change; whether a term is zero is always noted.
 
         Returns:
             The output bytes, in a buffer that the next call reuses, and the sums.
         """
         if self._step is not step:
-            self._step, self._terms = step, _terms_of(step, scales)
+            self._step, self._terms = step, _terms_of(step)
             self._factors.clear()
         out = self._bytes("out", count * DTYPE_BITS[step.slot.spec.dtype] // 8)
         if step.copies:
@@ -223,12 +220,12 @@ class Workspace:
         return held[: shape[0]]
 
 
-def _terms_of(step: Step, scales: tuple[float, ...]) -> tuple[Array, Array, Array, Array]:
+def _terms_of(step: Step) -> tuple[Array, Array, Array, Array]:
     """Return a step's terms as the kernel takes them: rows, scales, thresholds, and keys with the rounding's last."""
     keys = [term.key for term in step.terms] + [step.rounding_key or 0]
     return (
         np.array([(term.to, term.frm) for term in step.terms], np.int64).reshape(-1, 2),
-        np.array(scales, np.float64 if step.double else np.float32),
+        np.array([term.scale * term.factor for term in step.terms], np.float64 if step.double else np.float32),
         np.array([term.keep for term in step.terms], np.uint64),
         np.array([split_key(key) for key in keys], np.uint32),
     )

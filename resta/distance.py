@@ -29,7 +29,7 @@ from resta.hub import locate
 from resta.manifest import layer_of
 from resta.opened import open_models
 from resta.plan import Slot, Step, StepTerm
-from resta.recipe import make_models
+from resta.recipe import named_models
 from resta.version import VERSION
 
 SCHEMA = 1
@@ -290,7 +290,7 @@ def _read(a: str, b: str, on: str | None) -> dict[str, Weights]:
     }
     if on is not None:
         named["base"] = {"source": on}
-    models = make_models(named)
+    models = named_models(named)
     return open_models(models).of(models)
 
 
@@ -376,7 +376,7 @@ def _measure(step: Step, stretch: range, workspace: Workspace) -> Distance:
     changed = non_finite = 0
     for first in stretch[::CHUNK]:
         count = min(CHUNK, stretch.stop - first)
-        totals = workspace.run(step, first, count, scales=(1.0,), measure=True)[1]
+        totals = workspace.run(step, first, count, measure=True)[1]
         start += totals.start
         intended += totals.intended
         changed += totals.changed

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,8 +150,7 @@ def carry_out(
         Follower(_followed(plan, identities, sizes, reader, output)) if digests else nullcontext() as follower,
     ):
         try:
-            scales = settle_scales(plan, reader, workers)
-            records = _Run(plan, reader, output, scales, progress, follower).go(workers)
+            records = _Run(settle(plan, reader, workers), reader, output, progress, follower).go(workers)
             reader.check_unchanged()
             _check_terms(plan, _nonzero_terms(plan, records))
             facts = {
@@ -178,12 +177,38 @@ def tensors(recipe: Recipe | str | Path) -> Iterator[tuple[str, torch.Tensor]]:
         RequestError, NonFiniteError: as `merge` does.
         NoChangeError: after the last tensor, where a term whose scale is not 0 is zero in all of them.
     """
-    plan = make_plan(_as_recipe(recipe))
-    for step, data, _ in computed(plan):
-        yield step.name, as_tensor(step, data)
+    for made in compute_tensors(make_plan(_as_recipe(recipe))):
+        yield made.name, made.tensor
 
 
-def as_tensor(step: Step, data: NDArray[np.uint8]) -> torch.Tensor:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Made:
+    """One tensor of a merge, in memory.
+
+    `intended` is the sum of squares of what its terms add to the first `touched` elements, before any rounding; 0 where
+    it was not measured. `double` says that the arithmetic was in float64.
+    """
+
+    name: str
+    tensor: torch.Tensor
+    touched: int
+    double: bool
+    intended: float
+
+
+def compute_tensors(plan: Plan, *, measure: bool = False) -> Iterator[Made]:
+    """Compute a plan's tensors in memory, in its order; see `tensors`. `measure` what its terms add to each."""
+    for step, data, totals in _computed(plan, measure=measure):
+        yield Made(
+            name=step.name,
+            tensor=_as_tensor(step, data),
+            touched=step.touched,
+            double=step.double,
+            intended=totals.intended if step.terms else 0.0,
+        )
+
+
+def _as_tensor(step: Step, data: NDArray[np.uint8]) -> torch.Tensor:
     """Return a step's output bytes as the tensor that they are, without a copy."""
     import torch  # only scripts that want tensors pay for it
 
@@ -196,7 +221,7 @@ def as_tensor(step: Step, data: NDArray[np.uint8]) -> torch.Tensor:
     return flat.reshape(step.slot.spec.shape)
 
 
-def computed(plan: Plan, *, measure: bool = False) -> Iterator[tuple[Step, NDArray[np.uint8], Totals]]:
+def _computed(plan: Plan, *, measure: bool) -> Iterator[tuple[Step, NDArray[np.uint8], Totals]]:
     """Yield each step, its output bytes, freshly allocated, and if `measure` the sums over its changes.
 
     Raises:
@@ -206,14 +231,13 @@ def computed(plan: Plan, *, measure: bool = False) -> Iterator[tuple[Step, NDArr
     identities = {path: identity for weights in plan.weights.values() for path, identity in weights.files.items()}
     with Reader(identities) as reader:
         workspace = Workspace(reader)
-        scales = settle_scales(plan, reader, 1)
-        for index, step in enumerate(plan.steps):
+        for step in settle(plan, reader, 1).steps:
             data = np.empty(step.slot.spec.nbytes, np.uint8)
             width = DTYPE_BITS[step.slot.spec.dtype] // 8
             parts = []
             for first in range(0, step.slot.spec.count, CHUNK):
                 count = min(CHUNK, step.slot.spec.count - first)
-                out, totals = workspace.run(step, first, count, scales=scales[index], measure=measure)
+                out, totals = workspace.run(step, first, count, measure=measure)
                 _check_finite(step, totals, reader)
                 data[first * width : first * width + out.size] = out
                 parts.append(totals)
@@ -224,25 +248,22 @@ def computed(plan: Plan, *, measure: bool = False) -> Iterator[tuple[Step, NDArr
     _check_terms(plan, nonzero)
 
 
-def settle_scales(plan: Plan, reader: Reader, workers: int) -> list[tuple[float, ...]]:
-    """Return what each term of each step is multiplied by, rescaling included.
+def settle(plan: Plan, reader: Reader, workers: int) -> Plan:
+    """Return the plan with the factors that only a pass over a tensor can tell: those of the L1 rule."""
 
-    DARE divides by the density (arXiv 2311.03099, eq. 3). The L1 rule needs a pass over the tensor first.
-    """
-
-    def settle(step: Step) -> tuple[float, ...]:
-        workspace = Workspace(reader)
-        scales = []
+    def settled(step: Step) -> Step:
+        if all(term.rescale != "l1_norm" or term.density == 1 for term in step.terms):
+            return step
+        workspace, terms = Workspace(reader), []
         for index, term in enumerate(step.terms):
-            factor = 1 / term.density
             if term.rescale == "l1_norm" and term.density < 1:
                 whole, kept = workspace.l1_norms(step, index)
-                factor = whole / kept if kept > 0 else 1.0
-            scales.append(term.scale * factor)
-        return tuple(scales)
+                term = replace(term, factor=whole / kept if kept > 0 else 1.0)
+            terms.append(term)
+        return replace(step, terms=tuple(terms))
 
     with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(settle, plan.steps))
+        return replace(plan, steps=tuple(pool.map(settled, plan.steps)))
 
 
 def units_of(plan: Plan) -> Iterator[Unit]:
@@ -302,14 +323,12 @@ class _Run:
         plan: Plan,
         reader: Reader,
         output: Output,
-        scales: list[tuple[float, ...]],
         progress: Progress | None,
         follower: Follower | None,
     ) -> None:
         self._plan = plan
         self._reader = reader
         self._output = output
-        self._scales = scales
         self._progress = progress
         self._follower = follower
         self._lock = threading.Lock()
@@ -389,7 +408,7 @@ class _Run:
             if self._stop.is_set():
                 return None
             count = min(CHUNK, unit.first + unit.count - first)
-            out, totals = workspace.run(step, first, count, scales=self._scales[unit.step], measure=True)
+            out, totals = workspace.run(step, first, count, measure=True)
             _check_finite(step, totals, self._reader)
             self._output.write(step.slot.file, spec.start + first * width, out.data)
             checksum.add(out)

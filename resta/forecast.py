@@ -1,15 +1,21 @@
-"""What a sample of the tensors says of a merge before anything is written: whether its terms are far too large."""
+"""What is said of a merge before anything is written: cautions, and what a sample of its tensors shows."""
 
 from __future__ import annotations
 
 import math
 
+from resta.cautions import cautions, name_cautions
 from resta.checkpoint import Reader
 from resta.compute import CHUNK, Workspace
 from resta.manifest import size_warnings
-from resta.plan import Plan, Step
+from resta.plan import Plan
 
 MOST_TENSORS = 24  # of which one chunk each is read: about 40 MB of three bfloat16 models
+
+
+def plan_warnings(plan: Plan) -> list[str]:
+    """Return all that whoever merges should know before anything is written, each in a sentence. Raises RestaError."""
+    return [*cautions(plan), *name_cautions(plan), *forecast_warnings(plan)]
 
 
 def forecast_warnings(plan: Plan) -> list[str]:
@@ -29,7 +35,7 @@ def forecast_warnings(plan: Plan) -> list[str]:
         workspace = Workspace(reader)
         for step in steps:
             count = min(CHUNK, step.slot.spec.count)
-            _, totals = workspace.run(step, 0, count, scales=_scales(step), measure=True)
+            _, totals = workspace.run(step, 0, count, measure=True)
             start, seen = start + totals.start, seen + count
             for taking_part, part in zip(step.terms, totals.terms, strict=True):
                 sums[taking_part.term] += part.intended
@@ -38,7 +44,3 @@ def forecast_warnings(plan: Plan) -> list[str]:
     for term, intended in zip(plan.recipe.terms, sums, strict=True):
         found += size_warnings(term, math.sqrt(intended / start) if start > 0 else 0.0, basis)
     return found
-
-
-def _scales(step: Step) -> tuple[float, ...]:
-    return tuple(term.scale / term.density for term in step.terms)

@@ -47,7 +47,8 @@ _End = tuple[str, Operand]  # one side of a term: whose tensor, and the tensor
 class StepTerm:
     """One term of one tensor: rows of the step's operands, and how the difference is masked and scaled.
 
-    `term` is its place among the recipe's terms.
+    `term` is its place among the recipe's terms. `factor` is what DARE's rescaling multiplies the scale by: 1 / density
+    (arXiv 2311.03099, eq. 3), unless a pass over the tensor settles it (`engine.settle`).
     """
 
     term: int
@@ -56,6 +57,7 @@ class StepTerm:
     scale: float
     density: float = 1.0
     rescale: str = "inverse_density"
+    factor: float = 1.0
     key: int = 0
 
     @property
@@ -402,6 +404,7 @@ def _make_term(recipe: Recipe, index: int, name: str, scale: float, rows: list[i
         scale=scale,
         density=sparsify.density,
         rescale=sparsify.rescale,
+        factor=1 / sparsify.density,
         key=derive_key(recipe.seed, sparsify.method, index, name),
     )
 

@@ -344,7 +344,7 @@ def make_recipe(parsed: object) -> Recipe:
     return check(Recipe, parsed)
 
 
-def make_models(parsed: object) -> dict[str, Model]:
+def named_models(parsed: object) -> dict[str, Model]:
     """Validate a recipe's models given as plain data.
 
     Raises:

@@ -21,11 +21,10 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from resta.cautions import cautions, name_cautions
 from resta.coverage import readable_share
 from resta.engine import Progress as OnProgress
 from resta.engine import Result
-from resta.forecast import forecast_warnings
+from resta.forecast import plan_warnings
 from resta.manifest import (
     Change,
     TensorFacts,
@@ -87,7 +86,7 @@ def print_plan(plan: Plan, bytes_free: int) -> None:
     if plan.left_out:
         table.add_row("leaves out", printable(left_out_names(plan)))
     console().print(table)
-    for caution in (*cautions(plan), *name_cautions(plan), *forecast_warnings(plan)):
+    for caution in plan_warnings(plan):
         _print_warning(caution)
 
 

@@ -29,7 +29,7 @@ LAYERS = (
     "manifest",
     "directory",
     "engine forecast",
-    "algebra show distance claims",
+    "algebra show distance claims shorthand",
     "auditing",
     "sft: recipe",
     "sft: data objective",
@@ -80,7 +80,7 @@ DOORS = {
     "sft": "",
     "redeval": "engine",
     "verify": "auditing manifest",
-    "sweep": "compute engine hub plan recipe",
+    "sweep": "engine hub opened plan recipe",
     "demo": "engine plan recipe",
 }
 

@@ -6,25 +6,23 @@ import json
 import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
-from resta.adapter import base_name, is_adapter
-from resta.cautions import cautions, name_cautions
 from resta.checkpoint import following_links
 from resta.cli.output import output
 from resta.engine import Result, carry_out, input_folders
 from resta.errors import RecipeError, RequestError
-from resta.forecast import forecast_warnings
-from resta.hub import locate
+from resta.forecast import plan_warnings
 from resta.manifest import change_warning, describe_terms, judge, result_warnings, total_change
 from resta.output import check_place, check_space, check_vacant
 from resta.page import printable, printable_lines
 from resta.plan import Plan, make_plan
-from resta.recipe import SCALE_ADVICE, Recipe, dump_recipe, load_recipe, make_recipe, mergekit_note
+from resta.recipe import Recipe, dump_recipe, load_recipe, mergekit_note
+from resta.shorthand import Roles, Shorthand, to_recipe
 from resta.show import digest_line, merge_progress, print_plan, print_result
 
 EPILOG = """\b
@@ -34,114 +32,6 @@ Examples:
   resta merge ./lora --aligned ./starling --base ./vicuna --tuned-from base --scale 0.5 -o ./restored
   resta merge recipe.yaml -o ./restored --dry-run
 """
-
-
-@dataclass(frozen=True, kw_only=True)
-class Flags:
-    """The everyday request in words of the command line; `to_recipe` says the same as a recipe."""
-
-    tuned: str
-    aligned: str | None
-    base: str | None
-    unaligned: str | None
-    scale: float | None
-    dare_density: float | None
-    dare_on: str
-    dare_rescale: str
-    tuned_from: str | None
-    recorded_base: tuple[str, ...]
-    seed: int
-    dtype: str
-    rounding: str
-    shard_size: str
-    min_coverage: float | None = None
-    allow_config: tuple[str, ...] = ()
-
-
-def to_recipe(flags: Flags) -> Recipe:
-    """Build the recipe that the flags ask for.
-
-    RESTA: tuned + scale (aligned - base). With DARE on the fine-tuning delta (RESTA_d), the start is the model
-    that the fine-tune began from, and `tuned - origin` is a term of its own.
-
-    Raises:
-        RequestError: a flag is missing, or two do not fit together.
-    """
-    if flags.scale is None:
-        raise RecipeError(f"--scale is required: {SCALE_ADVICE}")
-    if flags.aligned is None or not (flags.base or flags.unaligned):
-        raise RecipeError("say --aligned, and --base or --unaligned: the safety vector is their difference")
-    subtrahend = "unaligned" if flags.unaligned else "base"
-    vector: dict[str, Any] = {"name": "safety", "delta": f"aligned - {subtrahend}", "scale": flags.scale}
-    dare = None
-    if flags.dare_density is not None:
-        dare = {"density": flags.dare_density, "rescale": flags.dare_rescale}
-    models = models_of(flags)
-    terms = [vector]
-    start = "tuned"
-    if dare and flags.dare_on == "safety":
-        vector["sparsify"] = dare
-    elif dare:
-        start = _origin(flags, models)
-        terms = [{"name": "finetune", "delta": f"tuned - {start}", "scale": 1.0, "sparsify": dare}, vector]
-    elif flags.tuned_from and "on" not in models["tuned"]:
-        raise RecipeError("--tuned-from is only used for an adapter, or with --dare-density and --dare-on tuned")
-    used = {start, "aligned", subtrahend, "tuned"} | {model["on"] for model in models.values() if "on" in model}
-    return make_recipe(
-        {
-            "models": {name: model for name, model in models.items() if name in used},
-            "start": start,
-            "terms": terms,
-            "seed": flags.seed,
-            "allow_config": list(flags.allow_config),
-            **({} if flags.min_coverage is None else {"min_coverage": flags.min_coverage}),
-            "output": {
-                "dtype": flags.dtype,
-                "rounding": flags.rounding,
-                "shard_size": flags.shard_size,
-                "files_from": "tuned",
-            },
-        }
-    )
-
-
-def models_of(flags: Flags) -> dict[str, dict[str, Any]]:
-    """Return the models that the flags name, adapters on their bases. Raises RecipeError."""
-    named = {"tuned": flags.tuned, "aligned": flags.aligned, "base": flags.base, "unaligned": flags.unaligned}
-    if flags.tuned_from not in (None, "base", "aligned"):
-        named["origin"] = flags.tuned_from
-    models: dict[str, dict[str, Any]] = {
-        name: {"source": _absolute(source)} for name, source in named.items() if source
-    }
-    confirmed = set(flags.recorded_base)
-    for name, model in models.items():
-        folder = locate(model["source"]).folder
-        if not is_adapter(folder):
-            continue
-        if name not in ("tuned", "aligned"):
-            raise RecipeError(f"--{name} is an adapter; write a recipe that says which model it is on")
-        model["on"] = _origin(flags, models) if name == "tuned" else "base"
-        if model["on"] not in models:
-            raise RecipeError(f"--{name} is an adapter; say --{model['on']}, the model that it is on")
-        if base_name(folder) in confirmed:
-            model["recorded_base"] = base_name(folder)
-    unused = confirmed - {model.get("recorded_base") for model in models.values()}
-    if unused:
-        raise RecipeError(f"--recorded-base {sorted(unused)[0]!r}: no adapter given records that base")
-    return models
-
-
-def _origin(flags: Flags, models: dict[str, dict[str, Any]]) -> str:
-    """Name the model that the fine-tune began from."""
-    name = flags.tuned_from if flags.tuned_from in ("base", "aligned") else "origin" if flags.tuned_from else "base"
-    if name not in models:
-        raise RecipeError(f"the model that the fine-tune began from is needed: say --{name} or --tuned-from")
-    return name
-
-
-def _absolute(source: str) -> str:
-    path = Path(source).expanduser()
-    return str(path.resolve()) if path.is_dir() else source
 
 
 @click.command(epilog=EPILOG, short_help="Add a safety vector to a fine-tuned model.")
@@ -227,7 +117,7 @@ def command(ctx: click.Context, /, tuned_or_recipe: str, out: Path, **options: A
         _dry_run(plan, out, overwrite=overwrite, as_json=as_json)
         return
     if not quiet:
-        for caution in (*cautions(plan), *name_cautions(plan), *forecast_warnings(plan)):
+        for caution in plan_warnings(plan):
             click.echo(f"warning: {printable(caution)}", err=True)
     began = time.perf_counter()
     with merge_progress(plan, shown=sys.stderr.isatty() and not (quiet or as_json)) as progress:
@@ -249,12 +139,25 @@ def is_recipe(tuned_or_recipe: str) -> bool:
 
 def _recipe(ctx: click.Context, tuned_or_recipe: str, options: dict[str, Any]) -> Recipe:
     if not is_recipe(tuned_or_recipe):
-        return to_recipe(Flags(tuned=tuned_or_recipe, **options))
+        return to_recipe(_shorthand(tuned_or_recipe, options))
     for name in options:
         if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
             flag = "--" + name.replace("_", "-")
             raise RecipeError(f"{flag} changes the result: say it in {tuned_or_recipe}, which then records it")
     return load_recipe(Path(tuned_or_recipe))
+
+
+def _shorthand(tuned: str, options: dict[str, Any]) -> Shorthand:
+    roles = {name: options[name] for name in ("aligned", "base", "unaligned", "tuned_from", "recorded_base")}
+    choices = {name: options[name] for name in ("seed", "allow_config")}
+    if options["min_coverage"] is not None:
+        choices["min_coverage"] = options["min_coverage"]
+    output = {name: options[name] for name in ("dtype", "rounding", "shard_size")}
+    return Shorthand(
+        roles=Roles(tuned=tuned, **roles),
+        choices={**choices, "output": {**output, "files_from": "tuned"}},
+        **{name: options[name] for name in ("scale", "dare_density", "dare_on", "dare_rescale")},
+    )
 
 
 def _dry_run(plan: Plan, out: Path, *, overwrite: bool, as_json: bool) -> None:
@@ -271,7 +174,7 @@ def _dry_run(plan: Plan, out: Path, *, overwrite: bool, as_json: bool) -> None:
         refusals.append(str(error))
     if as_json:
         facts: dict[str, Any] = {"bytes_read": plan.bytes_read, "bytes_written": plan.bytes_written, "bytes_free": free}
-        facts |= {"warnings": [*cautions(plan), *name_cautions(plan), *forecast_warnings(plan)]}
+        facts |= {"warnings": plan_warnings(plan)}
         facts |= {"coverage": [each.share for each in plan.coverage]}
         click.echo(json.dumps({"recipe": plan.recipe.model_dump(mode="json"), **facts, "refusals": refusals}))
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from resta.cli.verify import POLICY, UTILITY, budget_of
 from resta.errors import NO, RecipeError
 
 if TYPE_CHECKING:
-    from resta.recipe import Recipe
+    from resta.recipe import Model
     from resta.redeval.plan import Conditions
     from resta.redeval.targets import Target
     from resta.sweep.candidates import Family, Grid
@@ -56,6 +57,15 @@ MODELS = options(
         default="nearest",
         show_default=True,
         help="To that dtype.",
+    ),
+    click.option(
+        "--min-coverage",
+        type=click.FloatRange(0, 1),
+        metavar="SHARE",
+        help="Least share of the parameters that each term must reach [default: 0.95].",
+    ),
+    click.option(
+        "--allow-config", multiple=True, metavar="KEY", help="Allow configs to differ in this, such as rope_theta."
     ),
 )
 
@@ -174,8 +184,7 @@ def _carry_out(sweep: Sweep, conditions: Conditions, given: Mapping[str, Any]) -
 
 def _sweep(ctx: click.Context, tuned_or_recipe: str, out: Path, given: dict[str, Any]) -> Sweep:
     """Return the sweep that the options ask for. Raises RequestError."""
-    from resta.plan import make_plan
-    from resta.sweep.candidates import candidates_of, check_methods, tuned_recipe, with_groups
+    from resta.sweep.candidates import candidates_of, check_groups, check_methods
     from resta.sweep.measure import Sweep
     from resta.verify.gate import check_tasks
     from resta.verify.policy import read_policy
@@ -185,9 +194,8 @@ def _sweep(ctx: click.Context, tuned_or_recipe: str, out: Path, given: dict[str,
     grid = _grid(given, is_recipe=is_recipe)
     family = _own_family(ctx, Path(tuned_or_recipe)) if is_recipe else _family(tuned_or_recipe, given)
     check_methods(grid, family)
-    if given["groups"]:
-        family = with_groups(family, _names(given["groups"]), [s.name for s in make_plan(tuned_recipe(family)).steps])
-    references = {role: _reference(family.recipe, role, given) for role in ("aligned", "tuned")}
+    check_groups(family)
+    references = {role: _reference(family.models, role, given) for role in ("aligned", "tuned")}
     budget = budget_of(_asked(given), references["aligned"].name)
     check_tasks(policy, [task.name for task in budget.suite.tasks] if budget.suite else [])
     return Sweep(
@@ -195,7 +203,7 @@ def _sweep(ctx: click.Context, tuned_or_recipe: str, out: Path, given: dict[str,
         candidates=candidates_of(grid),
         grid=not given["search"],
         fresh=given["fresh"],
-        verify=_verify_options(ctx, family.recipe),
+        verify=_verify_options(ctx, family.models),
         references=references,
         budget=budget,
         policy=policy,
@@ -236,50 +244,44 @@ def _names(text: str | None) -> tuple[str, ...]:
 
 
 def _family(tuned: str, given: Mapping[str, Any]) -> Family:
-    """Return what the flags name, by way of the recipe that `resta merge` would make of them."""
-    from resta.cli.merge import Flags, models_of
-    from resta.recipe import make_recipe
+    """Return what the flags name."""
+    from resta.recipe import OutputChoices
+    from resta.shorthand import Roles, read_roles
     from resta.sweep.candidates import Family
 
-    flags = Flags(
-        tuned=tuned,
-        scale=1.0,
-        dare_density=None,
-        dare_on="tuned",
-        dtype=given["output_dtype"],
-        shard_size="5GB",
-        **{key: given[key] for key in ("aligned", "base", "unaligned", "tuned_from", "recorded_base")},
-        **{key: given[key] for key in ("dare_rescale", "seed", "rounding")},
+    roles = Roles(
+        tuned=tuned, **{key: given[key] for key in ("aligned", "base", "unaligned", "tuned_from", "recorded_base")}
     )
-    if flags.aligned is None:
+    if roles.aligned is None:
         raise RecipeError("say --aligned: the model that safety comes from, and that all are compared with")
-    models = models_of(flags)
-    recipe = make_recipe(
-        {
-            "models": models,
-            "start": "tuned",
-            "terms": [{"delta": f"{name} - tuned", "scale": 0.0} for name in models if name != "tuned"],
-            "seed": flags.seed,
-            "output": {"dtype": flags.dtype, "rounding": flags.rounding, "files_from": "tuned"},
-        }
+    return Family(
+        models=read_roles(roles),
+        output=OutputChoices(dtype=given["output_dtype"], rounding=given["rounding"], files_from="tuned"),
+        origin=roles.origin,
+        rescale=given["dare_rescale"],
+        groups=_names(given["groups"]),
+        **_choices(given),
     )
-    origin = flags.tuned_from if flags.tuned_from in ("base", "aligned") else "origin" if flags.tuned_from else "base"
-    return Family(recipe=recipe, origin=origin, rescale=given["dare_rescale"])
+
+
+def _choices(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the flags say of every candidate's recipe, by the names that it has there."""
+    least = {} if given["min_coverage"] is None else {"min_coverage": given["min_coverage"]}
+    return {"seed": given["seed"], "allow_config": given["allow_config"], **least}
 
 
 def _own_family(ctx: click.Context, path: Path) -> Family:
     """Return what the user's recipe names; nothing that it says may be said by a flag, too."""
     from resta.recipe import load_recipe
-    from resta.sweep.candidates import Family
+    from resta.sweep.candidates import family_of
 
     for name in (
         *("aligned", "base", "unaligned", "tuned_from", "recorded_base"),
-        *("dare_rescale", "output_dtype", "rounding"),
+        *("dare_rescale", "output_dtype", "rounding", "min_coverage", "allow_config"),
     ):
         if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
             raise RecipeError(f"--{name.replace('_', '-')} changes the candidates: say it in {path}")
-    recipe = load_recipe(path)
-    return Family(recipe=recipe, origin=recipe.start if recipe.start != "tuned" else "base")
+    return replace(family_of(load_recipe(path)), groups=_names(ctx.params["groups"]))
 
 
 def _asked(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -287,19 +289,19 @@ def _asked(given: Mapping[str, Any]) -> dict[str, Any]:
     return {**given, "base_url": None, "base": None, "files": None, "tokenizer": None}
 
 
-def _reference(recipe: Recipe, role: str, given: Mapping[str, Any]) -> Target:
+def _reference(models: Mapping[str, Model], role: str, given: Mapping[str, Any]) -> Target:
     """Return a reference as `resta verify` would ask it: an adapter on its base."""
-    model = recipe.models[role]
-    base = recipe.models[model.on].source if model.on else None
+    model = models[role]
+    base = models[model.on].source if model.on else None
     return request_of({**_asked(given), "base": base}, model.source).target
 
 
-def _verify_options(ctx: click.Context, recipe: Recipe) -> dict[str, Any]:
+def _verify_options(ctx: click.Context, models: Mapping[str, Model]) -> dict[str, Any]:
     """Return the options of `resta verify` that ask as this sweep did, by parameter; paths are absolute."""
     from resta.cli.verify import run
 
     known = {parameter.name for parameter in run.params} - {"restored", "out", "include_text", "card"}
-    own: dict[str, Any] = {name: recipe.models[name].source for name in ("tuned", "aligned")}
+    own: dict[str, Any] = {name: models[name].source for name in ("tuned", "aligned")}
     for parameter in ctx.command.params:
         name, value = parameter.name, ctx.params.get(parameter.name or "")
         given = ctx.get_parameter_source(name or "") is not click.core.ParameterSource.DEFAULT

@@ -19,7 +19,7 @@ from resta.demo.models import INSTRUCT, TINY, Making, Note, Schedule, make_model
 from resta.engine import carry_out as write_merge
 from resta.errors import PlanError
 from resta.plan import make_plan
-from resta.recipe import load_recipe, make_recipe
+from resta.recipe import load_recipe, named_models
 from resta.redeval.judges import parse_judge
 from resta.redeval.plan import Conditions, Request
 from resta.redeval.questions import read_bank
@@ -97,17 +97,10 @@ def run_demo(
 
 def sweep(folder: Path, models: Mapping[str, str], files: CorpusFiles, policy: Policy, note: Note) -> Outcome:
     """Search the scales on the questions for choosing, with both baselines beside the choice; write FOLDER/sweep."""
-    recipe = make_recipe(
-        {
-            "models": {name: _absolute(model) for name, model in models.items()},
-            "start": "tuned",
-            "terms": [{"delta": f"{name} - tuned", "scale": 0.0} for name in ("aligned", "base")],
-            "output": {"files_from": "tuned"},
-        }
-    )
+    family = Family(models=named_models({name: _absolute(model) for name, model in models.items()}))
     grid = Grid(methods=("resta",), scales=SCALES, wise_scales=(), random_scales=())
     plan = Sweep(
-        family=Family(recipe=recipe),
+        family=family,
         candidates=candidates_of(grid),
         references={role: parse_target(models[role], None, device="cpu") for role in ("aligned", "tuned")},
         budget=budget(models["aligned"], files, "choosing"),

@@ -527,9 +527,11 @@ def estimate_seconds(local: LocalModel, prompt_characters: Sequence[int], decodi
 # -- loading -------------------------------------------------------------------------------------------------
 
 
-def load_local(spec: LocalSpec) -> LocalModel:
+def load_local(spec: LocalSpec, *, tensors: Iterable[tuple[str, torch.Tensor]] | None = None) -> LocalModel:
     """Return the model that `spec` names, loaded once, ready to answer. Raises ModelError,
     MissingExtraError.
+
+    `tensors` are those of a recipe, where they are at hand; else they are computed.
     """
     from safetensors import SafetensorError
 
@@ -543,7 +545,7 @@ def load_local(spec: LocalSpec) -> LocalModel:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(files, **known)
         if spec.is_recipe:
-            model = _load_recipe(transformers, spec, files, dtype, place, known)
+            model = _load_recipe(transformers, spec, tensors, dtype, place)
         else:
             model = transformers.AutoModelForCausalLM.from_pretrained(files, dtype=dtype, **place, **known)
         if spec.is_adapter:
@@ -624,13 +626,14 @@ def _on_adapter(model: Any, adapter: str) -> Any:
 
 
 def _load_recipe(
-    transformers: Any, spec: LocalSpec, files: str, dtype: Any, place: dict[str, Any], known: dict[str, Any]
+    transformers: Any, spec: LocalSpec, tensors: Iterable[tuple[str, torch.Tensor]] | None, dtype: Any, place: Any
 ) -> Any:
     """Return the model that a recipe makes; every tensor must find its place and every place its tensor."""
-    from resta.engine import tensors
+    from resta.engine import tensors as compute
 
-    config = transformers.AutoConfig.from_pretrained(files, **known)
-    state = dict(tensors(spec.model))  # of an unwritten merge, in the output's dtype
+    files, revision = split_revision(files_of(spec))
+    config = transformers.AutoConfig.from_pretrained(files, revision=revision, trust_remote_code=False)
+    state = dict(compute(spec.model) if tensors is None else tensors)
     if dtype == "auto":
         dtype = next(iter(state.values())).dtype
     # The auto class insists on a path; the class that it would pick takes a state alone.

@@ -8,19 +8,18 @@ no recipe: its vector is drawn here, for one tensor at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from resta.compute import Totals
-from resta.engine import as_tensor, computed
+from resta.engine import Made, compute_tensors
 from resta.errors import ModelError
-from resta.plan import Plan, Step, derive_key, make_plan
+from resta.plan import derive_key
 from resta.recipe import dump_recipe
-from resta.sweep.candidates import Candidate, Family, Method, recipe_of, tuned_recipe
+from resta.sweep.candidates import Candidate, Family, Method, plan_of, recipe_of
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +47,7 @@ class Change:
 def write_files(family: Family, folder: Path) -> None:
     """Write config, tokenizer and templates as every candidate's merge would have them."""
     folder.mkdir(parents=True, exist_ok=True)
-    for file in make_plan(tuned_recipe(family)).side_files:
+    for file in family.tuned_plan.side_files:
         (folder / file.name).parent.mkdir(parents=True, exist_ok=True)
         (folder / file.name).write_bytes(file.content)
 
@@ -86,8 +85,13 @@ def apply(local: LocalModel, candidate: Candidate, family: Family) -> Change:
 
 def unit_norm(method: Method, family: Family) -> float:
     """Return the norm of a method's change at scale 1, as meant, before any rounding: one pass over the weights."""
-    plan = make_plan(recipe_of(Candidate(method=method, scale=1.0), family))
-    return math.sqrt(sum(totals.intended for _, _, totals in computed(plan, measure=True)))
+    plan = plan_of(Candidate(method=method, scale=1.0), family)
+    return math.sqrt(sum(made.intended for made in compute_tensors(plan, measure=True)))
+
+
+def tuned_tensors(family: Family) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of `tuned`, each in its output dtype."""
+    return ((made.name, made.tensor) for made in compute_tensors(family.tuned_plan))
 
 
 def _write(place: Any, tensor: torch.Tensor, name: str, written: dict[int, str], model: str) -> None:
@@ -115,32 +119,25 @@ def _add_change(tensor: torch.Tensor, tuned: torch.Tensor, sums: list[float], co
 
 def _tensors(candidate: Candidate, family: Family) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """Yield name, the candidate's tensor, and that of `tuned`, each in its output dtype."""
-    plan = make_plan(recipe_of(candidate, family))
+    plan = plan_of(candidate, family)
+    steps = {step.name: step for step in family.tuned_plan.steps}
+    ordered = replace(family.tuned_plan, steps=tuple(steps[step.name] for step in plan.steps))
     is_random = candidate.method == "random"
-    steps = computed(plan, measure=is_random)
-    for (step, data, totals), tuned in zip(steps, _tuned(plan, family), strict=True):
-        made = _perturbed(step, totals, tuned, family.recipe.seed) if is_random else as_tensor(step, data)
-        yield step.name, made, tuned
+    pairs = zip(compute_tensors(plan, measure=is_random), compute_tensors(ordered), strict=True)
+    for made, tuned in pairs:
+        yield made.name, _perturbed(made, tuned.tensor, family.seed) if is_random else made.tensor, tuned.tensor
 
 
-def _tuned(plan: Plan, family: Family) -> Iterable[torch.Tensor]:
-    """Yield the tensors of `tuned` in the order of a candidate's plan, which is that of its start."""
-    base = make_plan(tuned_recipe(family))
-    by_name = {step.name: step for step in base.steps}
-    ordered = replace(base, steps=tuple(by_name[step.name] for step in plan.steps))
-    return (as_tensor(step, data) for step, data, _ in computed(ordered))
-
-
-def _perturbed(step: Step, totals: Totals, tuned: torch.Tensor, seed: int) -> torch.Tensor:
+def _perturbed(made: Made, tuned: torch.Tensor, seed: int) -> torch.Tensor:
     """Return `tuned` plus a Gaussian direction of the intended change's norm, drawn from (seed, tensor name)."""
     import torch
 
-    if not step.terms or totals.intended == 0:
+    if made.intended == 0:
         return tuned
-    wide = torch.float64 if step.double else torch.float32
-    draws = np.random.Generator(np.random.Philox(derive_key(seed, "random control", 0, step.name)))
-    noise = torch.from_numpy(draws.standard_normal(step.touched, np.float32)).to(wide)
-    noise *= math.sqrt(totals.intended) / float(torch.linalg.vector_norm(noise, dtype=torch.float64))
+    wide = torch.float64 if made.double else torch.float32
+    draws = np.random.Generator(np.random.Philox(derive_key(seed, "random control", 0, made.name)))
+    noise = torch.from_numpy(draws.standard_normal(made.touched, np.float32)).to(wide)
+    noise *= math.sqrt(made.intended) / float(torch.linalg.vector_norm(noise, dtype=torch.float64))
     moved = tuned.flatten().to(wide, copy=True)
-    moved[: step.touched] += noise
+    moved[: made.touched] += noise
     return moved.to(tuned.dtype).reshape(tuned.shape)

@@ -14,17 +14,22 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
+from functools import cached_property
 from itertools import product
 from typing import Any, Literal, TypeVar
 
 from resta.errors import RecipeError
-from resta.recipe import Recipe, make_recipe
+from resta.opened import Opened, open_models
+from resta.plan import Plan, make_plan
+from resta.recipe import Model, OutputChoices, Recipe, Rule, Term, make_recipe
 
 Method = Literal["resta", "resta_d", "wise", "recipe", "random"]
 CHOICES = ("resta", "resta_d", "wise")  # what --method may name
 WISE_SCALES = tuple(i / 10 for i in range(1, 10))
+TUNED_FILES = OutputChoices(files_from="tuned")
+MIN_COVERAGE: float = Recipe.model_fields["min_coverage"].default
 MOST = 1000  # values in one range, candidates of one grid
 GROUPS = {  # tensors by the names that the architectures of transformers give them
     "attention": ("*.self_attn.*", "*.attn.*", "*.attention.*", "*.self_attention.*", "*.linear_attn.*"),
@@ -57,19 +62,66 @@ class Candidate:
         return "-".join(f"{word}-{digits(value)}" for word, value in parts)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Family:
-    """What all candidates share. `recipe` names the models; its seed, tokenizers, output and rules go into each."""
+    """What all candidates share: the models by name, a recipe's choices, and what else decides their bytes.
 
-    recipe: Recipe
+    `start` and `terms` are those of a recipe of the user's own, for the method `recipe`. `groups` are names of GROUPS,
+    whose tensors may have a scale of their own.
+    """
+
+    models: Mapping[str, Model]
+    seed: int = 0
+    tokenizers: Literal["same", "ignore"] = "same"
+    min_coverage: float = MIN_COVERAGE
+    allow_config: tuple[str, ...] = ()
+    output: OutputChoices = TUNED_FILES
+    rules: tuple[Rule, ...] = ()
     origin: str = "base"
     rescale: Literal["inverse_density", "l1_norm"] = "inverse_density"
-    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # what --group names: globs that match a tensor
+    groups: tuple[str, ...] = ()
+    start: str = "tuned"
+    terms: tuple[Term, ...] = ()
 
     @property
     def subtrahend(self) -> str:
         """Return the model that is subtracted from `aligned`."""
-        return next((name for name in ("unaligned", "base") if name in self.recipe.models), "tuned")
+        return next((name for name in ("unaligned", "base") if name in self.models), "tuned")
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """Return what goes into every candidate's recipe, but for where its files come from."""
+        names = ("seed", "tokenizers", "min_coverage", "allow_config", "output", "rules")
+        return {name: getattr(self, name) for name in names}
+
+    @cached_property
+    def weights(self) -> Opened:
+        """The models, opened once for all candidates. Raises what `open_models` does."""
+        return open_models(self.models)
+
+    @cached_property
+    def tuned_plan(self) -> Plan:
+        """The plan whose result is `tuned`, bit for bit."""
+        return make_plan(tuned_recipe(self), weights=self.weights)
+
+    @cached_property
+    def globs(self) -> dict[str, tuple[str, ...]]:
+        """The globs of each group that match a tensor of the model. Raises RecipeError for a group without any."""
+        return {name: _globs(name, [step.name for step in self.tuned_plan.steps]) for name in self.groups}
+
+
+def _globs(group: str, tensors: Sequence[str]) -> tuple[str, ...]:
+    found = tuple(glob for glob in GROUPS[group] if fnmatch.filter(tensors, glob))
+    if not found:
+        raise RecipeError(f"--group {group}: no tensor of the model is called like {', '.join(GROUPS[group])}")
+    return found
+
+
+def family_of(recipe: Recipe) -> Family:
+    """Return the family of a recipe of the user's own, whose scale is swept."""
+    own = {name: getattr(recipe, name) for name in ("models", "start", "terms")}
+    choices = {name: getattr(recipe, name) for name in Family(models={}).choices}
+    return Family(**own, **choices, origin=recipe.start if recipe.start != "tuned" else "base")
 
 
 # -- from texts ----------------------------------------------------------------------------------------------
@@ -198,16 +250,21 @@ def coarse_first(items: Sequence[Item]) -> list[Item]:
 # -- as recipes ----------------------------------------------------------------------------------------------
 
 
+def plan_of(candidate: Candidate, family: Family) -> Plan:
+    """Return the plan of a candidate's merge; for `random`, see `recipe_of`. Raises what `make_plan` does."""
+    return make_plan(recipe_of(candidate, family), weights=family.weights)
+
+
 def recipe_of(candidate: Candidate, family: Family) -> Recipe:
     """Return a candidate's recipe; for `random`, the recipe whose vector's length it has. Raises RecipeError."""
-    found = _ungrouped(candidate, family)
+    found = _own(candidate, family) if candidate.method == "recipe" else _by_method(candidate, family)
     if not candidate.groups:
         return found
     plain = found.model_dump(mode="json")
-    term = plain["terms"][swept_term(found)]
+    term = plain["terms"][swept_term(found.terms)]
     term["name"] = term["name"] or "safety"
     plain["rules"] = [
-        {"match": list(family.groups[group]), "scale_by": {term["name"]: scale / candidate.scale}}
+        {"match": list(family.globs[group]), "scale_by": {term["name"]: scale / candidate.scale}}
         for group, scale in candidate.groups
     ]
     if any(scale == 0 for _, scale in candidate.groups):
@@ -215,9 +272,7 @@ def recipe_of(candidate: Candidate, family: Family) -> Recipe:
     return make_recipe(plain)
 
 
-def _ungrouped(candidate: Candidate, family: Family) -> Recipe:
-    if candidate.method == "recipe":
-        return _own(candidate, family)
+def _by_method(candidate: Candidate, family: Family) -> Recipe:
     vector = {"name": "safety", "delta": f"aligned - {family.subtrahend}", "scale": candidate.scale}
     if candidate.method == "wise":
         vector = {"name": "interpolation", "delta": "aligned - tuned", "scale": candidate.scale}
@@ -234,21 +289,26 @@ def tuned_recipe(family: Family) -> Recipe:
 
 
 def _recipe(family: Family, start: str, terms: list[dict[str, Any]]) -> Recipe:
-    plain = family.recipe.model_dump(mode="json")
-    models = plain["models"]
+    models = family.models
     used = {start, "tuned", *(end for term in terms for end in term["delta"].split(" - "))}
     missing = sorted(used - models.keys())
     if missing:
         raise RecipeError(f"{terms[-1]['name']} needs the model(s) {', '.join(missing)}; given: {', '.join(models)}")
-    used |= {models[name]["on"] for name in used if models[name]["on"]}
-    plain |= {"models": {name: model for name, model in models.items() if name in used}, "start": start, "terms": terms}
-    plain["output"]["files_from"] = "tuned"
-    return make_recipe(plain)
+    used |= {on for name in used if (on := models[name].on)}
+    return make_recipe(
+        {
+            **family.choices,
+            "models": {name: model for name, model in models.items() if name in used},
+            "start": start,
+            "terms": terms,
+            "output": family.output.model_copy(update={"files_from": "tuned"}),
+        }
+    )
 
 
-def swept_term(recipe: Recipe) -> int:
+def swept_term(terms: Sequence[Term]) -> int:
     """Return which term's scale is swept: `safety`, else `interpolation`, else the only one. Raises RecipeError."""
-    names = [term.name for term in recipe.terms]
+    names = [term.name for term in terms]
     for name in ("safety", "interpolation"):
         if name in names:
             return names.index(name)
@@ -258,20 +318,20 @@ def swept_term(recipe: Recipe) -> int:
 
 
 def _own(candidate: Candidate, family: Family) -> Recipe:
-    plain = family.recipe.model_dump(mode="json")
-    plain["terms"][swept_term(family.recipe)]["scale"] = candidate.scale
+    terms = [term.model_dump() for term in family.terms]
+    terms[swept_term(family.terms)]["scale"] = candidate.scale
     if candidate.density is not None:
-        thinned = [term["sparsify"] for term in plain["terms"] if term["sparsify"]]
+        thinned = [term["sparsify"] for term in terms if term["sparsify"]]
         if not thinned:
             raise RecipeError("--density: no term of the recipe is sparsified")
         for sparsify in thinned:
             sparsify["density"] = candidate.density
-    return make_recipe(plain)
+    return make_recipe({**family.choices, "models": family.models, "start": family.start, "terms": terms})
 
 
 def check_methods(grid: Grid, family: Family) -> None:
     """Refuse methods that need what is not given. Raises RecipeError."""
-    models = family.recipe.models
+    models = family.models
     for role in ("tuned", "aligned"):
         if role not in models:
             raise RecipeError(f"no model is called {role!r}; a sweep compares with tuned and aligned, by these names")
@@ -287,20 +347,14 @@ def check_methods(grid: Grid, family: Family) -> None:
         raise RecipeError("--density is used by resta_d alone; add it to --method")
 
 
-def with_groups(family: Family, names: Sequence[str], tensors: Iterable[str]) -> Family:
-    """Return a family whose candidates may have scales of their own for these groups. Raises RecipeError."""
-    tensors = list(tensors)
-    if names and family.recipe.rules:
+def check_groups(family: Family) -> None:
+    """Refuse groups that are not known or not there. Raises RecipeError."""
+    names = family.groups
+    if names and family.rules:
         raise RecipeError("--group: the recipe has rules of its own, and the first that matches decides; leave one out")
-    groups = {}
-    for name in names:
-        if name not in GROUPS or list(names).count(name) > 1:
-            raise RecipeError(f"--group {','.join(names)}: expected some of {', '.join(GROUPS)}, each once")
-        globs = [glob for glob in GROUPS[name] if any(fnmatch.fnmatchcase(tensor, glob) for tensor in tensors)]
-        if not globs:
-            raise RecipeError(f"--group {name}: no tensor of the model is called like {', '.join(GROUPS[name])}")
-        groups[name] = tuple(globs)
-    return replace(family, groups=groups)
+    if not set(names) <= GROUPS.keys() or len(set(names)) < len(names):
+        raise RecipeError(f"--group {','.join(names)}: expected some of {', '.join(GROUPS)}, each once")
+    assert family.globs.keys() == set(names)  # which looks whether each group has tensors
 
 
 def digits(value: float) -> str:

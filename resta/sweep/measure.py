@@ -24,15 +24,14 @@ from typing import Any
 from resta.errors import ResumeError
 from resta.hub import locate
 from resta.journal import FolderLock, differences, read_object, to_json, write_whole
-from resta.plan import make_plan
 from resta.recipe import dump_recipe
 from resta.redeval.judging import check_judges, judge_phase, note_judges
 from resta.redeval.models import LocalModel, LocalSpec, fingerprint, load_local
 from resta.redeval.plan import Conditions, answer_phase, missing_asks
 from resta.redeval.records import environment, start_run
 from resta.redeval.targets import Target
-from resta.sweep.apply import Change, apply, identity_text, write_files
-from resta.sweep.candidates import Candidate, Family, recipe_of, tuned_recipe
+from resta.sweep.apply import Change, apply, identity_text, tuned_tensors, write_files
+from resta.sweep.candidates import Candidate, Family, plan_of, recipe_of, tuned_recipe
 from resta.sweep.pruning import part_of, why_hopeless
 from resta.sweep.search import EVERY, LAST, Job
 from resta.verify.documents import finished_tasks
@@ -97,8 +96,8 @@ def check_sweep(sweep: Sweep) -> None:
     for candidate in sweep.candidates:
         recipe_of(candidate, sweep.family)
     for candidate in by_method.values():  # what fits at one scale fits at all
-        make_plan(recipe_of(candidate, sweep.family))
-    make_plan(tuned_recipe(sweep.family))
+        plan_of(candidate, sweep.family)
+    assert sweep.family.tuned_plan.steps
     check_budget(sweep.budget, sweep.references)
 
 
@@ -123,11 +122,12 @@ def open_sweep(sweep: Sweep) -> None:
 def request_facts(sweep: Sweep) -> dict[str, Any]:
     """Return what must not change between two runs of a sweep: models, shared choices, questions, judges, tasks."""
     aligned, family = sweep.references["aligned"], sweep.family
-    recipe = family.recipe.model_dump(mode="json", exclude={"models", "terms"})
+    recipe = tuned_recipe(family).model_dump(mode="json", exclude={"models", "terms"})
+    recipe |= {"start": family.start, "output": family.output.model_dump(mode="json")}
     judges = check_judges(sweep.budget.judges, None, allow_self=True)
     return {
         "schema": SCHEMA,
-        "models": {name: _identity(family, name) for name in family.recipe.models},
+        "models": {name: _identity(family, name) for name in family.models},
         "recipe": {**recipe, "origin": family.origin, "rescale": family.rescale},
         "redeval": conditions_of(sweep.budget.plan(aligned).config),
         "utility": sweep.budget.suite_facts(aligned),
@@ -136,7 +136,7 @@ def request_facts(sweep: Sweep) -> dict[str, Any]:
 
 
 def _identity(family: Family, name: str) -> dict[str, str]:
-    models = family.recipe.models
+    models = family.models
     on = models[name].on
     folders = [str(locate(models[each].source).folder) for each in (name, on) if each is not None]
     return fingerprint(LocalSpec(model=folders[0], base=folders[1] if on else None))
@@ -190,7 +190,7 @@ class Worker:
         sweep = self._sweep
         if self._loaded is None:
             spec = LocalSpec(model=str(sweep.tuned_recipe), files=str(sweep.files), **sweep.settings)
-            self._loaded = load_local(spec)
+            self._loaded = load_local(spec, tensors=tuned_tensors(sweep.family))
         if candidate != self._applied_last:
             self._applied_last = None  # until all of it is there
             change = apply(self._loaded, candidate, sweep.family)

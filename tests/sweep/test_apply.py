@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from resta import merge
-from resta.errors import ModelError
-from resta.recipe import dump_recipe, make_recipe
+from resta.errors import ChangedError, ModelError
+from resta.recipe import OutputChoices, dump_recipe, named_models
 from resta.redeval.models import LocalModel, LocalSpec, load_local
 from resta.sweep.apply import apply, write_files
 from resta.sweep.candidates import Candidate, Family, recipe_of, tuned_recipe
@@ -24,10 +26,8 @@ CANDIDATES = [
 
 
 def family_of(trio: dict[str, Path], **output: str) -> Family:
-    terms = [{"delta": f"{name} - tuned", "scale": 0} for name in ("aligned", "base")]
-    models = {name: str(path) for name, path in trio.items()}
-    output = {"files_from": "tuned", **output}
-    return Family(recipe=make_recipe({"models": models, "start": "tuned", "terms": terms, "output": output}))
+    models = named_models({name: str(path) for name, path in trio.items()})
+    return Family(models=models, output=OutputChoices(files_from="tuned", **output))  # type: ignore[arg-type]
 
 
 def load(family: Family, folder: Path) -> LocalModel:
@@ -88,7 +88,7 @@ def test_the_change_is_the_distance_from_tuned_on_disk(
 
 def control(trio: dict[str, Path], folder: Path, scale: float = 0.5, seed: int = 0) -> dict[str, torch.Tensor]:
     family = family_of(trio)
-    family = Family(recipe=family.recipe.model_copy(update={"seed": seed}))
+    family = replace(family, seed=seed)
     folder.mkdir()
     local = load(family, folder)
     apply(local, Candidate(method="random", scale=scale), family)
@@ -134,6 +134,19 @@ def test_tied_weights_that_differ_in_the_merge_are_refused(babbling: dict[str, P
         tensors = load_file(path / "model.safetensors")
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
         save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    family = family_of(own)
     apply(local, Candidate(method="resta", scale=0.5), family)
     with pytest.raises(ModelError, match="tied"):  # each name draws a mask of its own
         apply(local, Candidate(method="resta_d", scale=0.5, density=0.5), family)
+
+
+def test_a_model_that_changes_between_two_candidates_is_noticed(trio: dict[str, Path], tmp_path: Path) -> None:
+    aligned = tmp_path / "aligned"
+    shutil.copytree(trio["aligned"], aligned)
+    family = family_of({**trio, "aligned": aligned})
+    local = load(family, tmp_path)
+    apply(local, CANDIDATES[0], family)
+    tensors = load_file(aligned / "model.safetensors")
+    save_file({name: value + 1 for name, value in tensors.items()}, aligned / "model.safetensors")
+    with pytest.raises(ChangedError, match="aligned/model"):
+        apply(local, CANDIDATES[1], family)

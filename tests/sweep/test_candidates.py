@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from resta.errors import RecipeError
 from resta.plan import make_plan
-from resta.recipe import load_recipe, make_recipe
+from resta.recipe import load_recipe, named_models
 from resta.sweep.candidates import (
     Candidate,
     Family,
@@ -18,6 +18,7 @@ from resta.sweep.candidates import (
     check_density,
     check_methods,
     coarse_first,
+    family_of,
     parse_numbers,
     recipe_of,
     tuned_recipe,
@@ -28,9 +29,7 @@ MODELS = {"tuned": "./tuned", "aligned": "./aligned", "base": "./base"}
 
 
 def family(**more: object) -> Family:
-    models = {**MODELS, **more}
-    terms = [{"delta": f"{name} - tuned", "scale": 0} for name in models if name != "tuned"]
-    return Family(recipe=make_recipe({"models": models, "start": "tuned", "terms": terms, "seed": 5}))
+    return Family(models=named_models({**MODELS, **more}), seed=5)
 
 
 @given(
@@ -109,22 +108,22 @@ def test_an_unaligned_twin_stands_for_the_base() -> None:
 
 @pytest.mark.parametrize("name", ["resta", "resta_d", "wise_ft"])
 def test_a_recipe_is_swept_by_its_own_scale(name: str) -> None:
-    own = Family(recipe=load_recipe(RECIPES / f"{name}.yaml"))
+    own = family_of(load_recipe(RECIPES / f"{name}.yaml"))
     swept = recipe_of(Candidate(method="recipe", scale=0.25), own)
     assert swept.terms[-1].scale == 0.25
-    assert swept.terms[:-1] == own.recipe.terms[:-1]
+    assert swept.terms[:-1] == own.terms[:-1]
     assert tuned_recipe(own).start == "tuned"
 
 
 def test_density_goes_into_every_thinned_term_of_a_recipe() -> None:
-    own = Family(recipe=load_recipe(RECIPES / "resta_d.yaml"))
+    own = family_of(load_recipe(RECIPES / "resta_d.yaml"))
     swept = recipe_of(Candidate(method="recipe", scale=0.25, density=0.9), own)
     assert swept.terms[0].sparsify is not None
     assert swept.terms[0].sparsify.density == 0.9
 
 
 def test_methods_that_need_what_is_not_given_are_refused() -> None:
-    without = Family(recipe=load_recipe(RECIPES / "wise_ft.yaml"))
+    without = family_of(load_recipe(RECIPES / "wise_ft.yaml"))
     with pytest.raises(RecipeError, match="--base"):
         check_methods(Grid(methods=("resta",), scales=(1.0,)), without)
     with pytest.raises(RecipeError, match="--density"):
