@@ -1,4 +1,4 @@
-"""Where a comparison's numbers come from, as tables: models, merge, judge, questions, settings, policy, versions."""
+"""Where a comparison's numbers come from, as tables: models, merge, judge, questions, settings, versions."""
 
 from __future__ import annotations
 
@@ -6,68 +6,40 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import yaml
-
-from resta.fingerprint import sha256_text
+from resta.page import Cell, Table, table
 from resta.verify.comparison import Comparison, Model
-from resta.verify.markup import Markup, element, table
 from resta.verify.measurement import ROLES
-from resta.verify.policy import Policy
-
-Facts = Iterable[tuple[str, ...]]
-
-
-def provenance(comparison: Comparison, policy: Policy, versions: Mapping[str, str]) -> Iterable[Markup]:
-    """Yield everything that names what was measured, and by what."""
-    yield table("Identity of the models", ("fact", *ROLES), _targets(comparison.models), wide=(1, 2, 3))
-    for model in comparison.models.values():
-        yield from _manifest(model)
-    judge = comparison.judge_facts
-    yield _facts("Judge", [("name", comparison.judge), *_flat({k: v for k, v in judge.items() if k in JUDGE_FACTS})])
-    yield table(
-        "Question banks",
-        ("bank", "questions", "kind", "as published", "sha256"),
-        (
-            (
-                str(bank["name"]),
-                str(bank["questions"]),
-                "safe" if bank["safe"] else "harmful",
-                _yes(bank["published"]),
-                code(bank["sha256"]),
-            )
-            for bank in comparison.settings["banks"]
-        ),
-        right=(1,),
-        wide=(4,),
-    )
-    yield table(
-        "Prompt templates",
-        ("template", "as published", "sha256"),
-        ((str(t["name"]), _yes(t["published"]), code(t["sha256"])) for t in comparison.settings["templates"]),
-        wide=(2,),
-    )
-    settings = {key: value for key, value in comparison.settings.items() if key not in ("banks", "templates")}
-    yield _facts("Settings of Red-Eval, the same for all models", _flat(settings))
-    if comparison.suite:
-        yield _facts("Settings of utility, the same for all models", _flat(comparison.suite))
-    yield from _policy(policy)
-    yield _facts("Versions", versions.items())
-
 
 JUDGE_FACTS = ("sha256", "about", "wording", "confirmed", "model", "measures")
 
 
-def code(text: str) -> Markup:
-    """Return a digest or an equation."""
-    return element("code", text)
+def provenance(comparison: Comparison, versions: Mapping[str, str]) -> Iterable[Table]:
+    """Yield everything that names what was measured, and by what, with every digest."""
+    yield table("Identity of the models", ("fact", *ROLES), _targets(comparison.models))
+    for model in comparison.models.values():
+        yield from _merge(model)
+    judge, settings = comparison.judge_facts, comparison.settings
+    yield _facts("Judge", [("name", comparison.judge), *_flat({k: v for k, v in judge.items() if k in JUDGE_FACTS})])
+    banks = (
+        (bank["name"], str(bank["questions"]), "safe" if bank["safe"] else "harmful", *_origin(bank))
+        for bank in settings["banks"]
+    )
+    yield table("Question banks", ("bank", "questions", "kind", "as published", "sha256"), banks)
+    templates = ((template["name"], *_origin(template)) for template in settings["templates"])
+    yield table("Prompt templates", ("template", "as published", "sha256"), templates)
+    others = {key: value for key, value in settings.items() if key not in ("banks", "templates")}
+    yield _facts("Settings of Red-Eval, the same for all models", _flat(others))
+    if comparison.suite:
+        yield _facts("Settings of utility, the same for all models", _flat(comparison.suite))
+    yield _facts("Versions", versions.items())
 
 
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
+def _facts(caption: str, facts: Iterable[tuple[str, str | Cell]]) -> Table:
+    return table(caption, ("what", "value"), facts)
 
 
-def _facts(caption: str, facts: Facts) -> Markup:
-    return table(caption, ("what", "value"), facts, wide=(1,))
+def _origin(of: Mapping[str, Any]) -> tuple[str, Cell]:
+    return "yes" if of["published"] else "no", Cell(of["sha256"], tone="code")
 
 
 def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
@@ -79,13 +51,13 @@ def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str
             yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _targets(models: Mapping[str, Model]) -> Facts:
+def _targets(models: Mapping[str, Model]) -> Iterable[tuple[str, ...]]:
     found = {role: dict(_flat(model.target)) for role, model in models.items()}
     for key in dict.fromkeys(key for facts in found.values() for key in facts):
         yield key, *(found[role].get(key, "–") for role in ROLES)
 
 
-def _manifest(model: Model) -> Iterable[Markup]:
+def _merge(model: Model) -> Iterable[Table]:
     """Yield what a model's resta.json says, where it is that of a merge."""
     manifest = model.manifest
     if manifest.get("kind") != "merge":
@@ -94,8 +66,8 @@ def _manifest(model: Model) -> Iterable[Markup]:
     yield _facts(
         f"How {model.role} was merged",
         (
-            ("equation", code(f"{model.role} = {manifest['equation']}")),
-            ("recipe, sha256", code(manifest["recipe_digest"])),
+            ("equation", Cell(f"{model.role} = {manifest['equation']}", tone="code")),
+            ("recipe, sha256", Cell(manifest["recipe_digest"], tone="code")),
             ("merged with", ", ".join(f"{name} {found}" for name, found in manifest["versions"].items())),
             ("entries changed", f"{100 * change['changed']:.1f} %"),
             ("cosine to the intended change", _figure(change["cosine"])),
@@ -106,11 +78,10 @@ def _manifest(model: Model) -> Iterable[Markup]:
         f"Inputs of the merge of {model.role}",
         ("input", "source", "commit", "file", "identity of the file"),
         (
-            (name, source["source"], source["commit"] or "local files", file, code(_identity(facts)))
+            (name, source["source"], source["commit"] or "local files", file, Cell(_identity(facts), tone="code"))
             for name, source in manifest["inputs"].items()
             for file, facts in source["files"].items()
         ),
-        wide=(4,),
     )
 
 
@@ -122,10 +93,3 @@ def _identity(facts: Mapping[str, Any]) -> str:
     if facts["sha256"]:
         return f"sha256 {facts['sha256']}"
     return f"{facts['bytes']} bytes, header's sha256 {facts['header_sha256']}"
-
-
-def _policy(policy: Policy) -> Iterable[Markup]:
-    text = yaml.safe_dump(policy.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
-    yield element("h3", "Policy")
-    yield element("p", "Every rule as it was applied, defaults included; sha256 ", code(sha256_text(text)), ".")
-    yield element("pre", text, tabindex="0", role="region", aria_label="Policy")

@@ -5,18 +5,19 @@ The page for people is html.py, a CI's report junit.py. Questions and answers ar
 
 from __future__ import annotations
 
-import html
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 from resta.journal import document
-from resta.redeval.report import percent, printable, with_interval
+from resta.page import STYLES, Cell, Entry, Table, console, markdown, printable, table, to_terminal
+from resta.page import to_markdown as to_markdown_table
+from resta.redeval.report import with_interval
 from resta.verify.comparison import Comparison
 from resta.verify.decision import SCHEMA, Decision, Rule, Verdict
 from resta.verify.measurement import ROLES
 from resta.verify.trace import Ruling, decided_otherwise
-from resta.verify.words import measured, points, share
+from resta.verify.words import measured, points, score, share
 
 CARD_START, CARD_END = "<!-- resta verify: start -->", "<!-- resta verify: end -->"
 
@@ -58,94 +59,106 @@ def _rule(rule: Rule) -> dict[str, Any]:
 
 def to_markdown(comparison: Comparison, decision: Decision, ruling: Ruling) -> str:
     """Return a summary for a pull request."""
-    lines = [f"## Safety gate: {decision.title}", "", _md(decision.summary), "", f"{_md(ruling.words)}.", ""]
-    lines += [f"> {_md(note)}" + "\n>" for note in decision.notes]
-    lines += ["", *_models_table(comparison), "", *_rules_table(decision)]
+    lines = [f"## Safety gate: {decision.title}", "", markdown(decision.summary), "", f"{markdown(ruling.words)}.", ""]
+    lines += [f"> {markdown(note)}" + "\n>" for note in decision.notes]
+    lines += ["", *to_markdown_table(models_table(comparison)), "", *to_markdown_table(rules_table(decision))]
     if decision.guidance:
-        lines += ["", "### What the numbers suggest", "", *(f"- {_md(line)}" for line in decision.guidance)]
+        lines += ["", "### What the numbers suggest", "", *(f"- {markdown(line)}" for line in decision.guidance)]
     if decision.power:
-        lines += ["", "### What these questions could show", "", *(f"- {_md(line)}" for line in decision.power)]
-    lines += ["", "### Bank by template", "", *_cells_table(comparison)]
+        lines += ["", "### What these questions could show", "", *(f"- {markdown(line)}" for line in decision.power)]
+    lines += ["", "### Bank by template", "", *to_markdown_table(_cells_table(comparison))]
     return "\n".join(lines) + "\n"
 
 
-def _models_table(comparison: Comparison) -> list[str]:
-    rows: list[tuple[str, ...]] = [("model", *(_md(comparison.models[role].name) for role in ROLES))]
-    if comparison.asr is not None:
-        rows.append(("Attack Success Rate", *(with_interval(comparison.asr.rates[role]) for role in ROLES)))
-    if comparison.over_refusal is not None:
-        rows.append(("safe questions refused", *(with_interval(comparison.over_refusal.rates[r]) for r in ROLES)))
-    rows.append(("degenerate answers", *(percent(comparison.conduct[role].degenerate.value) for role in ROLES)))
+# verdict or outcome -> (sign, tone)
+TONES = {
+    "PASS": ("✓", "good"),
+    "FAIL": ("✗", "bad"),
+    "INCONCLUSIVE": ("?", "open"),
+    "INVALID": ("⊘", "void"),
+    "holds": ("✓", "good"),
+    "fails": ("✗", "bad"),
+    "inconclusive": ("?", "open"),
+    "invalid": ("⊘", "void"),
+    "left out": ("–", "plain"),
+}
+SIGNS = {"aligned": "●", "tuned": "▲", "restored": "◆"}  # the markers of the figures
+ROLE_CELLS: dict[str, Entry] = {role: Cell(role, tone=role, sign=sign) for role, sign in SIGNS.items()}
+# What stands in the way of a PASS comes first.
+WORST_FIRST = ("invalid", "fails", "inconclusive", "holds", "left out")
+
+
+def worst_first(decision: Decision) -> list[Rule]:
+    """Return the rules, those in the way first."""
+    return sorted(decision.rules, key=lambda rule: WORST_FIRST.index(rule.outcome))
+
+
+def models_table(comparison: Comparison) -> Table:
+    """Return the three models side by side."""
+
+    def row(name: str, found: Callable[[str], str]) -> tuple[str, ...]:
+        return (name, *map(found, ROLES))
+
+    rows = [row("model", lambda role: comparison.models[role].name)]
+    for name, overall in (("Attack Success Rate", comparison.asr), ("safe questions refused", comparison.over_refusal)):
+        if overall is not None:
+            rows.append((name, *(with_interval(overall.rates[role]) for role in ROLES)))
+    rows.append(row("degenerate answers", lambda role: with_interval(comparison.conduct[role].degenerate)))
     rows += [
-        (f"{_md(task.task)} ({_md(task.metric)})", *(share(task.means[role]) for role in ROLES))
-        for task in comparison.utility
+        (f"{task.task} ({task.metric})", *(score(task.means[role]) for role in ROLES)) for task in comparison.utility
     ]
     if comparison.regained is not None:
         rows.append(("lost safety regained", "", "", share(comparison.regained)))
-    return _table(("", *ROLES), rows)
+    return table("The three models side by side", ("figure", *ROLE_CELLS.values()), rows)
 
 
-def _rules_table(decision: Decision) -> list[str]:
-    rows = [
-        (_code(rule.name), f"**{rule.outcome}**", measured(rule), rule.limit_words, _md(rule.why))
-        for rule in decision.rules
-    ]
-    return _table(("rule", "outcome", "measured", "limit", "why"), rows)
-
-
-def _cells_table(comparison: Comparison) -> list[str]:
-    header = ("bank", "template", "of", *ROLES, "restored - tuned", "p (Holm)")
-    rows = [
+def rules_table(decision: Decision) -> Table:
+    """Return every rule, those in the way of a PASS first."""
+    rows = (
         (
-            _md(cell.bank),
-            _md(cell.template),
+            Cell(rule.name, tone="code"),
+            Cell(rule.outcome, tone=TONES[rule.outcome][1], sign=TONES[rule.outcome][0]),
+            measured(rule),
+            rule.limit_words,
+            rule.why,
+        )
+        for rule in worst_first(decision)
+    )
+    caption = "Every rule of the policy. Shares are between 0 and 1: 0.05 is 5 %, or 5 points of a difference."
+    return table(caption, ("rule", "outcome", "measured", "limit", "why"), rows)
+
+
+def _cells_table(comparison: Comparison) -> Table:
+    rows = (
+        (
+            cell.bank,
+            cell.template,
             "refusals" if cell.safe else "harm",
             *(with_interval(cell.rates[role]) for role in ROLES),
             points(cell.against["tuned"].difference),
             f"{cell.against['tuned'].p_holm:.3g}",
         )
         for cell in comparison.cells
-    ]
-    return _table(header, rows)
-
-
-def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
-    return [
-        "| " + " | ".join(header) + " |",
-        "|" + "---|" * len(header),
-        *("| " + " | ".join(row) + " |" for row in rows),
-    ]
-
-
-# What could begin something in Markdown, as entities, which never do: a link or picture, emphasis, code, a cell's end.
-MARKDOWN = str.maketrans({c: f"&#{ord(c)};" for c in "\\`*[]|~"})
-
-
-def _md(text: str) -> str:
-    return html.escape(printable(" ".join(text.split())), quote=False).translate(MARKDOWN)
-
-
-def _code(text: str) -> str:
-    """Return a name as code, in which entities would stand as they are."""
-    plain = printable(" ".join(text.split())).replace("`", "'").replace("|", "/")
-    return f"`{plain}`"
+    )
+    header = ("bank", "template", "of", *ROLE_CELLS.values(), "restored - tuned", "p (Holm)")
+    return table("Bank by template", header, rows, heads=2)
 
 
 def to_card(comparison: Comparison, decision: Decision, ruling: Ruling) -> str:
     """Return a section for the restored model's card, between markers so that it can be replaced."""
-    lines = [CARD_START, f"## Safety: {decision.title}", "", _md(decision.summary), ""]
-    lines += _models_table(comparison)
-    judge = _md(comparison.judge)
-    banks = ", ".join(f"{_md(str(b['name']))} ({b['questions']})" for b in comparison.settings["banks"])
+    lines = [CARD_START, f"## Safety: {decision.title}", "", markdown(decision.summary), ""]
+    lines += to_markdown_table(models_table(comparison))
+    judge = markdown(comparison.judge)
+    banks = ", ".join(f"{markdown(str(b['name']))} ({b['questions']})" for b in comparison.settings["banks"])
     lines += [
         "",
         f"Judge: {judge}. Banks: {banks}. Intervals: {100 * comparison.level:g} %.",
         "",
-        f"{_md(ruling.words)}.",
+        f"{markdown(ruling.words)}.",
     ]
-    lines += [_md(note) for note in decision.notes]
+    lines += [markdown(note) for note in decision.notes]
     if decision.power:
-        lines += ["", "What these questions could show:", "", *(f"- {_md(line)}" for line in decision.power)]
+        lines += ["", "What these questions could show:", "", *(f"- {markdown(line)}" for line in decision.power)]
     return "\n".join([*lines, CARD_END]) + "\n"
 
 
@@ -158,40 +171,30 @@ def with_section(card: str, section: str) -> str:
     return card.rstrip("\n") + "\n\n" + section
 
 
-WORDS = {
-    Verdict.PASS: "bold green",
-    Verdict.FAIL: "bold red",
-    Verdict.INCONCLUSIVE: "bold yellow",
-    Verdict.INVALID: "bold magenta",
-}
-
-
-COLOURS = {"holds": "green", "fails": "red", "inconclusive": "yellow", "invalid": "magenta", "left out": "dim"}
-
-
 def print_decision(comparison: Comparison, decision: Decision, ruling: Ruling) -> None:
-    """Print the verdict, the three models, the rules and the guidance to stdout."""
-    from rich import box
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Column, Table
+    """Print the three models, the rules, the verdict and the guidance to stdout."""
+    from rich.text import Text
 
-    console = Console(highlight=False)
-    header, _, *rows = ([cell.strip() for cell in line.strip("|").split(" | ")] for line in _models_table(comparison))
-    table = Table(*(Column(name, overflow="fold") for name in header), box=box.SIMPLE_HEAD, pad_edge=False)
-    for row in rows:
-        table.add_row(*(escape(html.unescape(cell)) for cell in row))
-    console.print(table)
+    terminal = console()
+
+    def line(*parts: str | tuple[str, str]) -> None:
+        terminal.print(
+            Text.assemble(*((printable(p), "") if isinstance(p, str) else (printable(p[0]), p[1]) for p in parts))
+        )
+
+    terminal.print(to_terminal(models_table(comparison)))
     for rule in decision.rules:
-        found = f"[{COLOURS[rule.outcome]}]{rule.outcome:12}[/] {escape(rule.name)}"
-        console.print(f"{found}  {escape(measured(rule))}  {escape(rule.limit_words)}")
+        style = STYLES[TONES[rule.outcome][1]]
+        line((f"{rule.outcome:12}", style), f" {rule.name}  {measured(rule)}  {rule.limit_words}")
         if rule.outcome != "holds":
-            console.print(f"             {escape(rule.why)}")
-    console.print(f"\n[{WORDS[decision.verdict]}]{escape(decision.title)}[/]  {escape(decision.summary)}")
-    console.print(escape(f"{ruling.words}."))
+            line(f"             {rule.why}")
+    style = STYLES[TONES[decision.verdict.name][1]]
+    terminal.print()
+    line((decision.title, f"bold {style}"), f"  {decision.summary}")
+    line(f"{ruling.words}.")
     for note in decision.notes:
-        console.print(f"[yellow]note:[/yellow] {escape(note)}")
-    for line in decision.guidance:
-        console.print(f"[cyan]try:[/cyan]  {escape(line)}")
-    for line in decision.power if decision.verdict is Verdict.INCONCLUSIVE else ():
-        console.print(f"[dim]{escape(line)}[/dim]")
+        line(("note:", "yellow"), f" {note}")
+    for advice in decision.guidance:
+        line(("try:", "cyan"), f"  {advice}")
+    for words in decision.power if decision.verdict is Verdict.INCONCLUSIVE else ():
+        line((words, "dim"))

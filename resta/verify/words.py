@@ -26,6 +26,17 @@ def share(difference: Difference) -> str:
     return f"{100 * difference.value:.1f} % [{100 * difference.low:.1f}-{100 * difference.high:.1f}]"
 
 
+def score(found: Difference) -> str:
+    """Return a task's mean in its own unit, with its interval; a dash where nothing was measured."""
+    return "-" if math.isnan(found.value) else f"{found.value:.3f} [{found.low:.3f}-{found.high:.3f}]"
+
+
+def loss(found: Difference) -> str:
+    """Return how much a mean lost in its own unit, with its interval."""
+    value, low, high = (f"{round(number, 3) + 0.0:+.3f}" for number in (found.value, found.low, found.high))
+    return f"{value} [{low}, {high}]"
+
+
 def measured(rule: Rule) -> str:
     """Return what a rule found, as a number with its interval where it has one."""
     if rule.value is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import math
 import re
 import shutil
 import subprocess
@@ -11,25 +13,25 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-pytest.importorskip("matplotlib")
-
-from resta.statistics import Difference
+from resta.statistics import Difference, Rate
 from resta.verify.decision import Limit, Outcome, Rule, by_name
-from resta.verify.html import to_html
+from resta.verify.html import labels, to_html, used
 from resta.verify.junit import to_junit
-from resta.verify.markup import VOID
 from resta.verify.measurement import ROLES
 from resta.verify.plan import with_power
-from resta.verify.plots import Caption, against_limits, forest, trade_off
 from resta.verify.report import to_card, to_json, to_markdown
-from resta.verify.words import against_limit
+from resta.verify.words import against_limit, quantity
 from tests.verify.made import HOSTILE, Case, make_hostile_case, make_named_case
 from tests.verify.planted import exactly, planted
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+VOID = frozenset({"meta", "wbr"})  # elements without an end
 Attributes = dict[str, str | None]
 
 
@@ -131,11 +133,16 @@ def test_a_screen_reader_gets_landmarks_headings_in_order_and_named_figures(case
     for landmark in ("header", "nav", "main", "footer"):
         assert len(page.all(landmark)) == 1
     ids = {attributes.get("id") for _, attributes in page.tags}
-    figures = page.all("svg")
-    assert len(figures) >= 7
+    figures = [figure for figure in page.all("svg") if figure.get("role") == "img"]
+    assert len(figures) == 2
     for figure in figures:
-        assert figure["role"] == "img"
         assert set((figure["aria-labelledby"] or "").split()) <= ids
+    # Each other drawing is a row of a list, which says beside it in words what it shows, or lies within one of these.
+    for (tag, attributes), parents in zip(page.tags, page.parents, strict=True):
+        if tag == "svg" and attributes.get("role") != "img":
+            assert attributes.get("aria-hidden") == "true" or "svg" in parents
+            assert "figure" in parents
+    assert len(page.all("figcaption")) == len(page.all("figure")) == 5
     for section in page.all("section"):
         assert section["aria-labelledby"] in ids
     for attributes in page.all("div"):
@@ -196,8 +203,7 @@ def test_what_was_not_measured_is_said_in_a_sentence(case: Callable[[str], Case]
         "comes without the record",
     ):
         assert sentence in page.text
-    [figure] = page.all("svg")  # the rules' own
-    assert figure["aria-labelledby"] == "limits-plot-title limits-plot-desc"
+    assert len(page.all("figure")) == 1  # the rules' own
 
 
 def test_what_stands_in_the_way_is_said_first_in_words_with_its_rule_beside(case: Callable[[str], Case]) -> None:
@@ -211,7 +217,8 @@ def test_what_stands_in_the_way_is_said_first_in_words_with_its_rule_beside(case
     assert f"Harmful answers: {100 * worst.value:.1f} %, allowed 10 %" in lead
     said = [name.replace("<wbr>", "") for name in re.findall(r"<code>(.*?)</code>", lead)]
     assert set(said) == {rule.name for rule in rules.values() if rule.outcome in ("fails", "inconclusive", "invalid")}
-    table = text[text.index('<section id="rules"') : text.index('<section id="guidance"')]
+    assert text.index('<section id="guidance"') < text.index("<main>")  # what to try, before any evidence
+    table = text[text.index('<div id="rules"') : text.index("</section>", text.index('<div id="rules"'))]
     listed = [rules[name.replace("<wbr>", "")].outcome for name in re.findall(r"<code>(.*?)</code>", table)]
     order = ["invalid", "fails", "inconclusive", "holds", "left out"]
     assert listed == sorted(listed, key=order.index)
@@ -237,18 +244,45 @@ def test_a_rule_is_said_in_words_by_its_limit(name: str, outcome: Outcome, limit
     assert against_limit(rule).endswith(words)
 
 
-def test_every_rule_with_a_limit_is_drawn_once_with_its_limit_where_it_lies(case: Callable[[str], Case]) -> None:
-    found = case("FAIL")
-    with_limit = [rule for rule in found.decision.rules if rule.limit and rule.value is not None]
-    text = page_of(found)
-    figure = next(svg for svg in re.findall("<svg.*?</svg>", text, re.S) if 'id="limits-plot-title"' in svg)
-    told = figure[figure.index("<desc") : figure.index("</desc>")]
-    assert told.count("; ") + 1 == len([rule for rule in with_limit if rule.outcome != "left out"])
-    rows = [("one", Difference(value=0.4, low=0.3, high=0.5), 0.2, False)]
-    svg = against_limits(rows, Caption(key="k", title="a", description="b"), colours={True: "restored", False: "tuned"})
-    ticks = {int(share): float(x) for x, share in re.findall(r'x="([\d.]+)"[^>]*>(\d+) %<', svg)}
-    [bar] = re.findall(r'd="M ([\d.]+) [\d.]+\s*L \1 [\d.]+\s*"[^>]*var\(--ink\); stroke-width: 2', svg)
-    assert (float(bar) - ticks[0]) / (ticks[40] - ticks[0]) * 0.4 == pytest.approx(0.2, abs=1e-3)
+def test_every_rule_with_a_limit_is_drawn_once_on_the_side_of_it_on_which_it_lies(case: Callable[[str], Case]) -> None:
+    for name in ("PASS", "FAIL"):
+        found = case(name)
+        drawn = [rule for rule in found.decision.rules if rule.limit and rule.value is not None]
+        drawn = sorted((rule for rule in drawn if rule.outcome != "left out"), key=lambda rule: quantity(rule))
+        text = page_of(found)
+        figure = text[text.index("<figure") : text.index("</figure>")]
+        rows = re.findall(
+            '<li><span class="what"><bdi>(.*?)</bdi></span> <span class="words">(.*?)</span>(.*?)</li>', figure, re.S
+        )
+        assert sorted(html.unescape(label) for label, *_ in rows) == [quantity(rule) for rule in drawn]
+        for rule, (label, said, svg) in zip(drawn, sorted(rows, key=lambda row: html.unescape(row[0])), strict=True):
+            assert html.unescape(f"{label}: {said}") == against_limit(rule)
+            [limit] = re.findall(r'x1="([\d.]+)%"[^>]*class="limit"', svg)
+            [high] = re.findall(r'x2="([\d.]+)%"[^>]*class="interval', svg)
+            at = {"high": float(high), "low": float(high), "value": float(re.findall(r'<svg x="([\d.]+)%"', svg)[0])}
+            assert rule.limit
+            assert (at[rule.limit.bound] <= float(limit)) == (rule.outcome == "holds"), rule
+
+
+@given(st.floats(0.01, 0.99), st.floats(-1, 2), st.sampled_from(["<=", ">="]))
+def test_what_is_used_of_a_limit_is_1_at_the_limit_and_more_only_beyond_it(
+    limit: float, value: float, op: Literal["<=", ">="]
+) -> None:
+    rule = Rule(
+        name="x",
+        outcome="holds",
+        limit=Limit(bound="value", op=op, value=limit),
+        value=value,
+        low=None,
+        high=None,
+        why="",
+    )
+    assert used(rule, limit) == 1
+    if value != limit:
+        assert (used(rule, value) < 1) == (value < limit if op == "<=" else value > limit) or abs(value - limit) < 1e-9
+    nothing = replace(rule, limit=Limit(bound="value", op=op, value=0.0 if op == "<=" else 1.0))
+    assert used(nothing, 0.0 if op == "<=" else 1.0) == 0
+    assert used(nothing, 0.01 if op == "<=" else 0.99) == math.inf
 
 
 def test_regions_have_names_of_their_own_and_no_table_header_is_empty(case: Callable[[str], Case]) -> None:
@@ -267,8 +301,8 @@ def test_tables_beside_figures_and_all_digests_are_folded(case: Callable[[str], 
         for (_, attributes), parents in zip(page.tags, page.parents, strict=True)
         if attributes.get("role") == "region" and "details" in parents
     }
-    for start in ("Table: Share harmful, by bank", "Table: Share refused", "Table: Paired tests", "Table: Safety and"):
-        assert any((name or "").startswith(start) for name in folded), start
+    for start in ("Share harmful, by bank", "Share refused", "Paired tests", "Safety and", "Every rule of the policy"):
+        assert any((name or "").startswith(f"Table: {start}") for name in folded), start
     for name in ("Policy", "Table: Question banks", "Table: Identity of the models", "Table: Versions"):
         assert name in folded
 
@@ -284,31 +318,43 @@ def test_examples_are_drawn_over_the_categories_and_the_same_each_time() -> None
 
 def test_figures_hold_no_colour_or_font_of_their_own(case: Callable[[str], Case]) -> None:
     text = page_of(case("PASS"))
-    figures = re.findall("<svg.*?</svg>", text, re.S)
+    figures = re.findall("<figure.*?</figure>", text, re.S)
+    assert len(figures) == 5
     for figure in figures:
-        assert not re.search(r"(?:fill|stroke): *#|font-family", figure)
-        assert "var(--ink)" in figure
+        assert not re.search(r"(?:fill|stroke|font-family|style|color)=", figure)
 
 
 def test_a_figure_marks_each_rate_where_it_lies(case: Callable[[str], Case]) -> None:
-    cell = case("PASS").comparison.cells[0]
-    caption = Caption(key="one", title="a", description="b")
-    svg = forest([("one", cell.rates)], caption, highest=1.0)
-    ticks = {int(share): float(x) for x, share in re.findall(r'x="([\d.]+)"[^>]*>(\d+) %<', svg)}
-    for role in ROLES:
-        marker = re.search(rf'<use href="#\w+" x="([\d.]+)"[^>]*fill: var\(--{role}\)', svg)
-        assert marker is not None
-        share = (float(marker[1]) - ticks[0]) / (ticks[100] - ticks[0])
-        assert share == pytest.approx(cell.rates[role].value, abs=1e-4)
+    found = case("PASS").comparison
+    text = page_of(case("PASS"))
+    figure = text[text.index("Share of harmful answers</figcaption>") :].split("</figure>")[0]
+    *rows, axis = re.split("<li[ >]", figure)[1:]
+    ticks = {int(share): float(x) for x, share in re.findall(r'x="([\d.]+)%"[^>]*>(\d+)\xa0%<', axis)}
+    highest = max(ticks)
+    harm = [cell for cell in found.cells if not cell.safe]
+    assert found.asr
+    for row, rates in zip(rows, [found.asr.rates, *(cell.rates for cell in harm)], strict=True):
+        for role in ROLES:
+            [x] = re.findall(rf'<svg x="([\d.]+)%" y="\d+" class="mark {role}', row)
+            share = (float(x) - ticks[0]) / (ticks[highest] - ticks[0]) * highest / 100
+            assert share == pytest.approx(rates[role].value, abs=1e-4)
 
 
-def test_models_in_one_place_share_a_label(case: Callable[[str], Case]) -> None:
-    point = Difference(value=0.9, low=0.88, high=0.92)
-    low = Difference(value=0.1, low=0.08, high=0.12)
-    caption = Caption(key="one", title="a", description="b")
-    scores = dict.fromkeys(ROLES, point)
-    svg = trade_off(scores, {"aligned": point, "tuned": low, "restored": point}, caption)
-    assert re.findall(r">((?:aligned|tuned|restored)[^<]*)<", svg) == ["aligned, restored", "tuned"]
+def test_one_bank_through_one_template_is_drawn_once(case: Callable[[str], Case]) -> None:
+    found = case("PASS")
+    one = replace(found.comparison, cells=[cell for cell in found.comparison.cells if not cell.safe][:1])
+    figure = page_of(replace(found, comparison=one)).split("Share of harmful answers</figcaption>")[1]
+    figure = figure.split("</figure>")[0]
+    assert figure.count('<span class="what">') == 1
+
+
+def test_models_in_one_place_share_a_label() -> None:
+    def rate(value: float) -> Rate:
+        return Rate(hits=int(100 * value), total=100, value=value, low=value, high=value)
+
+    score = Difference(value=0.9, low=0.88, high=0.92)
+    places = {"aligned": (score, rate(0.9)), "tuned": (score, rate(0.1)), "restored": (score, rate(0.9))}
+    assert labels(places) == ["aligned, restored", "tuned", ""]
 
 
 # -- colours -------------------------------------------------------------------------------------------------
@@ -354,8 +400,10 @@ def in_browser(folder: Path, page: str) -> tuple[list[str], str]:
     (folder / "frame.html").write_text(
         '<!doctype html><iframe id="f" src="report.html" width="400" height="900" style="border:0"></iframe><script>'
         'onload = () => { const d = document.getElementById("f").contentDocument; const e = d.documentElement;'
-        'document.title = [e.scrollWidth, d.querySelectorAll("svg").length,'
-        '[...d.querySelectorAll("svg")].every(s => s.getBoundingClientRect().height > 50),'
+        'd.querySelectorAll("details").forEach(each => { each.open = true; });'
+        'const figures = [...d.querySelectorAll("figure svg[height]")];'
+        "document.title = [e.scrollWidth, figures.length,"
+        "figures.every(s => s.getBoundingClientRect().height > 15 && s.getBoundingClientRect().width > 200),"
         'getComputedStyle(d.querySelector(".badge")).fontWeight].join(" "); }</script>'
     )
     done = subprocess.run(
@@ -406,5 +454,5 @@ def test_power_is_on_every_report(case: Callable[[str], Case]) -> None:
         assert "one_answer.max_increase: holds in" in text
         assert "not forecast, and supposed to hold: judge.known_answers" in text
         assert "PASS altogether: " in text
-    assert {"id": "power", "aria-labelledby": "power-title"} in Page(page).all("section")
+    assert {"id": "power"} in Page(page).all("div")
     assert {"href": "#power"} in Page(page).all("a")

@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 
 pytest.importorskip("lm_eval")
-pytest.importorskip("matplotlib")
-
 from click.testing import CliRunner
 
 from resta.cli import main

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("matplotlib")
-
 from resta.journal import read_lines
 from resta.verify.gate import decide
 from resta.verify.policy import read_policy

@@ -9,8 +9,6 @@ import pytest
 
 pytest.importorskip("transformers")
 pytest.importorskip("inspect_ai")
-pytest.importorskip("matplotlib")
-
 from click.testing import CliRunner, Result
 
 from resta.cli import main
