@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from resta.errors import CompareError, PolicyError
-from resta.redeval.report import printable
+from resta.page import printable
 from resta.verify.comparison import compare
 from resta.verify.decision import Decision, Rule, Verdict, by_name
 from resta.verify.gate import decide
