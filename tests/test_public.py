@@ -16,7 +16,7 @@ PACKAGE = Path(resta.__file__).parent
 
 # Each layer knows nothing of those after it, nor of itself; a line that begins with a package's name is of its modules.
 LAYERS = (
-    "version errors lazy kernels statistics page coverage compatibility",
+    "version errors lazy kernels statistics figure page coverage compatibility",
     "dialect mergekit fingerprint files",
     "strict",
     "header hub journal recipe chat_templates",
@@ -46,10 +46,10 @@ LAYERS = (
     "redeval: plan",
     "redeval: judging report tasks",
     "redeval: __init__",
-    "verify: coherence decision documents markup places policy regression.made regression.__init__ sameness scores",
+    "verify: coherence decision documents places policy regression.made regression.__init__ sameness scores",
     "verify: generated measurement words",
     "verify: claims comparison samples utility",
-    "verify: measure origin parts plots provenance trace trust",
+    "verify: measure origin parts provenance trace trust",
     "verify: guidance junit power report",
     "verify: gate html plan",
     "verify: views",
@@ -75,7 +75,7 @@ LAYERS = (
     "__main__",
 )
 # What anybody may use, and what each package uses of the merge beside it: its calls, and facts about its files.
-GROUND = "chat_templates dialect errors files fingerprint journal lazy page statistics strict version"
+GROUND = "chat_templates dialect errors figure files fingerprint journal lazy page statistics strict version"
 DOORS = {
     "sft": "",
     "redeval": "engine",
