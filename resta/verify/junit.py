@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 from xml.etree import ElementTree
 
+from resta.page import printable
 from resta.verify.comparison import Comparison
 from resta.verify.decision import Decision, Rule, Verdict
 from resta.verify.trace import Ruling
@@ -43,7 +44,7 @@ def to_junit(comparison: Comparison, decision: Decision, ruling: Ruling) -> str:
     )
     properties = ElementTree.SubElement(suite, "properties")
     for name, value in _properties(comparison, decision, ruling).items():
-        ElementTree.SubElement(properties, "property", name=name, value=_printable(value))
+        ElementTree.SubElement(properties, "property", name=name, value=printable(value))
     for rule in rules:
         suite.append(_case(rule))
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n"
@@ -67,8 +68,8 @@ def _properties(comparison: Comparison, decision: Decision, ruling: Ruling) -> d
 
 
 def _case(rule: Rule) -> ElementTree.Element:
-    case = ElementTree.Element("testcase", classname="resta.verify", name=_printable(rule.name), time=NO_TIME)
-    text = _printable(f"{rule.limit_words}; measured {measured(rule)}; {rule.why}")
+    case = ElementTree.Element("testcase", classname="resta.verify", name=printable(rule.name), time=NO_TIME)
+    text = printable(f"{rule.limit_words}; measured {measured(rule)}; {rule.why}")
     if rule.outcome == "holds":
         ElementTree.SubElement(case, "system-out").text = text
     elif rule.outcome == "left out":
@@ -77,8 +78,3 @@ def _case(rule: Rule) -> ElementTree.Element:
         kind = "failure" if rule.outcome == "fails" else "error"
         ElementTree.SubElement(case, kind, type=rule.outcome, message=f"{rule.outcome}: {text}")
     return case
-
-
-def _printable(text: str) -> str:
-    """Return text without the control characters that XML has no way to hold."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)
