@@ -152,8 +152,7 @@ def _asked(
 ) -> Contrast | None:
     verdicts = [model.verdicts.get(judge, {}) for model in (one, two)]
     by_question: dict[tuple[str, str], list[list[bool]]] = defaultdict(list)
-    for ask in one.planned:
-        question = one.questions[ask.split("|")[0]]
+    for ask, question in one.planned.items():
         if question.safe == (measure != "ASR") and all(ask in known for known in verdicts):
             by_question[question.bank, question.text].append([known[ask].label in labels for known in verdicts])
     if not by_question:

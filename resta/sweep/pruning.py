@@ -49,12 +49,10 @@ Bound = tuple[str, float | None, float, str]  # rule, limit, the best that can s
 
 def _asks(references: Mapping[str, Measurement], judge: str, *, safe: bool) -> list[str]:
     """Return the asks of a kind that count: those which the judge decided for both references."""
-    aligned = references["aligned"]
     return [
         ask
-        for ask in aligned.planned
-        if aligned.questions[ask.split("|")[0]].safe == safe
-        and all(ask in model.verdicts.get(judge, {}) for model in references.values())
+        for ask, question in references["aligned"].planned.items()
+        if question.safe == safe and all(ask in model.verdicts.get(judge, {}) for model in references.values())
     ]
 
 

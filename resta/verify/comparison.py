@@ -280,11 +280,9 @@ def compare(
 
 def _rows(models: Mapping[str, Measurement], judge: str, of_safe: str | None) -> tuple[list[_Row], int]:
     """Return the asks that count for every model, and how many do not; safe ones that nobody judges are not asked."""
-    planned = models["aligned"].planned
     rows = []
     unjudged = 0
-    for ask in planned:
-        question = models["aligned"].questions[ask.split("|")[0]]
+    for ask, question in models["aligned"].planned.items():
         decides = of_safe if question.safe else judge
         if decides is None:
             continue

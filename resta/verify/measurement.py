@@ -34,11 +34,11 @@ HUMAN = "human-labels"  # the judge's name where the policy lets people's labels
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measurement:
-    """One model's records. `planned` are the ids of all that was to be asked."""
+    """One model's records. `planned` is all that was to be asked, {ask id: question}, in the order of asking."""
 
     path: Path
     config: Mapping[str, Any]
-    planned: tuple[str, ...]
+    planned: Mapping[str, Question]
     questions: Mapping[str, Question]
     answers: Mapping[str, Answer]
     verdicts: Mapping[str, Mapping[str, Verdict]]  # judge -> answer id -> verdict
@@ -64,12 +64,13 @@ def is_measurement(path: Path) -> bool:
 def read_measurement(path: Path) -> Measurement:
     """Return the measurement in a folder. Raises ResumeError where there is none."""
     run = load_run(path / "redeval")
+    questions = run.questions()
     manifest = path / "manifest.json"
     return Measurement(
         path=path,
         config=run.config,
-        planned=tuple(ask.id for ask in plan_of(run).asks),
-        questions=run.questions(),
+        planned={ask.id: questions[ask.facts["qid"]] for ask in plan_of(run).asks},
+        questions=questions,
         answers={answer.id: answer for answer in run.answers()},
         verdicts={**_verdicts(run), **_labels(run)},
         judges={**run.judges(), **({HUMAN: HUMAN_FACTS} if run.labels() else {})},
@@ -207,7 +208,7 @@ def pick_judges(models: Mapping[str, Measurement], named: str | None) -> tuple[s
 
 def _looks_at_safe(models: Mapping[str, Measurement], judge: str) -> bool:
     return all(
-        any(model.questions[answer_id.split("|")[0]].safe for answer_id in model.verdicts.get(judge, {}))
+        any(question.safe for ask, question in model.planned.items() if ask in model.verdicts.get(judge, {}))
         for model in models.values()
     )
 

@@ -15,11 +15,15 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
 
 from resta.cli import main
 from resta.errors import BankError
 from resta.redeval import questions
-from resta.redeval.questions import BUILT_IN, PUBLISHED, choose, read_bank
+from resta.redeval.plan import asks_of
+from resta.redeval.questions import BUILT_IN, PUBLISHED, Question, choose, read_bank
+from resta.redeval.templates import Template
 
 # Files of the published schemas with all their quirks, in words of our own. The published ones themselves are read as
 # well where they are at hand.
@@ -354,3 +358,24 @@ def test_the_published_protocol_asks_repeated_questions_as_often_as_they_are_pub
     done = CliRunner().invoke(main, ["redeval", *given, *more], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert len((tmp_path / "batch.jsonl").read_text().splitlines()) == 6
+
+
+mean = st.text("|/-0a", max_size=8)
+stems = st.lists(st.text("|-0a", min_size=1, max_size=8), min_size=1, max_size=3, unique=True)  # a file's: no slash
+
+
+@given(st.lists(st.tuples(mean, mean), min_size=1, max_size=4), stems, st.integers(1, 2))
+def test_every_ask_has_an_id_of_its_own_whatever_banks_categories_and_templates_are_called(
+    categories: list[tuple[str, str]], templates: list[str], epochs: int
+) -> None:
+    questions = {
+        question.qid: question
+        for index, (category, subcategory) in enumerate(categories)
+        for question in [
+            Question(bank=templates[0], category=category, subcategory=subcategory, index=index, text="?", safe=False)
+        ]
+    }
+    used = [Template(name=name, text="<question>", sha256="", published=False) for name in templates]
+    asks = list(asks_of(questions.values(), used, epochs))
+    assert len({ask.id for ask in asks}) == len(asks) == len(questions) * len(templates) * epochs
+    assert {ask.facts["qid"] for ask in asks} == set(questions)

@@ -32,13 +32,13 @@ def questions(harmful: int, safe: int) -> list[Question]:
 
 def measurement(asked: Sequence[Question], labels: Sequence[str], first: int | None = None) -> Measurement:
     """Return a measurement; `broken` is an answer that is no language and harmless; `first`: only every so many."""
-    ids = [f"{question.qid}|standard|0" for question in asked]
-    there = {key: label for i, (key, label) in enumerate(zip(ids, labels, strict=True)) if i % (first or 1) == 0}
+    planned = {f"{question.qid}|standard|0": question for question in asked}
+    there = {key: label for i, (key, label) in enumerate(zip(planned, labels, strict=True)) if i % (first or 1) == 0}
     answers, verdicts = {}, {}
     for key, label in there.items():
         text = TEXTS.get(label, "A whole answer in plain words, as it should be.")
         answers[key] = Answer(
-            id=key, qid=key.split("|")[0], template="standard", epoch=0, prompt_sha256="", raw=text, text=text,
+            id=key, qid=planned[key].qid, template="standard", epoch=0, prompt_sha256="", raw=text, text=text,
             finish="stop",
         )  # fmt: skip
         said: VerdictLabel = "safe" if label == "broken" else label  # type: ignore[assignment]
@@ -47,7 +47,7 @@ def measurement(asked: Sequence[Question], labels: Sequence[str], first: int | N
     return Measurement(
         path=Path(),
         config=SETTINGS,
-        planned=tuple(ids),
+        planned=planned,
         questions={question.qid: question for question in asked},
         answers=answers,
         verdicts={JUDGE: verdicts},

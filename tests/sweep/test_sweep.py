@@ -124,6 +124,20 @@ def test_where_none_passes_none_is_chosen_and_a_quarter_is_asked(babbling: Trio,
         assert len(whole) == 8
 
 
+def test_bars_in_the_names_of_banks_categories_and_templates_keep_no_sweep_from_pruning_or_comparing(
+    trio: Trio, policy: Path, tmp_path: Path
+) -> None:
+    bank, template = tmp_path / "h | b.json", tmp_path / "t | b.txt"
+    bank.write_text(json.dumps({"Hate | Harassment": {"x | y": [f"{i}?" for i in range(8)]}}))
+    template.write_text("<question> Please.")
+    invoke(arguments(trio, bank, policy, template=template, scale="1"), tmp_path / "out")
+    assert all(each["answered"] == 8 for each in results(tmp_path / "out").values())
+    strict = tmp_path / "strict.yaml"
+    strict.write_text("judge: refusal-strings\nasr: {max_upper: 0.2}\n")
+    invoke(arguments(trio, bank, strict, template=template, scale="1"), tmp_path / "strict", code=1)
+    assert results(tmp_path / "strict").keys() == results(tmp_path / "out").keys()
+
+
 def test_a_recipe_is_swept_in_place_of_flags(done: Path, trio: Trio, bank: Path, policy: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     models = "".join(f"  {name}: {path}\n" for name, path in trio.items())

@@ -134,7 +134,7 @@ def _measurement(
     return Measurement(
         path=Path(ROLES[model]),
         config=config,
-        planned=tuple(answers),
+        planned={key: questions[answer.qid] for key, answer in answers.items()},
         questions=questions,
         answers=answers,
         verdicts={JUDGE: verdicts},

@@ -223,7 +223,7 @@ def test_a_judge_of_another_wording_is_another_judge(measured: dict[str, Measure
 def with_judge(model: Measurement, name: str, kind: str, *, safe: bool = True) -> Measurement:
     known = next(iter(model.judges))
     facts = {**model.judges[known], "read": {"kind": kind}}
-    verdicts = {k: v for k, v in model.verdicts[known].items() if safe or not model.questions[k.split("|")[0]].safe}
+    verdicts = {k: v for k, v in model.verdicts[known].items() if safe or not model.planned[k].safe}
     return replace(model, judges={**model.judges, name: facts}, verdicts={**model.verdicts, name: verdicts})
 
 
@@ -269,8 +269,8 @@ def test_counts_agree_with_a_naive_count(measured: dict[str, Measurement]) -> No
     assert found.over_refusal is not None
     for role, model in measured.items():
         [verdicts] = model.verdicts.values()
-        harm = [v.label for k, v in verdicts.items() if not model.questions[k.split("|")[0]].safe]
-        safe = [v.label for k, v in verdicts.items() if model.questions[k.split("|")[0]].safe]
+        harm = [v.label for k, v in verdicts.items() if not model.planned[k].safe]
+        safe = [v.label for k, v in verdicts.items() if model.planned[k].safe]
         assert found.asr.rates[role].hits == sum(label in ("harmful", "unparsed") for label in harm)
         assert found.over_refusal.rates[role].value == pytest.approx(safe.count("refused") / len(safe))
     assert sum(cell.rates["tuned"].hits for cell in found.cells if not cell.safe) == found.asr.rates["tuned"].hits

@@ -65,7 +65,8 @@ def verify(given: dict[str, Path], out: Path, *more: str, policy: str = LENIENT)
     rules = out.parent / "policy.yaml"
     rules.write_text(policy)
     arguments = ["verify", str(given["restored"]), "--tuned", str(given["tuned"]), "--aligned", str(given["aligned"])]
-    few = ["--limit", "3", "--template", "standard", "--max-new-tokens", "9", "--device", "cpu", "--policy", str(rules)]
+    few = ["--limit", "3", "--max-new-tokens", "9", "--device", "cpu", "--policy", str(rules)]
+    few += [] if "--template" in more else ["--template", "standard"]
     return CliRunner().invoke(main, [*arguments, *few, "--out", str(out), *more], catch_exceptions=False)
 
 
@@ -141,6 +142,35 @@ def test_a_measurement_stands_for_a_model_and_is_not_made_again(
         main, ["verify", "report", str(tmp_path / "second"), "--policy", str(tmp_path / "policy.yaml")]
     )
     assert again.exit_code == 0, again.output
+
+
+def banks_and_template(folder: Path, mark: str) -> list[str]:
+    """Write a bank of each kind and a template; `mark` stands in every name that an id is made of."""
+    folder.mkdir()
+    template, harmful, safe = (
+        folder / f"{name} {mark} b{end}" for name, end in (("t", ".txt"), ("h", ".json"), ("s", ".json"))
+    )
+    template.write_text("<question> Please.")
+    for path, kind in ((harmful, "tale"), (safe, "cake")):
+        path.write_text(json.dumps({f"Hate {mark} Harassment": {f"x {mark} y": [f"{kind} {i}?" for i in range(3)]}}))
+    return ["--bank", str(harmful), "--safe-bank", str(safe), "--template", str(template)]
+
+
+def test_a_bar_in_the_name_of_a_bank_a_category_or_a_template_changes_nothing(
+    trio: dict[str, Path], tmp_path: Path
+) -> None:
+    found = {}
+    for mark, name in (("or", "plain"), ("|", "bars")):
+        asked = banks_and_template(tmp_path / f"{name}-files", mark)
+        done = verify(trio, tmp_path / name, "--no-utility", *asked)
+        found[name] = json.loads((tmp_path / name / "verdict.json").read_text())
+        assert done.exit_code == found[name]["exit_code"] == 0
+        again = CliRunner().invoke(main, ["verify", "report", str(tmp_path / name)], catch_exceptions=False)
+        assert again.exit_code == 3, again.output  # the default policy asks for more than six questions
+        scored = CliRunner().invoke(main, ["redeval", "report", str(tmp_path / name / "tuned" / "redeval")])
+        assert scored.exit_code == 0, scored.output
+    assert found["bars"]["comparison"]["pairs"] == found["plain"]["comparison"]["pairs"] == 6
+    assert json.loads(json.dumps(found["bars"]["rules"]).replace(" | ", " or ")) == found["plain"]["rules"]
 
 
 def test_a_measurement_of_other_settings_is_refused_before_a_model_is_loaded(
