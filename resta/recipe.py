@@ -19,7 +19,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from resta.compatibility import MEANING
 from resta.dialect import dump, parse
 from resta.mergekit import convert, is_mergekit
-from resta.strict import Several, Strict, check, did_you_mean, named, read_text, schema_of
+from resta.schema import schema_of
+from resta.strict import Several, Strict, check, did_you_mean, named, read_text
 
 _NAME = re.compile(r"[^\W\d][\w.]*")  # letters of any script
 _DELTA = re.compile(rf"\s*({_NAME.pattern})\s+-\s+({_NAME.pattern})\s*")

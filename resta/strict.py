@@ -306,8 +306,3 @@ def _tag_of(annotation: Any) -> Any:
     field = annotation.model_fields.get("kind") if _is_model(annotation) else None
     known = get_args(field.annotation) if field and get_origin(field.annotation) is Literal else ()
     return known[0] if len(known) == 1 else None
-
-
-def schema_of(kind: type[BaseModel]) -> dict[str, Any]:
-    """Return the JSON Schema (2020-12) of what users write, for editors."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **kind.model_json_schema()}

@@ -17,7 +17,7 @@ PACKAGE = Path(resta.__file__).parent
 # Each layer knows nothing of those after it, nor of itself; a line that begins with a package's name is of its modules.
 LAYERS = (
     "version errors lazy kernels statistics figure page coverage compatibility",
-    "dialect mergekit fingerprint files",
+    "dialect mergekit fingerprint files schema",
     "strict",
     "header hub journal recipe chat_templates",
     "checkpoint safety",
@@ -52,7 +52,7 @@ LAYERS = (
     "verify: measure origin parts provenance trace trust",
     "verify: guidance junit power report",
     "verify: gate html plan",
-    "verify: views",
+    "verify: views written",
     "verify: __init__",
     "sweep: candidates pruning response",
     "sweep: apply forecast",
@@ -61,6 +61,7 @@ LAYERS = (
     "sweep: ray records settings",
     "sweep: outcome",
     "sweep: report",
+    "sweep: written",
     "sweep: __init__",
     "__init__",
     "demo: corpus",
@@ -75,7 +76,7 @@ LAYERS = (
     "__main__",
 )
 # What anybody may use, and what each package uses of the merge beside it: its calls, and facts about its files.
-GROUND = "chat_templates dialect errors figure files fingerprint journal lazy page statistics strict version"
+GROUND = "chat_templates dialect errors figure files fingerprint journal lazy page schema statistics strict version"
 DOORS = {
     "sft": "",
     "redeval": "engine",

@@ -26,7 +26,7 @@ COMMANDS = {
     "diff": ("resta.cli.diff", "Show how far two checkpoints are apart, by layer and by module."),
     "audit": ("resta.cli.audit", "Check a finished merge by computing it a second time."),
     "demo": ("resta.cli.demo", "Train three tiny models, give one its safety back, and measure it."),
-    "schema": ("resta.cli.schema", "Print the JSON Schema of a merge recipe."),
+    "schema": ("resta.cli.schema", "Print the JSON Schema of a file that you write, or that a command writes."),
     "completion": ("resta.cli.completion", "Print the completion script of a shell."),
 }
 

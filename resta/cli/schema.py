@@ -1,21 +1,43 @@
-"""`resta schema`: the JSON Schema of a recipe, for editors."""
+"""`resta schema`: the JSON Schema of what users write, for editors, and of what commands write, for scripts."""
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import click
 
-from resta.recipe import schema
+# kind -> (module, what makes its schema), imported only when asked for
+KINDS = {
+    "recipe": ("resta.recipe", "schema"),
+    "sft": ("resta.sft.recipe", "Recipe"),
+    "collect": ("resta.sft.collect", "Collect"),
+    "policy": ("resta.verify.policy", "Policy"),
+    "judge": ("resta.redeval.judges", "JudgeSpec"),
+    "verdict": ("resta.verify.written", "verdict_schema"),
+    "sweep": ("resta.sweep.written", "sweep_schema"),
+}
 
 
-@click.command(short_help="Print the JSON Schema of a merge recipe.")
-def command() -> None:
-    """Print the JSON Schema of a merge recipe.
+@click.command(short_help="Print a JSON Schema.")
+@click.argument("kind", type=click.Choice(list(KINDS)), default="recipe")
+def command(kind: str) -> None:
+    """Print the JSON Schema (2020-12) of what you write or of what a command writes.
 
-    Editors that speak the YAML language server protocol take it from a recipe's first line:
+    \b
+    recipe    a merge recipe (the default)       verdict   verdict.json of resta verify
+    sft       a recipe of resta sft              sweep     sweep.json of resta sweep
+    collect   a recipe of resta collect
+    policy    the limits of resta verify
+    judge     a judge of your own
+
+    Editors that speak the YAML language server protocol take it from a file's first line:
 
     \b
       # yaml-language-server: $schema=schema.json
     """
-    click.echo(json.dumps(schema(), indent=2))
+    from resta.schema import schema_of
+
+    module, name = KINDS[kind]
+    found = getattr(importlib.import_module(module), name)
+    click.echo(json.dumps(schema_of(found) if isinstance(found, type) else found(), indent=2))
