@@ -5,7 +5,6 @@ import json
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import click
@@ -334,16 +333,15 @@ def test_every_command_has_help(name: str) -> None:
     assert done.output.startswith("Usage:")
 
 
-def test_help_is_quick_and_imports_neither_torch_nor_numba() -> None:
-    began = time.perf_counter()
+def test_help_imports_no_command_and_little_else() -> None:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "resta", "--help"], capture_output=True, text=True, check=True
     )
-    seconds = time.perf_counter() - began
     assert all(name in done.stdout for name in COMMANDS)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert not imported & {"torch", "numba", "numpy", "pydantic", "transformers", "rich"}
-    assert seconds < 0.5
+    assert not imported & {module for module, _ in COMMANDS.values()}
+    assert len(imported) < 200  # nearly all of them are Python's own and click's
 
 
 def test_version_is_printed() -> None:

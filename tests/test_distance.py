@@ -317,7 +317,7 @@ def test_without_matplotlib_a_plot_is_refused_with_the_command_that_installs_it(
     (tmp_path / "hidden" / "matplotlib.py").write_text("raise ImportError('not installed')")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "hidden")}
     command = [sys.executable, "-m", "resta", "diff", *pair, "--plot", str(tmp_path / "x.png")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 2
     assert 'pip install "resta[plots]"' in done.stderr
     assert "Traceback" not in done.stderr

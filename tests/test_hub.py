@@ -147,14 +147,14 @@ print(json.dumps({
 def run(source: str, endpoint: str, home: Path, **environment: str) -> dict[str, Any]:
     """What `locate` and `read_weights` make of a source, in a process with this endpoint and an own cache."""
     settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
-    settings |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0", "HF_HUB_DOWNLOAD_TIMEOUT": "5"}
+    settings |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0", "HF_HUB_DOWNLOAD_TIMEOUT": "60"}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, source],
         env=os.environ | settings | environment,
         cwd=home.parent,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]

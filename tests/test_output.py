@@ -3,11 +3,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import resource
+import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,11 +106,27 @@ def test_a_crash_at_any_change_of_the_disk_resumes_to_the_same_bytes(
     assert digests(out) == whole
 
 
+# A merge that kills itself at its n-th change of the disk, in the middle of it where that is a write.
 SCRIPT = """
-import sys
+import os, signal, sys
 from resta.engine import merge
+left = int(sys.argv[3])
+def deadly(call):
+    def made(*args, **kwargs):
+        global left
+        left -= 1
+        if left == 0:
+            if call in (os_write, os_pwrite):
+                call(args[0], args[1][: len(args[1]) // 2], *args[2:])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*args, **kwargs)
+    return made
+os_write, os_pwrite = os.write, os.pwrite
+for name in ("write", "pwrite", "fsync", "rename", "unlink"):
+    setattr(os, name, deadly(getattr(os, name)))
 merge(sys.argv[1], sys.argv[2], workers=2)
 """
+NEVER = "-1"
 
 
 def test_kill_9_in_a_loop_ends_in_the_same_bytes(tmp_path: Path) -> None:
@@ -125,24 +140,16 @@ def test_kill_9_in_a_loop_ends_in_the_same_bytes(tmp_path: Path) -> None:
     )
     out = tmp_path / "out"
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "r.yaml")]
-    subprocess.run([*command, str(tmp_path / "whole")], check=True)
-    generator, kills = random.Random(0), 0
-    partial = tmp_path / "out.partial"
-    for _ in range(40):
-        process = subprocess.Popen([*command, str(out)], stderr=subprocess.DEVNULL)
-        while process.poll() is None and not partial.exists():
-            time.sleep(0.001)
-        time.sleep(generator.uniform(0, 0.03))
-        process.kill()
-        kills += process.wait() != 0
-        if out.exists():
-            break
-        if kills > 8:
-            subprocess.run([*command, str(out)], check=True)
-            break
-    assert kills > 2
+    subprocess.run([*command, str(tmp_path / "whole"), NEVER], check=True)
+    for change in (1, 8, 21, 3, 14, 9):
+        killed = subprocess.run([*command, str(out), str(change)], check=False)
+        assert killed.returncode == -signal.SIGKILL
+        assert not out.exists()
+    subprocess.run([*command, str(out), NEVER], check=True)
     assert digests(out) == digests(tmp_path / "whole")
-    subprocess.run([*command, str(out)], check=False)
+    again = subprocess.run([*command, str(out), NEVER], capture_output=True, text=True, check=False)
+    assert again.returncode != 0
+    assert "already exists" in again.stderr
     assert digests(out) == digests(tmp_path / "whole")
 
 

@@ -306,7 +306,7 @@ def read_apart(spec: str, permission: str, endpoint: str, home: Path) -> dict[st
     settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
     settings |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0"}
     command = [sys.executable, "-c", SCRIPT, spec, permission]
-    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=600, check=True)
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 

@@ -3,12 +3,11 @@ from __future__ import annotations
 import ast
 import csv
 import json
-import os
 import signal
 import stat
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from resta.errors import BankError
 from resta.journal import read_rows
 from resta.redeval.control import known_answers, read_control
 from resta.redeval.records import Answer, Verdict, load_run
+from tests.processes import kill_once_kept, lines_of, wait_until
 
 from .conftest import Stub, chat, completion
 
@@ -87,30 +87,9 @@ def test_another_configuration_never_overwrites_a_run(tiny: Path, bank: Path, tm
     assert "holds another run; it differs in limit" in shown
 
 
-SLOW = """
-import sys, time
-from resta.redeval import models
-real = models.generate
-def slow(*args, **given):
-    time.sleep(0.4)
-    return real(*args, **given)
-models.generate = slow
-from resta.cli import main
-main(sys.argv[1:])
-"""
-
-
 def test_a_killed_run_goes_on_and_asks_nothing_twice(tiny: Path, bank: Path, tmp_path: Path) -> None:
     common = ["redeval", tiny, "--bank", bank, *COMMON, "--device", "cpu", "--batch-size", 2, "--out"]
-    arguments = [sys.executable, "-c", SLOW, *map(str, common), str(tmp_path / "killed")]
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
-    path = tmp_path / "killed" / "answers.jsonl"
-    deadline = time.monotonic() + 90
-    while (not path.exists() or path.read_bytes().count(b"\n") < 3) and time.monotonic() < deadline:
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_once_kept([*common, tmp_path / "killed"], tmp_path / "killed" / "answers.jsonl", lines=3)
     kept = answers(tmp_path / "killed")
     assert 3 <= len(kept) < 10
     shown = invoke(*common[1:], tmp_path / "killed")
@@ -434,29 +413,38 @@ def test_a_failure_is_told_without_the_question_that_the_server_sends_back(
 
 
 def test_a_server_that_stays_silent_is_named_as_such(bank: Path, tmp_path: Path, stub: Stub) -> None:
+    over = threading.Event()
+
     def answer(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        time.sleep(1.5)
+        over.wait()
         return 200, chat("too late")
 
     stub.answer = answer
     options = ["--base-url", stub.url, "--bank", bank, "--template", "standard", "--retries", 0, "--timeout", 1]
-    assert "attempt_timeout '1' exceeded" in invoke("big", *options, "--limit", 1, "--out", tmp_path / "run", code=5)
+    try:
+        shown = invoke("big", *options, "--limit", 1, "--out", tmp_path / "run", code=5)
+    finally:
+        over.set()
+    assert "attempt_timeout '1' exceeded" in shown
 
 
 def test_an_interrupted_run_says_so_and_goes_on(bank: Path, tmp_path: Path, stub: Stub) -> None:
+    over = threading.Event()
+
     def answer(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        time.sleep(0.0 if len(stub.bodies) == 1 else 2.0)
+        if len(stub.bodies) > 1:
+            over.wait()
         return 200, chat("Yes.")
 
     stub.answer = answer
     command = ["redeval", "big", "--base-url", stub.url, "--bank", bank, "--template", "standard", "--connections", 1]
     arguments = [sys.executable, "-m", "resta", *map(str, command), "--out", str(tmp_path / "run")]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 90
-    while len(stub.bodies) < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
+    path = tmp_path / "run" / "answers.jsonl"
+    wait_until(lambda: lines_of(path) == 1 and len(stub.bodies) == 2, process)
     process.send_signal(signal.SIGINT)
-    shown, _ = process.communicate(timeout=60)
+    shown, _ = process.communicate()
+    over.set()
     assert process.returncode == 130, shown
     assert "Traceback" not in shown
     assert "goes on when the same command is run again" in shown

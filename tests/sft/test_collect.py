@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from resta.cli import main
 from resta.errors import DataError, EndpointError, PlanError, RecipeError, ResumeError
+from resta.sft import endpoint as endpoint_module
 from resta.sft.collect import Collect, collect, normal, read_items, read_verdict
 from resta.sft.data import load
 from resta.sft.recipe import Source
@@ -37,13 +38,11 @@ class Stub:
         self.answer: Answer = polite
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
-        self.starts: list[float] = []
         stub = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                stub.starts.append(time.monotonic())
                 stub.bodies.append(body)
                 stub.headers.append(dict(self.headers))
                 said = stub.answer(body)
@@ -297,11 +296,14 @@ def test_a_server_that_is_not_there_is_named(stub: Stub, tmp_path: Path) -> None
         gather(stub, tmp_path, endpoint={"url": "http://127.0.0.1:9/v1", "tries": 2})
 
 
-def test_requests_start_no_faster_than_the_limit(stub: Stub, tmp_path: Path) -> None:
+def test_requests_start_no_faster_than_the_limit(stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    clock = SimpleNamespace(monotonic=lambda: 100.0, sleep=waited.append)  # one that stands still
+    monkeypatch.setattr(endpoint_module, "time", clock)
     limit = {"requests_per_minute": 1200.0, "concurrency": 4}
     gather(stub, tmp_path, bank=bank_of(tmp_path, ["Placeholder?"]), endpoint=limit)
-    spent = max(stub.starts) - min(stub.starts)
-    assert spent >= (len(stub.starts) - 1) * 60 / 1200 * 0.9
+    assert len(waited) == len(stub.bodies) > 3
+    assert sorted(waited) == pytest.approx([number * 60 / 1200 for number in range(len(waited))])
 
 
 def test_the_key_comes_from_the_environment_and_is_never_written(

@@ -110,13 +110,13 @@ for revision, side in json.loads(sys.argv[1]):
 
 def ask(endpoint: str, home: Path, *wishes: tuple[str | None, str], **environment: str) -> list[dict[str, Any]]:
     settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
-    settings |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0", "HF_HUB_DOWNLOAD_TIMEOUT": "5"}
+    settings |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0", "HF_HUB_DOWNLOAD_TIMEOUT": "60"}
     ran = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps(wishes)],
         env=os.environ | settings | environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert ran.returncode == 0, ran.stderr[-2000:]

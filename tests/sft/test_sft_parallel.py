@@ -78,7 +78,7 @@ def launch(processes: int, *words: object, module: str = "resta") -> subprocess.
         capture_output=True,
         text=True,
         check=False,
-        timeout=240,
+        timeout=600,
     )
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -40,6 +38,7 @@ from resta.sft import train as training
 from resta.sft.recipe import Recipe
 from resta.sft.run import run
 from resta.sft.train import Job
+from tests.processes import wait_until
 
 Make = Callable[..., Job]
 TRAIN: dict[str, Any] = {
@@ -232,11 +231,23 @@ def test_packed_samples_do_not_see_each_other(make: Make) -> None:
     assert packed == pytest.approx(plain, rel=1e-4)
 
 
-RUN = "import sys; from resta.cli import main; sys.argv[0] = 'resta'; main()"
+# `resta sft`, but once a file is there the next step of the training never ends.
+RUN = """
+import os, sys, threading, transformers
+there, real = sys.argv.pop(1), transformers.Trainer.training_step
+def training_step(*args, **given):
+    if os.path.exists(there):
+        threading.Event().wait()
+    return real(*args, **given)
+transformers.Trainer.training_step = training_step
+from resta.cli import main
+sys.argv[0] = "resta"
+main()
+"""
 
 
-def start(recipe: Path, out: Path, *flags: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", RUN, "sft", str(recipe), "--output", str(out), "--device", "cpu", *flags]
+def start(recipe: Path, out: Path, until: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", RUN, str(until), "sft", str(recipe), "--output", str(out), "--device", "cpu"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
@@ -245,19 +256,15 @@ def test_a_killed_run_resumes_to_the_same_bytes(make: Make, tmp_path: Path) -> N
     job = make(out="whole", lora={"rank": 4, "dropout": 0.1}, train={"max_steps": 100, "save_every": 10})
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(job.recipe.model_dump(mode="json")), encoding="utf-8")
-    killed = start(recipe, tmp_path / "killed")
-    partial = tmp_path / "killed.partial"
-    deadline = time.monotonic() + 60
-    while not (partial / "checkpoint-20" / "trainer_state.json").exists():
-        assert killed.poll() is None, killed.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
+    until = tmp_path / "killed.partial" / "checkpoint-20" / "trainer_state.json"
+    killed = start(recipe, tmp_path / "killed", until)
+    wait_until(until.exists, killed)
+    killed.kill()
     killed.communicate()
     assert not (tmp_path / "killed").exists()
-    resumed = start(recipe, tmp_path / "killed")
+    resumed = start(recipe, tmp_path / "killed", tmp_path / "never")
     run(job)  # meanwhile, the same recipe without a stop
-    output = resumed.communicate(timeout=100)[0]
+    output = resumed.communicate()[0]
     assert resumed.returncode == 0, output
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +18,7 @@ from resta.sweep.choose import Choice, front
 from resta.sweep.outcome import Outcome
 from resta.sweep.report import draw
 from resta.verify.policy import read_policy
+from tests.processes import kill_once_kept
 
 from .conftest import Trio, answers, arguments, invoke, records, results
 from .made import tried
@@ -269,34 +265,13 @@ def test_a_figure_of_many_tied_candidates_shows_control_and_limits(tmp_path: Pat
     assert len(outcome.front) == 1
 
 
-SLOW = """
-import sys, time
-from resta.redeval import models
-real = models.generate
-def slow(*args, **given):
-    time.sleep(0.04)
-    return real(*args, **given)
-models.generate = slow
-from resta.cli import main
-main(sys.argv[1:])
-"""
-
-
 def test_a_killed_sweep_goes_on_without_asking_twice(
     done: Path, trio: Trio, bank: Path, policy: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     words = [*arguments(trio, bank, policy, batch_size=1), "-o", str(out)]
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ
-    )
     path = out / "candidates" / "resta-0.5" / "redeval" / "answers.jsonl"
-    deadline = time.monotonic() + 120
-    while (not path.exists() or path.read_bytes().count(b"\n") < 3) and time.monotonic() < deadline:
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_once_kept(words, path, lines=3)
     kept = answers(out / "candidates" / "resta-0.5")
     assert 3 <= len(kept) < 8
     invoke(words[:-2], out)

@@ -414,7 +414,7 @@ def in_browser(folder: Path, page: str) -> tuple[list[str], str]:
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=True,
     )  # fmt: skip
     measured = re.search("<title>(.*?)</title>", done.stdout)
