@@ -21,7 +21,7 @@ from transformers import training_args
 from resta.sft import recipe as recipes
 from resta.sft import train
 from resta.sft.recipe import Recipe
-from resta.sft.run import run
+from resta.sft.finetune import carry_out as run
 
 
 def split_by_fsdp() -> None:

@@ -93,7 +93,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from resta.errors import DataError
 from resta.sft.data import load
-from resta.sft.output import data_facts
+from resta.sft.save import data_facts
 from resta.sft.recipe import Source
 for revision, side in json.loads(sys.argv[1]):
     source = Source(name="a", hub="org/name", revision=revision, side=side)

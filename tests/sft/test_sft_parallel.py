@@ -18,7 +18,7 @@ from sft_tiny import exchange
 
 from resta.sft import recipe as recipes
 from resta.sft.recipe import Recipe
-from resta.sft.run import run
+from resta.sft.finetune import carry_out as run
 from resta.sft.train import Job
 
 

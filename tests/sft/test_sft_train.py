@@ -36,7 +36,7 @@ from resta.errors import (
 from resta.hub import locate
 from resta.sft import train as training
 from resta.sft.recipe import Recipe
-from resta.sft.run import run
+from resta.sft.finetune import carry_out as run
 from resta.sft.train import Job
 from tests.processes import wait_until
 
