@@ -27,8 +27,8 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from resta.sft import train as training
-from resta.sft.save import versions
 from resta.sft.recipe import Recipe
+from resta.sft.save import versions
 
 SETTINGS: dict[str, Any] = {"global_batch": 4, "per_device_batch": 4, "learning_rate": 1e-4}
 

@@ -46,7 +46,7 @@ def command(
         raise RecipeError("--preview and --dry-run show different things; give one of them")
     checked = recipes.load(recipes.Recipe, recipe, assignments)
     try:
-        from resta.sft import run
+        from resta.sft import finetune, memory, show, train
     except ModuleNotFoundError as error:
         library = str(error.name).split(".")[0]
         raise MissingExtraError(
@@ -54,12 +54,15 @@ def command(
         ) from None
     words = [str(recipe), *(word for assignment in assignments for word in ("--set", assignment))]
     words += [] if device == "auto" else ["--device", device]
-    job = run.Job(recipe=checked, root=recipe.parent, out=out or Path("out"), device=device, words=tuple(words))
+    job = train.Job(recipe=checked, root=recipe.parent, out=out or Path("out"), device=device, words=tuple(words))
     if preview:
-        run.preview(job, samples)
+        chat = train.load_chat(job)
+        show.preview(chat, *train.load_data(job, chat), samples)
     elif dry_run:
-        run.dry_run(job)
+        click.echo(f"{train.launch_line(job)}\n\n{memory.table(job, memory.estimate(job))}")
     elif out is None:
         raise RecipeError("-o DIR is needed to train; --preview and --dry-run do without")
     else:
-        run.run(job, keep_checkpoints=keep_checkpoints)
+        trained = finetune.carry_out(job, keep_checkpoints=keep_checkpoints, progress=show.logged)
+        if train.is_main():
+            show.finished(trained)

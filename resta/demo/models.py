@@ -129,12 +129,10 @@ def recipe_of(making: Making, name: str, stage: Stage, source: str) -> Recipe:
 
 
 def _train(making: Making, name: str, stage: Stage, source: str, out: Path) -> None:
-    from resta.sft import output
-    from resta.sft.train import Job, train
+    from resta import sft
 
     recipe = recipe_of(making, name, stage, str(Path(source).resolve()) if Path(source).is_dir() else source)
-    job = Job(recipe=recipe, root=making.folder, out=out, device="cpu")
-    output.write(job, train(job), keep_checkpoints=False)
+    sft.run(recipe=recipe, root=making.folder, out=out, device="cpu")
 
 
 # -- a model of nothing ------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from resta.chat_templates import NAMED, read_chat_template
 from resta.errors import MissingExtraError, ModelError, UnansweredError
 from resta.fingerprint import folder_fingerprint, sha256_file, sha256_text
+from resta.out_of_memory import is_out_of_memory
 from resta.redeval.asks import Decoding, Message, Rendering
 from resta.redeval.clean import HARMONY_TOKENS, MARK_TOKENS
 
@@ -482,14 +483,6 @@ def free_bytes(device: Any) -> int | None:
         return int(line.split()[1]) * 1024
     except (OSError, ValueError):
         return None
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a torch error means that memory ran out, on any device."""
-    import torch
-
-    text = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
 def _empty_cache(device: Any) -> None:

@@ -25,7 +25,7 @@ from pydantic import Field
 from resta.errors import DataError, PlanError, ResumeError
 from resta.fingerprint import sha256_file, sha256_text
 from resta.journal import Journal, differences, read_lines, to_json, write_whole
-from resta.sft.data import Message, Tally
+from resta.sft.data import Counts, Message
 from resta.sft.endpoint import Client, Endpoint, Reply, ask, open_client
 from resta.sft.recipe import Positive, dump
 from resta.strict import Several, Strict
@@ -113,7 +113,7 @@ class Work:
     client: Client
     judge: Client
     steps: Steps
-    dropped: Tally = field(default_factory=Tally)
+    dropped: Counts = field(default_factory=Counts)
 
 
 # --- the journal ------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ def read_bank(path: Path) -> Iterator[Question]:
                 yield Question(topic=topic, subtopic=subtopic, text=text.strip())
 
 
-def distinct(questions: Iterator[Question], dropped: Tally, limit: int | None) -> list[Question]:
+def distinct(questions: Iterator[Question], dropped: Counts, limit: int | None) -> list[Question]:
     """Return questions without empty and repeated ones, which are counted, up to the limit."""
     kept: dict[str, Question] = {}
     for question in questions:

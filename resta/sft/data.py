@@ -63,7 +63,7 @@ class Conversation:
 
 
 @dataclass
-class Tally:
+class Counts:
     """How often each thing happened, and where first."""
 
     counts: dict[str, int] = field(default_factory=dict)
@@ -88,8 +88,8 @@ class Loaded:
     commit: str | None  # of a Hub dataset: a branch or tag can move
     rows: int
     conversations: list[Conversation]
-    dropped: Tally  # conversations left out
-    changed: Tally  # conversations kept, but not as they were written
+    dropped: Counts  # conversations left out
+    changed: Counts  # conversations kept, but not as they were written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,7 +377,7 @@ def load(source: Source, root: Path, *, bad_rows: str) -> Loaded:
         digest, commit, listed = _read_hub(source)
         rows = iter(listed)
     loaded = Loaded(
-        source=source, digest=digest, commit=commit, rows=0, conversations=[], dropped=Tally(), changed=Tally()
+        source=source, digest=digest, commit=commit, rows=0, conversations=[], dropped=Counts(), changed=Counts()
     )
     for where, row in rows:
         loaded.rows += 1

@@ -11,7 +11,7 @@ import numpy as np
 
 from resta.errors import DataError, TemplateError
 from resta.sft.chat import Chat, Encoded, control_token, encode
-from resta.sft.data import Conversation, Mixture, Tally
+from resta.sft.data import Conversation, Counts, Mixture
 from resta.sft.recipe import Recipe
 
 NO_TRAINED_TOKEN = "no trained token within max_length"
@@ -39,13 +39,13 @@ class Prepared:
 
     train: tuple[Sample, ...]
     heldout: tuple[Sample, ...]
-    dropped: Tally
-    cut: Tally
+    dropped: Counts
+    cut: Counts
 
 
 def prepare(mixture: Mixture, chat: Chat, recipe: Recipe) -> Prepared:
     """Encode a mixture. Raises `DataError` or `TemplateError`, naming file, line and fix."""
-    dropped, cut = Tally(), Tally()
+    dropped, cut = Counts(), Counts()
     done: dict[int, Sample | None] = {}
 
     def samples(conversations: tuple[Conversation, ...]) -> tuple[Sample, ...]:
@@ -77,7 +77,7 @@ def prepare(mixture: Mixture, chat: Chat, recipe: Recipe) -> Prepared:
     return Prepared(train=train, heldout=heldout, dropped=dropped, cut=cut)
 
 
-def _sample(conversation: Conversation, chat: Chat, recipe: Recipe, dropped: Tally, cut: Tally) -> Sample | None:
+def _sample(conversation: Conversation, chat: Chat, recipe: Recipe, dropped: Counts, cut: Counts) -> Sample | None:
     token = control_token(chat, conversation.messages)
     if token is not None:
         if recipe.bad_rows == "refuse":
@@ -125,3 +125,28 @@ def lengths(samples: tuple[Sample, ...]) -> dict[str, int]:
         **quantiles,
         "longest": int(sizes.max()),
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftOut:
+    """Conversations that were dropped, changed or cut, for one reason."""
+
+    what: str  # such as "dropped from NAME" or "cut to max_length"
+    why: str
+    count: int
+    first: str  # where the first of them is
+
+
+def left_out(mixture: Mixture, prepared: Prepared) -> tuple[LeftOut, ...]:
+    """Return what is not trained on as it was written."""
+    counted = [
+        (f"{what} from {loaded.source.name}", counts)
+        for loaded in mixture.sources
+        for what, counts in (("dropped", loaded.dropped), ("changed", loaded.changed))
+    ]
+    counted += [("dropped when encoding", prepared.dropped), ("cut to max_length", prepared.cut)]
+    return tuple(
+        LeftOut(what=what, why=why, count=count, first=counts.first[why])
+        for what, counts in counted
+        for why, count in counts.counts.items()
+    )

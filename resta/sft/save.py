@@ -23,7 +23,7 @@ from resta.journal import to_json, write_whole
 from resta.sft import recipe as recipes
 from resta.sft.chat import Chat
 from resta.sft.samples import lengths
-from resta.sft.train import Job, Trained, is_main
+from resta.sft.train import Fitted, Job, is_main
 from resta.version import VERSION
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "tokenizers", "safetensors")
@@ -32,40 +32,42 @@ WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 SHARD_SIZE = "5GB"
 
 
-def write(job: Job, trained: Trained, *, keep_checkpoints: bool) -> None:
+def write(job: Job, fitted: Fitted, *, keep_checkpoints: bool) -> dict[str, Any]:
     """Write the finished model to `job.out`, at once: it appears under that name only when it is whole.
 
-    Every process must call this, as the parts of a split model are gathered; the main one writes.
+    Every process must call this, as the parts of a split model are gathered; the main one writes. Returns the metrics
+    of the run, with what only the written model shows.
     """
     staging = job.partial / "finished"
-    save_weights(job, trained, staging)
+    metrics = dict(fitted.metrics)
+    save_weights(job, fitted, staging)
     if is_main():
         base = base_directory(job)
-        metrics = dict(trained.metrics)
         if (job.partial / "runs").is_dir():  # a tracker's log, which would go with the checkpoints
             shutil.copytree(job.partial / "runs", staging / "runs", dirs_exist_ok=True)
         if job.recipe.method == "full":
             metrics["changed_share"] = changed_share(base, staging)
-        save_text(job, trained, staging)
-        history = trained.trainer.state.log_history
+        save_text(job, fitted, staging)
+        history = fitted.trainer.state.log_history
         write_whole(staging / "loss.json", to_json(history, indent=1) + "\n")
         if not plot(history, staging / "loss.png"):
             metrics["loss_png"] = "not drawn: matplotlib is not installed (pip install 'resta[plots]')"
-        facts = provenance(job, trained, base, metrics)
+        facts = provenance(job, fitted, base, metrics)
         write_whole(staging / "resta.json", to_json(facts, indent=1) + "\n")
         write_whole(staging / "README.md", card(job, facts))
         staging.rename(job.out)
         if not keep_checkpoints:
             shutil.rmtree(job.partial)
-    trained.trainer.accelerator.wait_for_everyone()
+    fitted.trainer.accelerator.wait_for_everyone()
+    return metrics
 
 
 # --- weights --------------------------------------------------------------------------------------
 
 
-def save_weights(job: Job, trained: Trained, folder: Path) -> None:
+def save_weights(job: Job, fitted: Fitted, folder: Path) -> None:
     """Gather the weights and write safetensors: the adapter alone, or the whole model in `save_dtype`."""
-    trainer = trained.trainer
+    trainer = fitted.trainer
     model = trainer.accelerator.unwrap_model(trainer.model)
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if not is_main():
@@ -78,7 +80,7 @@ def save_weights(job: Job, trained: Trained, folder: Path) -> None:
             adapter.revision = base_revision(job, base_directory(job))
             if isinstance(adapter.target_modules, set):  # in an order of its own in every process
                 adapter.target_modules = sorted(adapter.target_modules)
-    _stop_at_turn_end(model, trained.chat)
+    _stop_at_turn_end(model, fitted.chat)
     _unwrap_checkpointing(model)
     model.save_pretrained(str(folder), state_dict=state, safe_serialization=True, max_shard_size=SHARD_SIZE)
     model.generation_config.save_pretrained(str(folder))
@@ -162,9 +164,9 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
 # --- tokenizer ------------------------------------------------------------------------------------
 
 
-def save_text(job: Job, trained: Trained, folder: Path) -> None:
+def save_text(job: Job, fitted: Fitted, folder: Path) -> None:
     """Save tokenizer and template, then load them back: both must give the very text that was trained on."""
-    chat = trained.chat
+    chat = fitted.chat
     chat.tokenizer.save_pretrained(str(folder))
     again = AutoTokenizer.from_pretrained(str(folder))
     messages = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."}]
@@ -217,7 +219,7 @@ def base_facts(job: Job, folder: Path) -> dict[str, Any]:
     }
 
 
-def provenance(job: Job, trained: Trained, base: Path, metrics: dict[str, Any]) -> dict[str, Any]:
+def provenance(job: Job, fitted: Fitted, base: Path, metrics: dict[str, Any]) -> dict[str, Any]:
     """Return what `resta.json` says: enough to make the same model again, and for a merge to continue the
     chain.
     """
@@ -227,16 +229,16 @@ def provenance(job: Job, trained: Trained, base: Path, metrics: dict[str, Any]) 
         "recipe": recipes.dump(job.recipe),
         "recipe_digest": recipes.digest(job.recipe),
         "base": base_facts(job, base),
-        "data": data_facts(trained),
+        "data": data_facts(fitted),
         "samples": {
-            "train": lengths(trained.prepared.train),
-            "heldout": lengths(trained.prepared.heldout),
-            "dropped": trained.prepared.dropped.counts,
-            "cut": trained.prepared.cut.counts,
+            "train": lengths(fitted.prepared.train),
+            "heldout": lengths(fitted.prepared.heldout),
+            "dropped": fitted.prepared.dropped.counts,
+            "cut": fitted.prepared.cut.counts,
         },
         "chat": {
-            "template_sha256": sha256_text(trained.chat.template),
-            "turn_end": trained.chat.turn_end,
+            "template_sha256": sha256_text(fitted.chat.template),
+            "turn_end": fitted.chat.turn_end,
         },
         "versions": versions(),
         "seed": job.recipe.seed,
@@ -245,7 +247,7 @@ def provenance(job: Job, trained: Trained, base: Path, metrics: dict[str, Any]) 
     }
 
 
-def data_facts(trained: Trained) -> list[dict[str, Any]]:
+def data_facts(fitted: Fitted) -> list[dict[str, Any]]:
     """Return one entry per data source: what was read, its digest, and what became of it."""
     return [
         {
@@ -257,11 +259,11 @@ def data_facts(trained: Trained) -> list[dict[str, Any]]:
             "digest": loaded.digest,
             "rows": loaded.rows,
             "conversations": len(loaded.conversations),
-            "drawn": trained.mixture.drawn[loaded.source.name],
+            "drawn": fitted.mixture.drawn[loaded.source.name],
             "dropped": loaded.dropped.counts,
             "changed": loaded.changed.counts,
         }
-        for loaded in trained.mixture.sources
+        for loaded in fitted.mixture.sources
     ]
 
 

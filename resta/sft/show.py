@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from resta.sft.chat import Chat
-from resta.sft.data import Mixture, Tally
-from resta.sft.samples import Prepared, Sample, lengths
-from resta.sft.train import Job, Trained
+from resta.sft.data import Mixture
+from resta.sft.finetune import Trained
+from resta.sft.samples import LeftOut, Prepared, Sample, left_out, lengths
+from resta.sft.train import Progress
 
 TRAINED_STYLE = "bold green"
 
@@ -34,21 +37,13 @@ def preview(chat: Chat, mixture: Mixture, prepared: Prepared, samples: int) -> N
     console.rule("data")
     console.print(sources(mixture))
     console.print(token_table(prepared))
-    left_out(console, mixture, prepared)
+    print_left_out(console, left_out(mixture, prepared))
 
 
-def left_out(console: Console, mixture: Mixture, prepared: Prepared) -> None:
+def print_left_out(console: Console, found: Iterable[LeftOut]) -> None:
     """Print what is not trained on as it was written, and why, with the first place of each."""
-    for loaded in mixture.sources:
-        for title, tally in (("dropped", loaded.dropped), ("changed", loaded.changed)):
-            _print_tally(console, f"{title} from {loaded.source.name}", tally)
-    _print_tally(console, "dropped when encoding", prepared.dropped)
-    _print_tally(console, "cut to max_length", prepared.cut)
-
-
-def _print_tally(console: Console, title: str, tally: Tally) -> None:
-    for reason, count in tally.counts.items():
-        console.print(f"{title}: {count} x {reason} (first: {tally.first[reason]})", soft_wrap=True)
+    for each in found:
+        console.print(f"{each.what}: {each.count} x {each.why} (first: {each.first})", soft_wrap=True)
 
 
 def marked(chat: Chat, sample: Sample, *, colour: bool) -> Text:
@@ -96,8 +91,22 @@ def token_table(prepared: Prepared) -> Table:
     return table
 
 
-def finished(job: Job, trained: Trained) -> None:
+def logged(progress: Progress) -> None:
+    """Print one line of the log of a run."""
+    numbers = ", ".join(f"{key} {value:.4g}" for key, value in progress.logged.items() if key != "epoch")
+    _console().print(f"step {progress.step} of {progress.steps}: {numbers}", soft_wrap=True)
+
+
+def finished(trained: Trained) -> None:
     """Print where the model is, how training ended, and what was not trained on."""
-    left_out(_console(), trained.mixture, trained.prepared)
-    shown = {key: f"{value:.4f}" if isinstance(value, float) else value for key, value in trained.metrics.items()}
-    print(f"{job.out}: " + ", ".join(f"{key} {value}" for key, value in shown.items() if value is not None))
+    print_left_out(_console(), trained.left_out)
+    facts = {name: getattr(trained, name) for name in ("steps", "epochs", "first_loss", "last_loss")}
+    facts |= trained.heldout_losses
+    facts |= {name: getattr(trained, name) for name in ("resumed_from_step", "runtime_s", "precision", "processes")}
+    facts |= {"strategy": trained.strategy, "changed_share": trained.changed_share}
+    shown = [
+        f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in facts.items()
+        if value is not None
+    ]
+    print(f"{trained.out}: " + ", ".join([*shown, *trained.without]))

@@ -9,7 +9,7 @@ import os
 import shlex
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.utils.import_utils import is_flash_attn_2_available
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
@@ -37,6 +37,7 @@ from resta.errors import (
     TrainingError,
 )
 from resta.journal import differences, read_object, to_json, write_whole
+from resta.out_of_memory import is_out_of_memory
 from resta.sft import recipe as recipes
 from resta.sft.chat import Chat, open_chat
 from resta.sft.data import Mixture, mix
@@ -81,7 +82,19 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trained:
+class Progress:
+    """How far a run is: what was logged at a step, of how many."""
+
+    step: int
+    steps: int
+    logged: Mapping[str, float]  # loss, learning_rate, grad_norm, or eval_loss: nats per trained token
+
+
+Watch = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
     """A finished training run, still in memory."""
 
     trainer: SFTTrainer
@@ -163,7 +176,7 @@ def launch_line(job: Job) -> str:
 def build_config(job: Job, *, evaluates: bool) -> SFTConfig:
     """Translate the recipe into the trainer's own configuration. Raises `RecipeError`."""
     options = _schedule_options(job) | _saving_options(job, evaluates=evaluates) | _device_options(job)
-    options |= {"report_to": "none"} | job.recipe.trainer
+    options |= {"report_to": "none", "disable_tqdm": True} | job.recipe.trainer
     known = {field.name for field in dataclasses.fields(SFTConfig)}
     for key in job.recipe.trainer:
         if key not in known:
@@ -351,11 +364,25 @@ class StopOnNaN(TrainerCallback):  # type: ignore[misc]  # an untyped base
                 )
 
 
-def build_trainer(job: Job, config: SFTConfig, model: Any, chat: Chat, prepared: Prepared) -> SFTTrainer:
-    """Return the trainer, ready to run. Raises `RecipeError`."""
+class Report(TrainerCallback):  # type: ignore[misc]  # an untyped base
+    """Tell whoever watches what is logged; one process does."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Pass on what is a number."""
+        numbers = {key: float(value) for key, value in (logs or {}).items() if isinstance(value, int | float)}
+        if state.is_world_process_zero:
+            self.watch(Progress(step=state.global_step, steps=state.max_steps, logged=numbers))
+
+
+def build_trainer(
+    job: Job, config: SFTConfig, model: Any, chat: Chat, prepared: Prepared, watch: Watch | None = None
+) -> SFTTrainer:
+    """Return the trainer, ready to run, which prints nothing. Raises `RecipeError`."""
     mixed = job.recipe.objective.kind == "blue_red"
-    held = prepared.heldout
-    callbacks: list[TrainerCallback] = [StopOnNaN()]
+    callbacks: list[TrainerCallback] = [StopOnNaN(), *([Report(watch)] if watch else [])]
     if job.recipe.train.early_stop_patience is not None:
         callbacks.append(EarlyStoppingCallback(job.recipe.train.early_stop_patience))
     arguments: dict[str, Any] = {
@@ -367,24 +394,24 @@ def build_trainer(job: Job, config: SFTConfig, model: Any, chat: Chat, prepared:
         "callbacks": callbacks,
     }
     try:
-        if not mixed:
-            heldout = Dataset.from_dict(columns(held, with_side=False)) if held else None
-            return SFTTrainer(**arguments, eval_dataset=heldout)
-        sides = {"blue": tuple(s for s in held if not s.red), "red": tuple(s for s in held if s.red)}
-        evals = {name: Dataset.from_dict(columns(s, with_side=True)) for name, s in sides.items() if s}
-        collator = CollateWithSide(pad_token_id=chat.tokenizer.pad_token_id)
-        return BlueRedTrainer(
-            **arguments, eval_dataset=evals or None, data_collator=collator, objective=job.recipe.objective
-        )
+        trainer = _trainer_of(job, arguments, prepared)
     except (ValueError, ImportError) as error:
         raise RecipeError(f"the trainer refuses these settings: {error}") from error
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception means that a device's memory is full."""
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+def _trainer_of(job: Job, arguments: dict[str, Any], prepared: Prepared) -> SFTTrainer:
+    """Return trl's trainer for one loss, or ours for two."""
+    held = prepared.heldout
+    if job.recipe.objective.kind == "blue":
+        heldout = Dataset.from_dict(columns(held, with_side=False)) if held else None
+        return SFTTrainer(**arguments, eval_dataset=heldout)
+    sides = {"blue": tuple(s for s in held if not s.red), "red": tuple(s for s in held if s.red)}
+    evals = {name: Dataset.from_dict(columns(s, with_side=True)) for name, s in sides.items() if s}
+    collator = CollateWithSide(pad_token_id=arguments["processing_class"].pad_token_id)
+    return BlueRedTrainer(
+        **arguments, eval_dataset=evals or None, data_collator=collator, objective=job.recipe.objective
     )
 
 
@@ -495,9 +522,10 @@ def _strategy(trainer: SFTTrainer) -> str | None:
     return "ddp" if world_size() > 1 else None
 
 
-def train(job: Job) -> Trained:
-    """Train as the recipe says, from the newest whole checkpoint of a run that was stopped. Raises every
-    error of this module.
+def train(job: Job, watch: Watch | None = None) -> Fitted:
+    """Train as the recipe says, from the newest whole checkpoint of a run that was stopped.
+
+    Raises every error of this module.
     """
     if job.out.exists():
         raise PlanError(f"{job.out} already exists; choose another --output, or remove it")
@@ -510,7 +538,7 @@ def train(job: Job) -> Trained:
     started = time.monotonic()
     with memory_advice(job.recipe):
         model = load_model(job, chat)
-        trainer = build_trainer(job, config, model, chat, prepared)
+        trainer = build_trainer(job, config, model, chat, prepared, watch)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         final = trainer.evaluate() if prepared.heldout else {}
     # Read from the log, which a resumed run continues; the trainer's own mean covers only the last process's
@@ -528,4 +556,4 @@ def train(job: Job) -> Trained:
         "processes": world_size(),
         "strategy": _strategy(trainer),
     }
-    return Trained(trainer=trainer, chat=chat, mixture=mixture, prepared=prepared, metrics=metrics)
+    return Fitted(trainer=trainer, chat=chat, mixture=mixture, prepared=prepared, metrics=metrics)

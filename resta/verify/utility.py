@@ -35,7 +35,8 @@ import numpy as np
 
 from resta.errors import EndpointError, MissingExtraError, ModelError, TaskError, UnansweredError
 from resta.fingerprint import sha256_file
-from resta.redeval.models import LocalModel, adds_bos, free_bytes, is_out_of_memory
+from resta.out_of_memory import is_out_of_memory
+from resta.redeval.models import LocalModel, adds_bos, free_bytes
 from resta.redeval.targets import api_key
 from resta.strict import did_you_mean
 from resta.verify.documents import Document, finished_tasks, start_suite, write_documents

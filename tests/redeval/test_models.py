@@ -25,7 +25,6 @@ from resta.redeval.models import (
     estimate_seconds,
     fingerprint,
     hidden_ids,
-    is_out_of_memory,
     load_local,
     read_tokenizer,
     why_not,
@@ -147,11 +146,6 @@ def test_out_of_memory_with_a_single_prompt_is_an_error_that_says_so(
     monkeypatch.setattr(model.model, "generate", generate)
     with pytest.raises(UnansweredError, match="out of memory on cpu with one prompt"):
         model.answer(prompts(model)[:1], GREEDY)
-
-
-def test_other_runtime_errors_are_not_taken_for_memory() -> None:
-    assert not is_out_of_memory(RuntimeError("shapes do not match"))
-    assert is_out_of_memory(RuntimeError("MPS backend out of memory"))
 
 
 def test_the_next_batch_holds_the_longest_prompts(local: LocalModel) -> None:

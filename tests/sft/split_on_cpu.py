@@ -20,8 +20,8 @@ from transformers import training_args
 
 from resta.sft import recipe as recipes
 from resta.sft import train
-from resta.sft.recipe import Recipe
 from resta.sft.finetune import carry_out as run
+from resta.sft.recipe import Recipe
 
 
 def split_by_fsdp() -> None:

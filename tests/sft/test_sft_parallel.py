@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from sft_tiny import exchange
 
 from resta.sft import recipe as recipes
-from resta.sft.recipe import Recipe
 from resta.sft.finetune import carry_out as run
+from resta.sft.recipe import Recipe
 from resta.sft.train import Job
 
 

@@ -35,8 +35,8 @@ from resta.errors import (
 )
 from resta.hub import locate
 from resta.sft import train as training
-from resta.sft.recipe import Recipe
 from resta.sft.finetune import carry_out as run
+from resta.sft.recipe import Recipe
 from resta.sft.train import Job
 from tests.processes import wait_until
 
