@@ -8,6 +8,7 @@ provider is not used: it loads the weights twice, doubles the BOS, samples by de
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import os
@@ -25,8 +26,7 @@ try:
     import anyio
     from inspect_ai import Task, eval, task
     from inspect_ai.dataset import MemoryDataset, Sample
-    from inspect_ai.log import EvalResults, list_eval_logs, read_eval_log, write_eval_log
-    from inspect_ai.log._log import EvalMetric, EvalScore
+    from inspect_ai.log import EvalMetric, EvalResults, EvalScore, list_eval_logs, read_eval_log, write_eval_log
     from inspect_ai.model import (
         ChatCompletionChoice,
         ChatMessage,
@@ -72,6 +72,10 @@ __all__ = [
 # one, and costs as many steps as a full one.
 IDLE_S = 0.1
 WINDOW = 1024  # asks in flight for a local model: enough to sort by length over most of a run
+# Newer releases of Inspect serve a running evaluation on a port unless told not to; older ones know no such argument.
+_NO_SERVERS: dict[str, Any] = {
+    name: False for name in ("acp_server", "ctl_server") if name in inspect.signature(eval).parameters
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -505,11 +509,10 @@ def ask_all(
             log_realtime=False,  # its buffer is a second copy of the answers, outside the run's folder
             log_model_api=False,
             log_level="error",
-            ctl_server=False,
-            acp_server=False,
             score=False,
             fail_on_error=True,
             max_samples=_in_flight(handle, limits),
+            **_NO_SERVERS,
         )
     finally:
         _make_private(log_dir)

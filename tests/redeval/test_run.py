@@ -3,6 +3,7 @@ from __future__ import annotations
 import ast
 import csv
 import json
+import re
 import signal
 import stat
 import subprocess
@@ -397,7 +398,7 @@ def test_a_failure_is_told_without_the_question_that_the_server_sends_back(
     out = tmp_path / "run"
     options = ["--base-url", stub.url, "--bank", bank, "--template", "cot", "--retries", 0, "--out", out]
     shown = invoke("big", *options, code=5)
-    assert "StatusError: Error code: 400 - I dislike [prompt]" in shown
+    assert re.search(r"StatusError: Error code: 400 - .*I dislike \[prompt\]", shown)  # some releases show all of a body
     assert "one?" not in shown
     stub.answer = lambda body: (400, {"error": {"message": f"Starts {body['messages'][0]['content'][:30]}"}})
     shown = invoke("big", *options, code=5)
