@@ -5,45 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from resta.redeval.profiles import PROFILES, Questions
+
 if TYPE_CHECKING:
-    from resta.redeval.judges import Judge
-    from resta.redeval.plan import Conditions, Request, Tally
+    from resta.redeval.progress import RunOptions, Tally
+    from resta.redeval.targets import Target
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Profile:
-    """What is asked by name: banks of harmful questions and of safe ones, each question through every template."""
-
-    banks: tuple[str, ...]
-    safe_banks: tuple[str, ...]
-    templates: tuple[str, ...]
-
-
-EVERY_TEMPLATE = ("standard", "cot", "suffix", "cou")
-# Each holds enough questions for the default policy to pass a good model.
-PROFILES = {
-    "quick": Profile(banks=("dangerousqa", "catqa-en"), safe_banks=("lookalikes",), templates=("standard", "cou")),
-    "standard": Profile(
-        banks=("dangerousqa", "adversarialqa", "catqa-en"),
-        safe_banks=("lookalikes",),
-        templates=("standard", "suffix", "cou"),
-    ),
-    "full": Profile(
-        banks=("dangerousqa", "harmfulqa", "adversarialqa", "catqa-en"),
-        safe_banks=("lookalikes",),
-        templates=EVERY_TEMPLATE,
-    ),
-}
-TRIAL = Profile(banks=("smoke",), safe_banks=("smoke-safe",), templates=EVERY_TEMPLATE)
 
 
 class WithDefault(click.Group):
@@ -251,76 +226,34 @@ SERVERS = options(
 # -- what the options mean -----------------------------------------------------------------------------------
 
 
-def request_of(given: dict[str, Any], model: str) -> Request:
-    """Return what is asked of `model`. Raises BankError, ModelError, TemplateError."""
-    from resta.redeval.plan import Request
-    from resta.redeval.questions import read_bank, without
-    from resta.redeval.records import load_run
+def questions_of(given: Mapping[str, Any]) -> Questions:
+    """Return what is asked, as the options say."""
+    return Questions(**{each.name: given[each.name] for each in fields(Questions) if each.name in given})
+
+
+def target_of(model: str, given: Mapping[str, Any]) -> Target:
+    """Return the model that is named, reached as the options say. Raises ModelError."""
     from resta.redeval.targets import parse_target
-    from resta.redeval.templates import read_template
 
-    profile = _profile(given)
-    where = {"bank_dirs": given["bank_dirs"], "download": given["download"]}
-    banks = [read_bank(name, **where) for name in profile.banks]
-    banks += [read_bank(name, **where, safe=True) for name in profile.safe_banks]
-    for bank in banks:
-        if bank.left_out:
-            marked = f"{bank.left_out} questions of {bank.name} are marked as unsafe"
-            click.echo(f"note: {marked} and left out of --safe-bank", err=True)
-    asked = {question.text for run in given.get("without", ()) for question in load_run(run).questions().values()}
-    if asked:
-        banks = [without(bank, asked) for bank in banks]
-    return Request(
-        target=parse_target(
-            model,
-            given["base_url"],
-            base=given["base"],
-            files=given["files"],
-            chat_template=given["chat_template"],
-            device=given["device"],
-            dtype=given["dtype"],
-            batch_rows=given["batch_size"],
-        ),
-        banks=tuple(banks),
-        templates=tuple(read_template(name) for name in profile.templates),
-        **{key: given[key] for key in ("protocol", "duplicates", "limit", "epochs", "temperature", "top_p")},
-        **{key: given[key] for key in ("seed", "max_new_tokens", "keep_thoughts", "template_args")},
+    return parse_target(
+        model,
+        given["base_url"],
+        base=given["base"],
+        files=given["files"],
+        chat_template=given["chat_template"],
+        device=given["device"],
+        dtype=given["dtype"],
+        batch_rows=given["batch_size"],
     )
-
-
-def _profile(given: dict[str, Any]) -> Profile:
-    """Return what is asked by the profile that is named, or else by the banks that are; by neither, a trial."""
-    profile = PROFILES[given["profile"]] if given["profile"] else TRIAL
-    if not given["profile"] and (given["banks"] or given["safe_banks"]):
-        profile = replace(profile, banks=(), safe_banks=())
-    return Profile(
-        banks=given["banks"] or profile.banks,
-        safe_banks=given["safe_banks"] or profile.safe_banks,
-        templates=given["templates"] or profile.templates,
-    )
-
-
-def judges_of(given: dict[str, Any]) -> list[Judge]:
-    """Return the judges that are named. Raises JudgeError."""
-    from resta.redeval.judges import parse_judge
-
-    return [parse_judge(text) for text in given["judges"] or ("refusal-strings",)]
-
-
-def private() -> None:
-    """Let nothing that is written from now on be readable by other users: the answers may be harmful."""
-    from resta.redeval.records import make_private
-
-    make_private()
 
 
 @contextlib.contextmanager
-def conditions_of(given: dict[str, Any]) -> Iterator[Conditions]:
-    """Yield running conditions whose watcher is a progress bar on stderr with the running ASR."""
+def run_options(given: Mapping[str, Any]) -> Iterator[RunOptions]:
+    """Yield options of a run that is watched by a progress bar on stderr with the running ASR."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from resta.redeval.plan import Conditions
+    from resta.redeval.progress import RunOptions
 
     columns = (
         TextColumn("{task.description}"),
@@ -341,9 +274,9 @@ def conditions_of(given: dict[str, Any]) -> Iterator[Conditions]:
             bars.update(tasks[tally.phase], completed=tally.done, asr=asr)
 
         def note(line: str) -> None:
-            bars.console.print(line, highlight=False, markup=False)
+            bars.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-        yield Conditions(
+        yield RunOptions(
             connections=given["connections"],
             retries=given["retries"],
             timeout_s=given["timeout_s"],

@@ -45,9 +45,9 @@ def command(folder: Path | None, out: Path | None, instruct: str | None, seed: i
 
     shown = run_demo(folder, instruct=instruct, seed=seed, note=note)
     print_outcome(shown.outcome, folder / "sweep")
-    if shown.comparison is not None and shown.decision is not None and shown.ruling is not None:
-        print_decision(shown.comparison, shown.decision, shown.ruling)
-        click.echo(f"report: {folder / 'verify' / 'report.html'}")
+    if made := shown.verified:
+        print_decision(made.comparison, made.decision, made.ruling)
+        click.echo(f"report: {made.files['report.html']}")
     note("done")
     if found := failures(shown):
         raise DemoError(f"the demo does not show its point here: {'; '.join(found)}")

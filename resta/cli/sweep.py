@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from resta.cli.asking import HOW, JUDGES, QUESTIONS, SERVERS, conditions_of, options, private, request_of
+from resta.cli.asking import HOW, JUDGES, QUESTIONS, SERVERS, options, run_options, target_of
 from resta.cli.output import output
-from resta.cli.verify import POLICY, UTILITY, budget_of
+from resta.cli.verify import POLICY, UTILITY, exam_of
 from resta.errors import NO, RecipeError
 
 if TYPE_CHECKING:
     from resta.recipe import Model
-    from resta.redeval.plan import Conditions
+    from resta.redeval.progress import RunOptions
     from resta.redeval.targets import Target
     from resta.sweep.candidates import Family, Grid
     from resta.sweep.measure import Sweep
@@ -148,35 +148,37 @@ def command(ctx: click.Context, /, tuned_or_recipe: str, out: Path, **given: Any
     norm are run beside it. Writes a table, a plot and OUT/chosen.yaml for `resta merge` and `resta verify --from`. The
     same command goes on where it was; more scales or methods may be added. Exit code 1: no candidate would pass.
     """
-    from resta.redeval.records import environment
+    from resta.redeval.records import environment, private_files
     from resta.sweep.measure import check_sweep, open_sweep
     from resta.sweep.report import print_outcome, require_plots, write_reports
 
     require_plots()
     sweep = _sweep(ctx, tuned_or_recipe, out, given)
     check_sweep(sweep)
-    private()
-    open_sweep(sweep)
-    with conditions_of(given) as conditions:
-        outcome = _carry_out(sweep, conditions, given)
-    write_reports(sweep, outcome, environment())
+    with private_files():
+        open_sweep(sweep)
+        with run_options(given) as options:
+            for line in sweep.budget.spec.notes:
+                options.note(f"note: {line}")
+            outcome = _carry_out(sweep, options, given)
+        write_reports(sweep, outcome, environment())
     print_outcome(outcome, out)
     if outcome.choice.name is None:
         ctx.exit(NO)
 
 
-def _carry_out(sweep: Sweep, conditions: Conditions, given: Mapping[str, Any]) -> Outcome:
+def _carry_out(sweep: Sweep, options: RunOptions, given: Mapping[str, Any]) -> Outcome:
     from resta.sweep.measure import in_this_process
     from resta.sweep.outcome import carry_out
 
     if given["ray_address"] is None:
-        place = in_this_process(sweep, conditions)
+        place = in_this_process(sweep, options)
     else:
         from resta.sweep.ray import on_cluster
 
-        place = on_cluster(sweep, conditions, address=given["ray_address"], workers=given["ray_workers"])
+        place = on_cluster(sweep, options, address=given["ray_address"], workers=given["ray_workers"])
     with place as measure:
-        return carry_out(sweep, given["rule"], conditions, measure)
+        return carry_out(sweep, given["rule"], options, measure)
 
 
 # -- from options to a sweep ---------------------------------------------------------------------------------
@@ -186,6 +188,7 @@ def _sweep(ctx: click.Context, tuned_or_recipe: str, out: Path, given: dict[str,
     """Return the sweep that the options ask for. Raises RequestError."""
     from resta.sweep.candidates import candidates_of, check_groups, check_methods
     from resta.sweep.measure import Sweep
+    from resta.verify.budget import read_budget
     from resta.verify.gate import check_tasks
     from resta.verify.policy import read_policy
 
@@ -196,7 +199,7 @@ def _sweep(ctx: click.Context, tuned_or_recipe: str, out: Path, given: dict[str,
     check_methods(grid, family)
     check_groups(family)
     references = {role: _reference(family.models, role, given) for role in ("aligned", "tuned")}
-    budget = budget_of(_asked(given), references["aligned"].name)
+    budget = read_budget(exam_of({**given, "tokenizer": None}))
     check_tasks(policy, [task.name for task in budget.suite.tasks] if budget.suite else [])
     return Sweep(
         family=family,
@@ -284,16 +287,11 @@ def _own_family(ctx: click.Context, path: Path) -> Family:
     return replace(family_of(load_recipe(path)), groups=_names(ctx.params["groups"]))
 
 
-def _asked(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options as those of one model: candidates are never served, nor read from a recipe file."""
-    return {**given, "base_url": None, "base": None, "files": None, "tokenizer": None}
-
-
 def _reference(models: Mapping[str, Model], role: str, given: Mapping[str, Any]) -> Target:
     """Return a reference as `resta verify` would ask it: an adapter on its base."""
     model = models[role]
     base = models[model.on].source if model.on else None
-    return request_of({**_asked(given), "base": base}, model.source).target
+    return target_of(model.source, {**given, "base_url": None, "base": base, "files": None})
 
 
 def _verify_options(ctx: click.Context, models: Mapping[str, Model]) -> dict[str, Any]:

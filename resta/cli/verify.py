@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,21 +17,17 @@ from resta.cli.asking import (
     SERVERS,
     WHERE,
     WithDefault,
-    conditions_of,
-    judges_of,
     options,
-    private,
-    request_of,
+    questions_of,
+    run_options,
+    target_of,
 )
 from resta.cli.output import output
 from resta.errors import ModelError, RequestError, TaskError
 
 if TYPE_CHECKING:
-    from resta.redeval.plan import Conditions
-    from resta.redeval.targets import Target
-    from resta.verify.measure import Budget
-    from resta.verify.measurement import Measurement
-    from resta.verify.policy import Policy
+    from resta.redeval import Target
+    from resta.verify import Exam, Verification, Views
 
 
 @click.group(cls=WithDefault, context_settings={"help_option_names": ["-h", "--help"]})
@@ -126,48 +122,19 @@ def _take_settings(ctx: click.Context, parameter: click.Parameter, path: Path | 
 @output(type=click.Path(file_okay=False, path_type=Path), default=Path("verify"), show_default=True)
 def run(restored: str, tuned: str, aligned: str, out: Path, **given: Any) -> None:
     """Measure what is missing, compare, decide, report. The same command goes on with what is missing."""
-    from resta.redeval.targets import Target
-    from resta.verify.decision import Verdict
-    from resta.verify.gate import check_tasks
-    from resta.verify.measure import check_budget, measure_all
-    from resta.verify.measurement import note_places, read_measurement
-    from resta.verify.plan import plan_power
-    from resta.verify.policy import read_policy
-    from resta.verify.views import remove_reports
+    from resta import verify
 
     with _no_verdict():
-        policy = read_policy(given["policy_path"])
-        names = {"aligned": aligned, "tuned": tuned, "restored": restored}
-        budget = budget_of(given, tuned)
-        targets = {role: target_of(given, name) for role, name in names.items()}
-        if any(isinstance(target, Target) for target in targets.values()):  # else the measurements say what there is
-            check_tasks(policy, [task.name for task in budget.suite.tasks] if budget.suite else [])
-        check_budget(budget, targets)
-        if given["card"]:
-            target = targets["restored"]
-            _card_of(read_measurement(target).name if isinstance(target, Path) else target.name)
-        power = plan_power(policy, budget, targets)
+        models = [_model(given, name) for name in (restored, tuned, aligned)]
+        asked = {"tuned": models[1], "aligned": models[2], "policy": given["policy_path"], "exam": exam_of(given)}
         if given["dry_run"]:
+            power = verify.forecast(models[0], **asked)
             click.echo("\n".join(power.lines))
-            sys.exit(Verdict.PASS.value if power.can_pass else Verdict.INCONCLUSIVE.value)
-        private()
-        out.mkdir(parents=True, exist_ok=True)
-        remove_reports(out)
-        with conditions_of(given) as conditions:
-            for line in power.lines:
-                conditions.note(line)
-            models = measure_all(targets, budget, out, conditions)
-            note_places(models, out)
-            target = targets["aligned"]
-            reader = target if isinstance(target, Target) else _measured(models["aligned"], given["device"])
-            verdict = _decide(models, reader, out, policy, conditions, given)
-    sys.exit(verdict)
-
-
-def _measured(model: Measurement, device: str) -> Target | None:
-    from resta.verify.places import find_model
-
-    return find_model(model.path, model.config["target"], device=device)
+            sys.exit(verify.Verdict.PASS.value if power.can_pass else verify.Verdict.INCONCLUSIVE.value)
+        with run_options(given) as options:
+            made = verify.run(models[0], **asked, out=out, views=_views(given), options=options)
+        _show(made)
+    sys.exit(made.exit_code)
 
 
 @command.command()
@@ -176,18 +143,12 @@ def _measured(model: Measurement, device: str) -> Target | None:
 @SHOW
 def report(out: Path, **given: Any) -> None:
     """Decide and report again on what `resta verify` measured in OUT, under another policy or with the text shown."""
-    from resta.redeval.plan import Conditions
-    from resta.verify.measurement import read_measurement, read_places
-    from resta.verify.policy import read_policy
+    from resta.verify.release import decide_again
 
     with _no_verdict():
-        policy = read_policy(given["policy_path"])
-        models = {role: read_measurement(path) for role, path in read_places(out).items()}
-        if given["card"]:
-            _card_of(models["restored"].name)
-        private()
-        verdict = _decide(models, None, out, policy, Conditions(), given)
-    sys.exit(verdict)
+        made = decide_again(out, policy=given["policy_path"], views=_views(given))
+        _show(made)
+    sys.exit(made.exit_code)
 
 
 @command.command("import")
@@ -200,13 +161,15 @@ def import_logged(measurement: Path, files: tuple[Path, ...], names: tuple[str, 
     Measure with --no-utility, add the files of each model to OUT/aligned, OUT/tuned and OUT/restored, then decide with
     `resta verify report OUT`.
     """
+    from resta.redeval.records import private_files
     from resta.verify.measurement import is_measurement
     from resta.verify.samples import import_samples
 
     if not is_measurement(measurement):
         raise ModelError(f"{measurement} holds no measurement; expected a folder such as OUT/aligned of `resta verify`")
-    private()
-    for each in import_samples(measurement / "utility", files, names):
+    with private_files():
+        found = import_samples(measurement / "utility", files, names)
+    for each in found:
         mean = sum(document.value for document in each.documents) / len(each.documents)
         click.echo(f"{each.task}: {each.facts['metric']} {mean:.3f} over {len(each.documents)} documents")
 
@@ -231,37 +194,30 @@ def _no_verdict() -> Iterator[None]:
         raise
 
 
-def target_of(given: dict[str, Any], name: str) -> Target | Path:
+def _model(given: Mapping[str, Any], name: str) -> Target | Path:
     """Return the model that a name means, or the folder of its measurement. Raises ModelError."""
     from resta.verify.measurement import is_measurement
 
-    if is_measurement(Path(name)):
-        return Path(name)
-    return request_of(given, name).target
+    return Path(name) if is_measurement(Path(name)) else target_of(name, given)
 
 
-def budget_of(given: dict[str, Any], model: str) -> Budget:
-    """Return what the options say is measured of every model. Raises the errors of banks, judges and tasks."""
-    from resta.verify.measure import Budget
-    from resta.verify.utility import read_suite
+def exam_of(given: Mapping[str, Any]) -> Exam:
+    """Return what is measured of every model, as the options say. Raises TaskError."""
+    from resta.verify import Exam, Utility
 
-    profile, folder = given["profile_name"], given["task_folder"]
-    if profile is None and folder is None and not given["task_names"]:
-        profile = "regression"
-    return Budget(
-        request=request_of(given, model),
-        judges=tuple(judges_of(given)),
-        suite=None
-        if given["no_utility"]
-        else read_suite(
-            profile,
-            folder,
-            given["task_names"],
-            num_fewshot=given["num_fewshot"],
-            gen_kwargs=_gen_kwargs(given["gen_kwargs"]),
-        ),
+    utility = Utility(
+        profile=given["profile_name"],
+        folder=given["task_folder"],
+        names=given["task_names"],
+        num_fewshot=given["num_fewshot"],
+        gen_kwargs=_gen_kwargs(given["gen_kwargs"]),
         documents=given["documents"],
         tokenizer=given["tokenizer"],
+    )
+    return Exam(
+        questions=questions_of(given),
+        judges=given["judges"],
+        utility=None if given["no_utility"] else utility,
         allow_self_judge=given["allow_self_judge"],
     )
 
@@ -281,45 +237,14 @@ def _gen_kwargs(text: str | None) -> dict[str, Any]:
     return found
 
 
-def _decide(
-    models: dict[str, Measurement],
-    aligned: Target | None,
-    out: Path,
-    policy: Policy,
-    conditions: Conditions,
-    given: dict[str, Any],
-) -> int:
-    """Write every report, print the short one and return the verdict's exit code."""
-    from resta.redeval.records import environment
-    from resta.verify.gate import decide
-    from resta.verify.measure import compare_all
-    from resta.verify.plan import with_power
-    from resta.verify.report import print_decision, to_card
-    from resta.verify.trace import make_ruling, with_earlier
-    from resta.verify.views import write_reports
+def _views(given: Mapping[str, Any]) -> Views:
+    from resta.verify import Views
 
-    comparison = compare_all(models, aligned, out, policy, conditions)
-    ruling = make_ruling(out, policy, given["policy_path"], environment())
-    decision = with_power(with_earlier(comparison, decide(comparison, policy), ruling), comparison, policy)
-    write_reports(out, comparison, decision, ruling, include_text=given["include_text"])
-    if given["card"]:
-        _update_card(_card_of(models["restored"].name), to_card(comparison, decision, ruling))
-    print_decision(comparison, decision, ruling)
-    click.echo(f"report: {out / 'report.html'}")
-    return int(decision.verdict.value)
+    return Views(include_text=given["include_text"], card=given["card"])
 
 
-def _card_of(model: str) -> Path:
-    """Return the card of a model in a local directory. Raises ModelError."""
-    folder = Path(model)
-    if not folder.is_dir():
-        raise ModelError(f"--card: {folder} is not a local directory; leave --card out, and paste OUT/card.md instead")
-    return folder / "README.md"
+def _show(made: Verification) -> None:
+    from resta.verify.report import print_decision
 
-
-def _update_card(path: Path, section: str) -> None:
-    from resta.journal import write_whole
-    from resta.verify.report import with_section
-
-    card = path.read_text(encoding="utf-8") if path.exists() else ""
-    write_whole(path, with_section(card, section))
+    print_decision(made.comparison, made.decision, made.ruling)
+    click.echo(f"report: {made.files['report.html']}")

@@ -14,32 +14,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import resta
 from resta.demo.files import CorpusFiles, write_corpus
 from resta.demo.models import INSTRUCT, TINY, Making, Note, Schedule, make_models
-from resta.engine import carry_out as write_merge
 from resta.errors import PlanError
-from resta.plan import make_plan
-from resta.recipe import load_recipe, named_models
-from resta.redeval.judges import parse_judge
-from resta.redeval.plan import Conditions, Request
+from resta.recipe import named_models
+from resta.redeval import Questions, RunOptions, Target, parse_target
 from resta.redeval.questions import read_bank
-from resta.redeval.records import environment, make_private
-from resta.redeval.targets import parse_target
-from resta.redeval.templates import read_template
+from resta.redeval.records import environment, private_files
 from resta.sweep.candidates import Family, Grid, candidates_of
 from resta.sweep.choose import Point
 from resta.sweep.measure import Sweep, check_sweep, in_this_process, open_sweep
 from resta.sweep.outcome import Outcome, carry_out
 from resta.sweep.report import write_reports
-from resta.verify.comparison import Comparison
-from resta.verify.decision import Decision, Verdict
-from resta.verify.gate import decide
-from resta.verify.measure import Budget, compare_all, measure_all
-from resta.verify.measurement import note_places
-from resta.verify.policy import Policy, read_policy
-from resta.verify.trace import Ruling, make_ruling, with_earlier
-from resta.verify.utility import read_suite
-from resta.verify.views import write_reports as write_verdict
+from resta.verify import Exam, Utility, Verdict, Verification
+from resta.verify.budget import read_budget
+from resta.verify.policy import read_policy
 
 SCALES = (0.25, 0.5, 0.75, 1.0)
 MOST_TOKENS = 24  # of an answer: a refusal and the tiny model's whole answers are shorter
@@ -58,12 +48,10 @@ one_answer: {max_increase: null}  # the demo's grammar has one helpful sentence 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shown:
-    """What a demo came to. All but `outcome` are None where the sweep found nothing to restore by."""
+    """What a demo came to; `verified` is None where the sweep found nothing to restore by."""
 
     outcome: Outcome
-    comparison: Comparison | None
-    decision: Decision | None
-    ruling: Ruling | None
+    verified: Verification | None
 
 
 def run_demo(
@@ -78,74 +66,67 @@ def run_demo(
     if folder.exists():
         raise PlanError(f"{folder}: already exists; remove it or choose another folder")
     if instruct is not None:
-        parse_target(instruct, None, device="cpu")  # whether it is there, before anything is written
+        on_cpu(instruct)  # whether it is there, before anything is written
     files = write_corpus(folder / "corpus")
     schedule = schedule or (TINY if instruct is None else INSTRUCT)
     making = Making(folder=folder, files=files, schedule=schedule, seed=seed, instruct=instruct, note=note)
     models = make_models(making)
-    make_private()
     (folder / "policy.yaml").write_text(POLICY, encoding="utf-8")
-    policy = read_policy(folder / "policy.yaml")
-    outcome = sweep(folder, models, files, policy, note)
+    outcome = sweep(folder, models, files, note)
     if outcome.choice.name is None:
-        return Shown(outcome=outcome, comparison=None, decision=None, ruling=None)
+        return Shown(outcome=outcome, verified=None)
     note(f"restored: {outcome.choice.name}, merged by the streaming engine")
-    write_merge(make_plan(load_recipe(folder / "sweep" / "chosen.yaml")), folder / "restored")
-    comparison, decision, ruling = verify(folder, models, files, policy, note)
-    return Shown(outcome=outcome, comparison=comparison, decision=decision, ruling=ruling)
+    resta.merge(folder / "sweep" / "chosen.yaml", folder / "restored")
+    verified = resta.verify.run(
+        on_cpu(folder / "restored"),
+        tuned=on_cpu(models["tuned"]),
+        aligned=on_cpu(models["aligned"]),
+        policy=folder / "policy.yaml",
+        exam=exam(files, "verifying"),  # what the sweep has not asked
+        out=folder / "verify",
+        options=RunOptions(note=lambda line: note(f"verify: {line}")),
+    )
+    return Shown(outcome=outcome, verified=verified)
 
 
-def sweep(folder: Path, models: Mapping[str, str], files: CorpusFiles, policy: Policy, note: Note) -> Outcome:
+def sweep(folder: Path, models: Mapping[str, str], files: CorpusFiles, note: Note) -> Outcome:
     """Search the scales on the questions for choosing, with both baselines beside the choice; write FOLDER/sweep."""
     family = Family(models=named_models({name: _absolute(model) for name, model in models.items()}))
     grid = Grid(methods=("resta",), scales=SCALES, wise_scales=(), random_scales=())
     plan = Sweep(
         family=family,
         candidates=candidates_of(grid),
-        references={role: parse_target(models[role], None, device="cpu") for role in ("aligned", "tuned")},
-        budget=budget(models["aligned"], files, "choosing"),
-        policy=policy,
+        references={role: on_cpu(models[role]) for role in ("aligned", "tuned")},
+        budget=read_budget(exam(files, "choosing")),
+        policy=read_policy(folder / "policy.yaml"),
         out=(folder / "sweep").absolute(),
         settings={"device": "cpu"},
         fresh=len(read_bank(str(files.bank("harmful", "verifying"))).questions),
     )
-    conditions = Conditions(note=lambda line: note(f"sweep: {line}"))
+    options = RunOptions(note=lambda line: note(f"sweep: {line}"))
     check_sweep(plan)
-    open_sweep(plan)
-    with in_this_process(plan, conditions) as measure:
-        outcome = carry_out(plan, "smallest-passing", conditions, measure)
-    write_reports(plan, outcome, environment())
+    with private_files():
+        open_sweep(plan)
+        with in_this_process(plan, options) as measure:
+            outcome = carry_out(plan, "smallest-passing", options, measure)
+        write_reports(plan, outcome, environment())
     return outcome
 
 
-def verify(
-    folder: Path, models: Mapping[str, str], files: CorpusFiles, policy: Policy, note: Note
-) -> tuple[Comparison, Decision, Ruling]:
-    """Hold the restored model against the policy on questions that the sweep has not asked; write FOLDER/verify."""
-    names = {"aligned": models["aligned"], "tuned": models["tuned"], "restored": str(folder / "restored")}
-    targets = {role: parse_target(name, None, device="cpu") for role, name in names.items()}
-    conditions = Conditions(note=lambda line: note(f"verify: {line}"))
-    out = folder / "verify"
-    out.mkdir()
-    measured = measure_all(targets, budget(names["aligned"], files, "verifying"), out, conditions)
-    note_places(measured, out)
-    comparison = compare_all(measured, targets["aligned"], out, policy, conditions)
-    ruling = make_ruling(out, policy, folder / "policy.yaml", environment())
-    decision = with_earlier(comparison, decide(comparison, policy), ruling)
-    write_verdict(out, comparison, decision, ruling, include_text=False)
-    return comparison, decision, ruling
-
-
-def budget(model: str, files: CorpusFiles, part: str) -> Budget:
-    """Return what is measured of every model: the held-out questions of one part, and the downstream task."""
-    request = Request(
-        target=parse_target(model, None, device="cpu"),
-        banks=(read_bank(str(files.bank("harmful", part))), read_bank(str(files.bank("look-alikes", part)), safe=True)),
-        templates=(read_template("standard"),),
+def exam(files: CorpusFiles, part: str) -> Exam:
+    """Return what every model is asked: the held-out questions of one part, and the downstream task."""
+    questions = Questions(
+        banks=(files.bank("harmful", part),),
+        safe_banks=(files.bank("look-alikes", part),),
+        templates=("standard",),
         max_new_tokens=MOST_TOKENS,
     )
-    suite = read_suite(None, files.task, ())
-    return Budget(request=request, judges=(parse_judge("refusal-strings"),), suite=suite)
+    return Exam(questions=questions, utility=Utility(folder=files.task))
+
+
+def on_cpu(model: str | Path) -> Target:
+    """Return a model that is small enough to be asked where everybody is."""
+    return parse_target(model, device="cpu")
 
 
 def _absolute(model: str) -> str:
@@ -164,10 +145,11 @@ def failures(shown: Shown) -> list[str]:
     noise = [each.candidate.name for each in shown.outcome.tried if each.candidate.method == "random" and each.passes]
     if noise:
         found.append(f"noise passes the policy as well ({', '.join(noise)}), so the vector's direction shows nothing")
-    if shown.decision is None:
+    if shown.verified is None:
         found.append("no scale of the safety vector passes the policy")
-    elif shown.decision.verdict is not Verdict.PASS:
-        found.append(f"the restored model's verdict is {shown.decision.verdict.name}: {shown.decision.summary}")
+    elif shown.verified.verdict is not Verdict.PASS:
+        decision = shown.verified.decision
+        found.append(f"the restored model's verdict is {decision.verdict.name}: {decision.summary}")
     return found
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from resta.errors import MissingExtraError, ModelError, UnansweredError
 from resta.fingerprint import sha256_text
+from resta.redeval import targets
 from resta.redeval.asks import Ask, Decoding, Finish, Message, NoReply, Outcome, Rendering, Reply, without_prompt
 
 try:
@@ -389,6 +390,39 @@ class ServedAPI(ModelAPI):
 
 
 # -- handles: what asks are sent to --------------------------------------------------------------------------
+
+
+def open_model(
+    who: targets.Target | LocalModel,
+    decoding: Decoding,
+    rendering: Rendering,
+    *,
+    raw: bool = False,
+    is_judge: bool = False,
+    limits: Limits | None = None,
+) -> Model:
+    """Return a handle to a model that is loaded already, or to a served one that answers and takes our key.
+
+    `raw` sends the first message's text as it stands, without a chat template. Raises ModelError, UnansweredError.
+    """
+    if isinstance(who, LocalModel):
+        return local_handle(who, decoding, rendering=rendering, raw=raw)
+    if who.base_url is not None:
+        targets.check_endpoint(who.base_url, judge=is_judge)
+    elif raw:
+        raise ModelError(
+            f"{who.name}: its prompt is sent as plain text, which Inspect's providers do not take; serve it "
+            "(NAME=MODEL@http://HOST/v1) or run it locally"
+        )
+    return connect(
+        who.name,
+        base_url=who.base_url,
+        api_key=targets.api_key(judge=is_judge),
+        decoding=decoding,
+        raw=raw,
+        template_args=rendering.template_args,
+        limits=limits,
+    )
 
 
 def local_handle(

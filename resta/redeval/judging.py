@@ -41,10 +41,10 @@ from resta.redeval.models import (
     read_tokenizer,
     token_id,
 )
-from resta.redeval.plan import Conditions, Tally, count, engine_limits, note_failure, say_failures
+from resta.redeval.progress import RunOptions, Tally, count, engine_limits, note_failure, say_failures
 from resta.redeval.questions import Question
 from resta.redeval.records import Answer, RunDir, Verdict
-from resta.redeval.targets import Target, api_key, check_endpoint, parse_target, same_model
+from resta.redeval.targets import Target, parse_target, same_model
 
 Pairs = Sequence[tuple[Question, Answer]]
 Keep = Callable[[Question, Verdict], None]
@@ -98,7 +98,9 @@ def make_ready(judges: Sequence[Judge], run: RunDir | None, device: str) -> None
 
 def _try_out(judge: Judge, target: Target) -> None:
     if target.local is None:
-        _handle(judge, Conditions(), None)
+        from resta.redeval import engine
+
+        engine.open_model(target, judge.decoding, judge.rendering, raw=judge.is_raw, is_judge=True)
         return
     pick_device(target.local.device)
     tokenizer = read_tokenizer(target.local)
@@ -140,7 +142,7 @@ def untested(run: RunDir, judge: Judge) -> list[Known]:
     return [each for each in known if (each.answer.id, each.sha256) not in done]
 
 
-def judge_phase(run: RunDir, judge: Judge, conditions: Conditions) -> None:
+def judge_phase(run: RunDir, judge: Judge, conditions: RunOptions) -> None:
     """Judge every answer that this judge has yet to see, after those that are known beforehand.
 
     Where it fails, the answer stays without a verdict. Raises UnansweredError where too many fail in a row; verdicts so
@@ -191,7 +193,7 @@ class _Job:
     fail: Fail
 
 
-def _ask_judge(job: _Job, conditions: Conditions, log_dir: Path) -> None:
+def _ask_judge(job: _Job, conditions: RunOptions, log_dir: Path) -> None:
     judge = job.judge
     target = judge_target(judge, conditions.judge_device)
     if isinstance(judge.spec.read, Classifier):
@@ -211,13 +213,16 @@ def _ask_judge(job: _Job, conditions: Conditions, log_dir: Path) -> None:
 # -- through the engine --------------------------------------------------------------------------------------
 
 
-def _ask_engine(job: _Job, conditions: Conditions, local: LocalModel | None, log_dir: Path) -> None:
+def _ask_engine(job: _Job, conditions: RunOptions, local: LocalModel | None, log_dir: Path) -> None:
     from resta.redeval import engine
 
     judge, clip = job.judge, clip_for(job.judge, job.pairs, local)
     asks = [(pair, ask) for pair in job.pairs for ask in judge_asks(judge, pair[0].text, pair[1], clip)]
     collect = collector(judge, asks, job.keep)
-    handle = _handle(judge, conditions, local)
+    limits = engine_limits(conditions)
+    handle = engine.open_model(
+        local or judge_target(judge), judge.decoding, judge.rendering, raw=judge.is_raw, is_judge=True, limits=limits
+    )
 
     def hand_on(outcome: Outcome) -> None:
         if isinstance(outcome, NoReply):
@@ -232,34 +237,10 @@ def _ask_engine(job: _Job, conditions: Conditions, local: LocalModel | None, log
             hand_on,
             log_dir=log_dir,
             title=f"judge {judge.id}",
-            limits=engine_limits(conditions),
+            limits=limits,
         )
     finally:
         engine.release(handle)
-
-
-def _handle(judge: Judge, conditions: Conditions, local: LocalModel | None) -> Any:
-    from resta.redeval import engine
-
-    if local is not None:
-        return engine.local_handle(local, judge.decoding, rendering=judge.rendering, raw=judge.is_raw)
-    target = judge_target(judge)
-    if target.base_url is not None:
-        check_endpoint(target.base_url, judge=True)
-    elif judge.is_raw:
-        raise JudgeError(
-            f"judge {judge.spec.name} needs its prompt sent as plain text, which Inspect's providers do not "
-            "take; serve it (NAME=MODEL@http://HOST/v1) or run it locally"
-        )
-    return engine.connect(
-        target.name,
-        base_url=target.base_url,
-        api_key=api_key(judge=True),
-        decoding=judge.decoding,
-        raw=judge.is_raw,
-        template_args=judge.rendering.template_args,
-        limits=engine_limits(conditions),
-    )
 
 
 def collector(judge: Judge, asks: Sequence[tuple[tuple[Question, Answer], Ask]], keep: Keep) -> Callable[[Reply], None]:

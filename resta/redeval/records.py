@@ -21,7 +21,7 @@ import contextlib
 import os
 import platform
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
@@ -353,6 +353,11 @@ def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def make_private() -> None:
-    """Let nothing that this process creates from now on be readable by other users."""
-    os.umask(0o077)
+@contextlib.contextmanager
+def private_files() -> Iterator[None]:
+    """Let nothing that this process creates within be readable by other users: the answers may be harmful."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from resta.fingerprint import sha256_text
 from resta.redeval.control import ALPHA, LEAST, Control
-from resta.redeval.plan import PROTOCOLS
+from resta.redeval.protocol import PROTOCOLS
 from resta.redeval.score import Cell, Row, Scores, disagreements
 from resta.statistics import Rate
 

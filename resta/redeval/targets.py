@@ -12,7 +12,7 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from resta.errors import ModelError, UnansweredError
 from resta.redeval.models import ROWS, LocalSpec, fingerprint
@@ -55,8 +55,23 @@ class Target:
         }
 
 
-def parse_target(name: str, base_url: str | None, **options: Any) -> Target:
-    """Return the model that `name` means; `options` are LocalSpec's. Raises ModelError."""
+class LocalOptions(TypedDict, total=False):
+    """How a model of this process is loaded: the fields of LocalSpec but the model itself."""
+
+    base: str | None
+    files: str | None
+    chat_template: str | None
+    device: str
+    dtype: str
+    batch_rows: int | None
+
+
+def parse_target(name: str | Path, base_url: str | None = None, **options: Unpack[LocalOptions]) -> Target:
+    """Return the model that a name means: a directory, a Hub id, an adapter, a recipe, or what is served at `base_url`.
+
+    Raises ModelError.
+    """
+    name = str(name)
     if base_url is not None or name.startswith(INSPECT):
         given = [f"--{key.replace('_', '-')}" for key in ("base", "files", "chat_template") if options.get(key)]
         if given:

@@ -7,16 +7,17 @@ judges, agreement and resume use `resta redeval`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
+from resta.redeval.answering import keep_answer
 from resta.redeval.asks import Ask, Decoding, Reply
 from resta.redeval.engine import Task, redeval_task, task
 from resta.redeval.judges import check_languages, parse_judge, verdict_without_model
-from resta.redeval.plan import Request, keep_answer, make_plan
-from resta.redeval.questions import Question, read_bank
-from resta.redeval.records import make_private
+from resta.redeval.plan import make_plan, read_spec
+from resta.redeval.profiles import Questions
+from resta.redeval.questions import Question
 from resta.redeval.targets import Target
-from resta.redeval.templates import read_template
 
 
 @task
@@ -32,14 +33,9 @@ def overrefusal(bank: str = "smoke-safe", template: str = "standard", max_new_to
 
 
 def _task(bank: str, template: str, max_new_tokens: int, *, wanted: str) -> Task:
-    make_private()  # Inspect writes the log, and the answers in it may be harmful
-    request = Request(
-        target=Target(name="inspect"),
-        banks=(read_bank(bank),),
-        templates=(read_template(template),),
-        max_new_tokens=max_new_tokens,
-    )
-    plan = make_plan(request)
+    os.umask(0o077)  # Inspect writes the log when this is over, and the answers in it may be harmful
+    asked = Questions(banks=(bank,), templates=(template,), max_new_tokens=max_new_tokens)
+    plan = make_plan(read_spec(asked), Target(name="inspect"))
     judge = parse_judge("refusal-strings")
     check_languages([judge], plan.questions)
     asks: dict[str, Ask] = {ask.id: ask for ask in plan.asks}

@@ -25,17 +25,19 @@ from resta.errors import ResumeError
 from resta.hub import locate
 from resta.journal import FolderLock, differences, read_object, to_json, write_whole
 from resta.recipe import dump_recipe
+from resta.redeval.answering import answer_phase, missing_asks
 from resta.redeval.judging import check_judges, judge_phase, note_judges
 from resta.redeval.models import LocalModel, LocalSpec, fingerprint, load_local
-from resta.redeval.plan import Conditions, answer_phase, missing_asks
+from resta.redeval.progress import RunOptions
 from resta.redeval.records import environment, start_run
 from resta.redeval.targets import Target
 from resta.sweep.apply import Change, apply, identity_text, tuned_tensors, write_files
 from resta.sweep.candidates import Candidate, Family, plan_of, recipe_of, tuned_recipe
 from resta.sweep.pruning import part_of, why_hopeless
 from resta.sweep.search import EVERY, LAST, Job
+from resta.verify.budget import Budget, check_budget
 from resta.verify.documents import finished_tasks
-from resta.verify.measure import Budget, check_budget, measure
+from resta.verify.measure import measure
 from resta.verify.measurement import Measurement, conditions_of, read_measurement
 from resta.verify.policy import Policy
 
@@ -148,7 +150,7 @@ def _identity(family: Family, name: str) -> dict[str, str]:
 class Worker:
     """Measures references and candidates, one after the other; the swept model is loaded once, when it is needed."""
 
-    def __init__(self, sweep: Sweep, conditions: Conditions):
+    def __init__(self, sweep: Sweep, conditions: RunOptions):
         self._sweep, self._conditions = sweep, conditions
         self._loaded: LocalModel | None = None
         self._applied_last: Candidate | None = None
@@ -203,7 +205,7 @@ Measure = Callable[[Sequence[Job]], None]  # raises UnansweredError; what was an
 
 
 @contextmanager
-def in_this_process(sweep: Sweep, conditions: Conditions) -> Iterator[Measure]:
+def in_this_process(sweep: Sweep, conditions: RunOptions) -> Iterator[Measure]:
     """Measure the references, and yield what measures candidates, one after the other."""
     worker = Worker(sweep, conditions)
     for role in REFERENCES:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from resta.redeval.plan import Conditions
+from resta.redeval.progress import RunOptions
 from resta.statistics import Rate, wilson
 from resta.sweep.baselines import beside, interpolation_words, nearest, of_equal_norm, pick_vector, random_words
 from resta.sweep.candidates import Candidate, digits, recipe_of
@@ -44,7 +44,7 @@ class Outcome:
     steps: tuple[Step, ...] = ()
 
 
-def carry_out(sweep: Sweep, rule: Rule, conditions: Conditions, measure: Measure) -> Outcome:
+def carry_out(sweep: Sweep, rule: Rule, conditions: RunOptions, measure: Measure) -> Outcome:
     """Measure what the choice needs, then the baselines of its norm; return what it all comes to.
 
     Raises UnansweredError; what was answered is kept, and the same command goes on.
@@ -80,7 +80,7 @@ def _factors(sweep: Sweep, outlook: Outlook) -> tuple[float, ...]:
     return (sweep.fresh / outlook.harm["aligned"].questions,)
 
 
-def conclude(sweep: Sweep, search: Search, rule: Rule, conditions: Conditions) -> Outcome:
+def conclude(sweep: Sweep, search: Search, rule: Rule, conditions: RunOptions) -> Outcome:
     """Return the outcome of what has been measured."""
     references = read_references(sweep)
     measured = {each: read_measurement(sweep.folder(each)) for each in sorted(search.rungs, key=_reading_order)}
@@ -106,7 +106,7 @@ def conclude(sweep: Sweep, search: Search, rule: Rule, conditions: Conditions) -
 
 
 def _compare_all(
-    sweep: Sweep, references: Mapping[str, Measurement], complete: Mapping[str, Measurement], conditions: Conditions
+    sweep: Sweep, references: Mapping[str, Measurement], complete: Mapping[str, Measurement], conditions: RunOptions
 ) -> dict[str, Comparison]:
     """Return the comparison of every model with the references, the references included."""
     folder, policy = sweep.out / "coherence", sweep.policy

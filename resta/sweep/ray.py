@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from resta.errors import MissingExtraError, RestaError, UnansweredError
-from resta.redeval.plan import Conditions
+from resta.redeval.progress import RunOptions
 from resta.sweep.measure import REFERENCES, Measure, Sweep, Worker, asked_words
 from resta.sweep.search import Job
 
@@ -26,7 +26,7 @@ QUIET = {
 
 
 @contextmanager
-def on_cluster(sweep: Sweep, conditions: Conditions, *, address: str, workers: int | None) -> Iterator[Measure]:
+def on_cluster(sweep: Sweep, conditions: RunOptions, *, address: str, workers: int | None) -> Iterator[Measure]:
     """Measure the references, and yield what measures candidates side by side.
 
     The first failure ends the sweep; what was answered is kept.
@@ -114,7 +114,7 @@ class _Actor:
 
         os.umask(0o077)
         torch.set_num_threads(threads)
-        self._worker = Worker(sweep, Conditions(**limits))
+        self._worker = Worker(sweep, RunOptions(**limits))
 
     def run(self, job: str | Job) -> tuple[str, RestaError | None]:
         """Measure a reference, by its role, or a candidate; return its name and what went wrong."""

@@ -34,9 +34,9 @@ class Records:
             for kind, seen in zip((harm, refusal), self._seen(found, 0.0), strict=True):
                 if seen is not None:
                     kind[role] = seen
-        request = self._sweep.budget.request
+        spec = self._sweep.budget.spec
         asked = Counter(q.bank for q in self._references["aligned"].questions.values() if not q.safe)
-        parts = tuple(count for count in asked.values() for _ in request.templates)
+        parts = tuple(count for count in asked.values() for _ in spec.templates)
         return Outlook(policy=self._sweep.policy, harm=harm, refusal=refusal, parts=parts)
 
     def measure(self, jobs: Sequence[Job]) -> None:

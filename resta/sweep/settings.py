@@ -22,7 +22,7 @@ def settings_of(sweep: Sweep, fresh: int) -> list[str]:
     """Return the lines: the options of `resta verify` by parameter, and how many fresh questions there are."""
     if not sweep.verify:
         return []
-    banks = [bank for bank in sweep.budget.request.banks if not all(question.safe for question in bank.questions)]
+    banks = [bank for bank in sweep.budget.spec.banks if not all(question.safe for question in bank.questions)]
     asked = sweep.budget.plan(sweep.references["tuned"]).questions
     known = {question.text for question in asked if not question.safe}
     left = sum(len({question.text for question in bank.questions} - known) for bank in banks)

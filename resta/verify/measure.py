@@ -8,37 +8,26 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from resta.errors import CompareError, ModelError
 from resta.fingerprint import digest
-from resta.journal import FolderLock, differences
-from resta.redeval.judges import Judge, check_languages
-from resta.redeval.judging import check_judges, judge_phase, make_ready, note_judges
+from resta.journal import FolderLock
+from resta.redeval.answering import answer_phase, missing_asks
+from resta.redeval.evaluation import start
+from resta.redeval.judging import check_judges, judge_phase, note_judges
 from resta.redeval.models import LocalModel, load_local
-from resta.redeval.plan import (
-    Conditions,
-    Plan,
-    Request,
-    answer_phase,
-    check_fits,
-    make_plan,
-    missing_asks,
-    plan_of,
-    ready_target,
-)
-from resta.redeval.records import content_of, environment, find_run, load_run, start_run
+from resta.redeval.plan import plan_of
+from resta.redeval.progress import RunOptions
+from resta.redeval.records import content_of, load_run
 from resta.redeval.targets import Target
+from resta.verify.budget import Budget
 from resta.verify.coherence import FIRST_TOKENS, Losses, answer_losses, read_losses, shuffled, write_losses
 from resta.verify.comparison import Comparison, compare
 from resta.verify.documents import finished_tasks
 from resta.verify.measurement import (
-    HUMAN,
     ROLES,
     Measurement,
-    conditions_of,
     note_manifest,
     read_measurement,
 )
@@ -46,74 +35,11 @@ from resta.verify.places import note_model
 from resta.verify.policy import Policy
 
 if TYPE_CHECKING:
-    from resta.verify.utility import Served, Suite
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Budget:
-    """What is measured of every model. `request` stands for any target: its own is replaced."""
-
-    request: Request
-    judges: tuple[Judge, ...]
-    suite: Suite | None = None
-    documents: int | None = None  # per utility task
-    tokenizer: str | None = None  # directory of the served models' tokenizer, for utility
-    allow_self_judge: bool = False
-
-    def plan(self, target: Target) -> Plan:
-        """Return what is asked of a model."""
-        return make_plan(replace(self.request, target=target))
-
-    def suite_facts(self, target: Target) -> dict[str, Any]:
-        """Return what utility's documents depend on; empty where none are measured."""
-        if self.suite is None:
-            return {}
-        from resta.verify.utility import suite_facts
-
-        return suite_facts(
-            self.suite, limit=self.documents, backend="local-completions" if target.local is None else "hf"
-        )
-
-
-def check_budget(budget: Budget, targets: Mapping[str, Target | Path]) -> None:
-    """Refuse, before anything is loaded, what could not be compared later. Raises CompareError, ModelError, JudgeError.
-
-    A path is a measurement that is there already, and must have been made as this budget would make it.
-    """
-    for role, target in targets.items():
-        if isinstance(target, Target):
-            check_judges(budget.judges, target, allow_self=budget.allow_self_judge)
-            check_fits(target, budget.plan(target))
-            if budget.suite is not None and target.local is None and (target.base_url is None or not budget.tokenizer):
-                raise ModelError(
-                    f"{role} ({target.name}) is served: utility needs its server's --base-url and, to count tokens, "
-                    "--tokenizer DIR; or leave utility out with --no-utility"
-                )
-    fresh = next((target for target in targets.values() if isinstance(target, Target)), None)
-    if fresh is None:
-        return
-    check_languages(budget.judges, budget.plan(fresh).questions)
-    wanted = {
-        "redeval": conditions_of(budget.plan(fresh).config),
-        "utility": budget.suite_facts(fresh),
-        "judges": sorted(judge.sha256 for judge in check_judges(budget.judges, None, allow_self=True)),
-    }
-    for role, path in targets.items():
-        if isinstance(path, Path):
-            there = read_measurement(path)
-            judges = sorted(facts["sha256"] for name, facts in there.judges.items() if name != HUMAN)
-            found = differences(
-                {"redeval": conditions_of(there.config), "utility": dict(there.utility), "judges": judges}, wanted
-            )
-            if found:
-                raise CompareError(
-                    f"{role}: the measurement in {path} was not made with these settings: {'; '.join(found[:6])}. "
-                    "Give the same settings, or the model itself in place of its measurement"
-                )
+    from resta.verify.utility import Served
 
 
 def measure(
-    target: Target, budget: Budget, path: Path, conditions: Conditions, *, local: LocalModel | None = None
+    target: Target, budget: Budget, path: Path, conditions: RunOptions, *, local: LocalModel | None = None
 ) -> Measurement:
     """Measure one model into the folder `path`, or go on with what is missing there; its weights are loaded once.
 
@@ -122,12 +48,7 @@ def measure(
     """
     plan = budget.plan(target)
     judges = check_judges(budget.judges, target, allow_self=budget.allow_self_judge)
-    there = find_run(path / "redeval", plan.config)
-    asking = there is None or bool(missing_asks(there, plan))
-    make_ready(judges, None if asking else there, conditions.judge_device)
-    if asking and local is None:  # before anything is written: a model that cannot be asked leaves nothing behind
-        local = ready_target(target, plan)
-    run = start_run(path / "redeval", plan.config, plan.questions, environment())
+    run, local = start(path / "redeval", plan, target, judges, conditions, local=local)
     with FolderLock(run.path):
         note_judges(run, judges)
         _keep_manifest(target, path)
@@ -147,7 +68,7 @@ def measure(
 
 
 def _measure_utility(
-    target: Target, budget: Budget, folder: Path, conditions: Conditions, local: LocalModel | None
+    target: Target, budget: Budget, folder: Path, conditions: RunOptions, local: LocalModel | None
 ) -> None:
     if budget.suite is None:
         return
@@ -172,7 +93,7 @@ def _keep_manifest(target: Target, path: Path) -> None:
 
 
 def measure_all(
-    targets: Mapping[str, Target | Path], budget: Budget, out: Path, conditions: Conditions
+    targets: Mapping[str, Target | Path], budget: Budget, out: Path, conditions: RunOptions
 ) -> dict[str, Measurement]:
     """Return the measurement of each role, those that are there already read and the rest made in OUT."""
     measured = {}
@@ -187,7 +108,7 @@ def measure_all(
 
 
 def compare_all(
-    models: Mapping[str, Measurement], aligned: Target | None, out: Path, policy: Policy, conditions: Conditions
+    models: Mapping[str, Measurement], aligned: Target | None, out: Path, policy: Policy, conditions: RunOptions
 ) -> Comparison:
     """Return the comparison, with the answers' losses under the aligned model where they are to be had.
 
@@ -201,7 +122,7 @@ def compare_all(
     return compare(models, judge=policy.judge, level=policy.level, losses=known if len(known) == len(models) else None)
 
 
-def measure_losses(models: Mapping[str, Measurement], aligned: Target, folder: Path, conditions: Conditions) -> None:
+def measure_losses(models: Mapping[str, Measurement], aligned: Target, folder: Path, conditions: RunOptions) -> None:
     """Measure every answer's loss under the aligned model into `folder`, but for those that are there already."""
     assert aligned.local is not None
     local: LocalModel | None = None

@@ -71,9 +71,15 @@ def find_model(folder: Path, facts: Mapping[str, Any], *, device: str) -> Target
     places = read_place(folder).paths or {role: {"name": name} for role, name in named.items() if name is not None}
     for kind in KINDS:
         paths = {role: _path(place, kind, folder) for role, place in places.items()}
-        name = paths.pop("model")
         try:
-            target = parse_target(name, None, device=device, dtype=facts["dtype"], **paths)
+            target = parse_target(
+                paths["model"],
+                base=paths.get("base"),
+                files=paths.get("files"),
+                chat_template=paths.get("chat_template"),
+                device=device,
+                dtype=facts["dtype"],
+            )
             if content_of(target.facts) == content_of(facts):
                 return target
         except (ModelError, OSError):  # not there

@@ -10,9 +10,9 @@ from pathlib import Path
 from resta.redeval.questions import Question
 from resta.redeval.targets import Target
 from resta.statistics import Rate
+from resta.verify.budget import Budget
 from resta.verify.comparison import Comparison
 from resta.verify.decision import Decision
-from resta.verify.measure import Budget
 from resta.verify.measurement import read_measurement
 from resta.verify.policy import Policy
 from resta.verify.power import AS_GOOD, Power, Sample, Three, power

@@ -16,7 +16,7 @@ from resta.journal import Journal, read_lines
 from resta.redeval.records import SCHEMA, content_of, utc_now
 from resta.verify.comparison import Comparison
 from resta.verify.decision import Decision
-from resta.verify.policy import Policy
+from resta.verify.policy import Policy, read_policy
 
 DECISIONS = "decisions.jsonl"
 SHOWN = 5  # earlier decisions that a report names; the file has them all
@@ -49,11 +49,17 @@ def make_ruling(out: Path, policy: Policy, policy_file: Path | None, versions: M
     """Return the ruling of a decision that is made now in the folder OUT. Raises ResumeError."""
     return Ruling(
         policy=policy,
-        policy_name=policy.name or ("default" if policy_file is None else policy_file.name),
+        policy_name=policy.name or _name(policy, policy_file),
         decided_at=utc_now(),
         versions=versions,
         earlier=tuple(read_lines(out / DECISIONS)),
     )
+
+
+def _name(policy: Policy, file: Path | None) -> str:
+    if file is not None:
+        return file.name
+    return "default" if policy == read_policy(None) else "unnamed"
 
 
 def append_decision(out: Path, comparison: Comparison, decision: Decision, ruling: Ruling) -> None:

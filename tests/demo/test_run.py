@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -18,6 +19,7 @@ from resta.demo import models, run
 from resta.statistics import Rate
 from resta.sweep.choose import Choice, Point
 from resta.sweep.outcome import Outcome
+from resta.verify import Verification
 from resta.verify.decision import Decision, Verdict
 from tests.demo.test_models import BRIEF
 from tests.sweep.made import tried
@@ -39,14 +41,16 @@ def shown(verdict: Verdict | None, *, tuned: float, aligned: float) -> run.Shown
         guidance=(),
     )
     decision = Decision(verdict=verdict, summary="", rules=(), notes=(), guidance=()) if verdict else None
-    return run.Shown(outcome=outcome, comparison=None, decision=decision, ruling=None)
+    nothing: Any = None
+    verified = decision and Verification(out=Path(), decision=decision, comparison=nothing, ruling=nothing)
+    return run.Shown(outcome=outcome, verified=verified)
 
 
 def test_only_safety_that_was_lost_and_regained_shows_the_point() -> None:
     good = shown(Verdict.PASS, tuned=0.9, aligned=0.0)
     assert run.failures(good) == []
     assert len(run.failures(shown(Verdict.PASS, tuned=0.4, aligned=0.0))) == 1
-    assert len(run.failures(replace(good, decision=None))) == 1
+    assert len(run.failures(replace(good, verified=None))) == 1
     for verdict in (Verdict.FAIL, Verdict.INCONCLUSIVE, Verdict.INVALID):
         assert len(run.failures(shown(verdict, tuned=0.9, aligned=0.0))) == 1
 

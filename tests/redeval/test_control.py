@@ -15,7 +15,7 @@ from resta.errors import JudgeError
 from resta.redeval.control import LEAST, Known, controls, known_answers, read_control, record_of
 from resta.redeval.judges import Judge, built_in, parse_judge, read_judge, verdict_without_model
 from resta.redeval.judging import judge_phase, note_judges, untested
-from resta.redeval.plan import Conditions
+from resta.redeval.progress import RunOptions
 from resta.redeval.questions import Question
 from resta.redeval.records import RunDir, Verdict, VerdictLabel, environment, start_run
 from resta.statistics import fisher_greater
@@ -152,7 +152,7 @@ def test_a_served_judge_is_tested_in_the_languages_of_the_questions_and_not_twic
     run = run_of(tmp_path / "run", ["How?", "怎样制造？"])
     judge = parse_judge(f"red-instruct=big@{stub.url}")
     note_judges(run, [judge])
-    judge_phase(run, judge, Conditions())
+    judge_phase(run, judge, RunOptions())
     shown = [body["messages"][-1]["content"] for body in stub.bodies]
     assert len(shown) == 2 * 44
     assert sum("[removed]" in text for text in shown) == sum("[已删除]" in text for text in shown) == 5
@@ -160,11 +160,11 @@ def test_a_served_judge_is_tested_in_the_languages_of_the_questions_and_not_twic
     found = run.control()
     assert {row.judge_sha256 for row in found} == {judge.sha256}
     assert all(row.at.endswith("+00:00") for row in found)
-    judge_phase(run, judge, Conditions())
+    judge_phase(run, judge, RunOptions())
     assert len(stub.bodies) == 2 * 44
     path = run.path / "control.jsonl"
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:80]) + b'{"torn')
-    judge_phase(run, judge, Conditions())
+    judge_phase(run, judge, RunOptions())
     assert len(stub.bodies) == 2 * 44 + 8
     other = parse_judge(f"red-instruct=other@{stub.url}")
     assert len(untested(run, other)) == 2 * 44  # another judge

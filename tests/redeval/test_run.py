@@ -17,11 +17,11 @@ import pytest
 
 import resta.redeval
 from resta.cli import main
-from resta.cli.asking import conditions_of
-from resta.cli.redeval import read_labels
+from resta.cli.asking import run_options
 from resta.errors import BankError
 from resta.journal import read_rows
 from resta.redeval.control import known_answers, read_control
+from resta.redeval.labels import read_labels
 from resta.redeval.records import Answer, Verdict, load_run
 from tests.processes import kill_once_kept, lines_of, wait_until
 
@@ -117,11 +117,11 @@ def test_each_prompt_is_tokenised_once(tiny: Path, bank: Path, tmp_path: Path, m
 
 
 def test_weights_are_loaded_once(tiny: Path, bank: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    from resta.redeval import engine, plan
+    from resta.redeval import answering, engine
 
     loads: list[object] = []
-    real = plan.load_local
-    for module in (engine, plan):
+    real = answering.load_local
+    for module in (engine, answering):
         monkeypatch.setattr(module, "load_local", lambda spec: loads.append(spec) or real(spec))
     invoke(
         tiny,
@@ -565,7 +565,7 @@ def test_inspects_epochs_are_draws_of_their_own(tiny: Path, tmp_path: Path) -> N
 def test_what_goes_to_a_file_is_not_taken_by_the_bar_on_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # stderr counts as a terminal, stdout is the test's own buffer
     before = sys.stdout
-    with conditions_of({"connections": 1, "retries": 0, "timeout_s": 1, "max_failures": 1, "judge_device": "cpu"}):
+    with run_options({"connections": 1, "retries": 0, "timeout_s": 1, "max_failures": 1, "judge_device": "cpu"}):
         assert sys.stdout is before
 
 

@@ -12,10 +12,12 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
-from resta.cli.asking import PROFILES, request_of
-from resta.cli.verify import budget_of
-from resta.redeval.plan import make_plan
+from resta.cli.asking import questions_of, target_of
+from resta.cli.verify import exam_of
+from resta.redeval.plan import Plan, make_plan, read_spec
+from resta.redeval.profiles import PROFILES
 from resta.redeval.questions import PUBLISHED
+from resta.verify.budget import read_budget
 from resta.verify.policy import read_policy
 from resta.verify.power import AS_GOOD, Sample, chances
 from resta.verify.regression.made import documents
@@ -49,6 +51,10 @@ def given(bank_dir: Path, **more: Any) -> dict[str, Any]:
     return dict.fromkeys(UNASKED) | dict.fromkeys(SEVERAL, ()) | usual | more
 
 
+def plan_of(options: dict[str, Any], model: str) -> Plan:
+    return make_plan(read_spec(questions_of(options)), target_of(model, options))
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     from tests.redeval.conftest import save_model, save_tokenizer
@@ -63,7 +69,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_every_cell_of_a_profile_is_large_enough_and_safe_questions_are_asked(
     profile: str, bank_dir: Path, model: str
 ) -> None:
-    plan = make_plan(request_of(given(bank_dir, profile=profile), model))
+    plan = plan_of(given(bank_dir, profile=profile), model)
     by_bank: dict[tuple[str, bool], int] = {}
     for question in plan.questions:
         by_bank[question.bank, question.safe] = by_bank.get((question.bank, question.safe), 0) + 1
@@ -76,7 +82,7 @@ def test_every_cell_of_a_profile_is_large_enough_and_safe_questions_are_asked(
 def test_a_profile_passes_a_good_model_with_probability_of_at_least_0_8(
     profile: str, bank_dir: Path, model: str
 ) -> None:
-    plan = make_plan(request_of(given(bank_dir, profile=profile), model))
+    plan = plan_of(given(bank_dir, profile=profile), model)
     count: dict[bool, Counter[str]] = {
         safe: Counter(question.bank for question in plan.questions if question.safe == safe) for safe in (False, True)
     }
@@ -100,7 +106,7 @@ def test_the_profiles_grow() -> None:
 
 def test_what_is_named_replaces_the_profiles_own(bank_dir: Path, model: str) -> None:
     def banks(**more: Any) -> list[str]:
-        return [bank.name for bank in request_of(given(bank_dir, **more), model).banks]
+        return [bank.name for bank in read_spec(questions_of(given(bank_dir, **more))).banks]
 
     assert banks(profile="quick", banks=("dangerousqa",)) == ["dangerousqa", "lookalikes"]
     assert banks(profile="quick", safe_banks=("smoke-safe",)) == ["dangerousqa", "catqa-en", "smoke-safe"]
@@ -110,9 +116,9 @@ def test_what_is_named_replaces_the_profiles_own(bank_dir: Path, model: str) -> 
 
 
 def test_without_a_word_on_utility_the_regression_check_is_measured(bank_dir: Path, model: str) -> None:
-    suite = budget_of(given(bank_dir, profile=None), model).suite
+    suite = read_budget(exam_of(given(bank_dir, profile=None))).suite
     assert suite is not None
     assert [task.name for task in suite.tasks] == ["regression"]
-    named = budget_of(given(bank_dir, profile=None, task_names=("smoke_sense",)), model).suite
+    named = read_budget(exam_of(given(bank_dir, profile=None, task_names=("smoke_sense",)))).suite
     assert named is not None
     assert [task.name for task in named.tasks] == ["smoke_sense"]

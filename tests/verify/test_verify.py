@@ -56,7 +56,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append(Path(spec.model).name)
         return inner(spec)
 
-    for module in ("resta.verify.measure", "resta.redeval.plan"):
+    for module in ("resta.verify.measure", "resta.redeval.answering"):
         monkeypatch.setattr(f"{module}.load_local", counted)
     return seen
 

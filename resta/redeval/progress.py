@@ -1,0 +1,83 @@
+"""How a phase of a run is carried out, and how far it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from resta.journal import Journal
+from resta.redeval.asks import NoReply
+from resta.redeval.questions import Question
+from resta.redeval.records import Failure, RunDir, Verdict
+
+
+@dataclass(slots=True)
+class Tally:
+    """How far a phase is: handed to `watch` after every answer or verdict."""
+
+    phase: str
+    total: int
+    done: int = 0
+    judged: int = 0
+    harmful: int = 0
+    failed: int = 0
+    first_failure: str = ""
+
+    @property
+    def asr(self) -> float | None:
+        """Return the running share of harmful verdicts on harmful questions, or None before the first."""
+        return self.harmful / self.judged if self.judged else None
+
+
+Watch = Callable[[Tally], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunOptions:
+    """How a run is carried out: what changes the speed, never the result.
+
+    `watch` is called with a Tally after every answer or verdict, `note` with a line for people.
+    """
+
+    connections: int = 16
+    retries: int = 5
+    timeout_s: int = 600
+    max_failures: int = 20  # in a row, after which a phase gives up
+    judge_device: str = "auto"
+    reader_device: str = "auto"  # of the aligned model where it was measured earlier and reads the answers
+    watch: Watch = field(default=lambda tally: None)
+    note: Callable[[str], None] = field(default=lambda line: None)
+
+
+def engine_limits(conditions: RunOptions) -> Any:
+    """Return the engine's limits; imported here, so that planning a run needs no engine."""
+    from resta.redeval.engine import Limits
+
+    return Limits(
+        connections=conditions.connections,
+        retries=conditions.retries,
+        timeout_s=conditions.timeout_s,
+        max_failures=conditions.max_failures,
+    )
+
+
+def count(tally: Tally, verdict: Verdict, question: Question) -> None:
+    """Add one verdict to a tally; only harmful questions make an ASR."""
+    if not question.safe:
+        tally.judged += 1
+        tally.harmful += verdict.label == "harmful"
+
+
+def note_failure(run: RunDir, tally: Tally, outcome: NoReply, asked: str) -> None:
+    """Keep a note of an ask that got no answer; failures are few, so their file need not stay open."""
+    with Journal(run.path / "failures.jsonl") as journal:
+        journal.append(Failure(ask_id=outcome.id, asked=asked, reason=outcome.reason))
+    tally.failed += 1
+    tally.first_failure = tally.first_failure or f"{outcome.id}: {outcome.reason}"
+
+
+def say_failures(tally: Tally, conditions: RunOptions) -> None:
+    """Tell how many asks of a phase got no answer, if any."""
+    if tally.failed:
+        conditions.note(f"{tally.phase}: {tally.failed} got no answer; the first was {tally.first_failure}")
