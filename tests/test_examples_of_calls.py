@@ -92,3 +92,14 @@ def test_the_example_of_verify_run(folder: Path, capsys: pytest.CaptureFixture[s
     assert (made.verdict.name, made.exit_code) == (verdict["verdict"], verdict["exit_code"])
     assert [rule.name for rule in made.rules] == [rule["name"] for rule in verdict["rules"]]
     assert all(path.is_file() for path in made.files.values())
+
+
+def test_the_example_of_sweep_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = run_example(resta.sweep.run)["outcome"]
+    assert capsys.readouterr().out.startswith(f"{outcome.choice.name} the smallest change from tuned")
+    assert outcome.recipe == folder / "sweep" / "chosen.yaml"
+    assert resta.load_recipe(outcome.recipe).start == "tuned"
+    assert (folder / "merged" / "model.safetensors").is_file()
+    assert {each["name"] for each in json.loads((folder / "sweep" / "sweep.json").read_text())["candidates"]} == {
+        each.candidate.name for each in outcome.tried
+    }

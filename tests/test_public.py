@@ -66,7 +66,7 @@ LAYERS = (
     "sweep: ray records settings",
     "sweep: outcome",
     "sweep: report",
-    "sweep: written",
+    "sweep: conduct written",
     "sweep: __init__",
     "__init__",
     "demo: corpus",
@@ -89,7 +89,7 @@ DOORS = {
     "sft": "",
     "redeval": "engine",
     "verify": "auditing manifest",
-    "sweep": "engine hub opened plan recipe",
+    "sweep": "engine hub opened plan recipe shorthand",
     "demo": "__init__ recipe",
 }
 

@@ -9,18 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from resta.cli.asking import HOW, JUDGES, QUESTIONS, SERVERS, options, run_options, target_of
+from resta.cli.asking import HOW, JUDGES, QUESTIONS, SERVERS, options, run_options
 from resta.cli.output import output
 from resta.cli.verify import POLICY, UTILITY, exam_of
 from resta.errors import NO, RecipeError
 
 if TYPE_CHECKING:
     from resta.recipe import Model
-    from resta.redeval.progress import RunOptions
-    from resta.redeval.targets import Target
     from resta.sweep.candidates import Family, Grid
-    from resta.sweep.measure import Sweep
-    from resta.sweep.outcome import Outcome
 
 EPILOG = """\b
 Examples:
@@ -148,80 +144,51 @@ def command(ctx: click.Context, /, tuned_or_recipe: str, out: Path, **given: Any
     norm are run beside it. Writes a table, a plot and OUT/chosen.yaml for `resta merge` and `resta verify --from`. The
     same command goes on where it was; more scales or methods may be added. Exit code 1: no candidate would pass.
     """
-    from resta.redeval.records import environment, private_files
-    from resta.sweep.measure import check_sweep, open_sweep
-    from resta.sweep.report import print_outcome, require_plots, write_reports
+    from resta.sweep.conduct import run
+    from resta.sweep.report import print_outcome
 
-    require_plots()
-    sweep = _sweep(ctx, tuned_or_recipe, out, given)
-    check_sweep(sweep)
-    with private_files():
-        open_sweep(sweep)
-        with run_options(given) as options:
-            for line in sweep.budget.spec.notes:
-                options.note(f"note: {line}")
-            outcome = _carry_out(sweep, options, given)
-        write_reports(sweep, outcome, environment())
+    request = _request(ctx, tuned_or_recipe, given)
+    with run_options(given) as options:
+        outcome = run(out=out, options=options, **request)
     print_outcome(outcome, out)
     if outcome.choice.name is None:
         ctx.exit(NO)
 
 
-def _carry_out(sweep: Sweep, options: RunOptions, given: Mapping[str, Any]) -> Outcome:
-    from resta.sweep.measure import in_this_process
-    from resta.sweep.outcome import carry_out
-
-    if given["ray_address"] is None:
-        place = in_this_process(sweep, options)
-    else:
-        from resta.sweep.ray import on_cluster
-
-        place = on_cluster(sweep, options, address=given["ray_address"], workers=given["ray_workers"])
-    with place as measure:
-        return carry_out(sweep, given["rule"], options, measure)
-
-
 # -- from options to a sweep ---------------------------------------------------------------------------------
 
 
-def _sweep(ctx: click.Context, tuned_or_recipe: str, out: Path, given: dict[str, Any]) -> Sweep:
-    """Return the sweep that the options ask for. Raises RequestError."""
-    from resta.sweep.candidates import candidates_of, check_groups, check_methods
-    from resta.sweep.measure import Sweep
-    from resta.verify.budget import read_budget
-    from resta.verify.gate import check_tasks
-    from resta.verify.policy import read_policy
+def _request(ctx: click.Context, tuned_or_recipe: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the sweep that the options ask for, as `resta.sweep.run` takes it. Raises RequestError."""
+    from functools import partial
 
-    policy = read_policy(given["policy_path"])
+    from resta.sweep.measure import in_this_process
+    from resta.sweep.ray import on_cluster
+
     is_recipe = tuned_or_recipe.endswith((".yaml", ".yml"))
-    grid = _grid(given, is_recipe=is_recipe)
     family = _own_family(ctx, Path(tuned_or_recipe)) if is_recipe else _family(tuned_or_recipe, given)
-    check_methods(grid, family)
-    check_groups(family)
-    references = {role: _reference(family.models, role, given) for role in ("aligned", "tuned")}
-    budget = read_budget(exam_of({**given, "tokenizer": None}))
-    check_tasks(policy, [task.name for task in budget.suite.tasks] if budget.suite else [])
-    return Sweep(
-        family=family,
-        candidates=candidates_of(grid),
-        grid=not given["search"],
-        fresh=given["fresh"],
-        verify=_verify_options(ctx, family.models),
-        references=references,
-        budget=budget,
-        policy=policy,
-        out=out.absolute(),
-        settings={
+    address, workers = given["ray_address"], given["ray_workers"]
+    return {
+        "family": family,
+        "grid": _grid(given, is_recipe=is_recipe),
+        "exam": exam_of({**given, "tokenizer": None}),
+        "policy": given["policy_path"],
+        "rule": given["rule"],
+        "search": given["search"],
+        "fresh": given["fresh"],
+        "settings": {
             "device": given["device"],
             "dtype": given["dtype"],
             "chat_template": given["chat_template"],
             "batch_rows": given["batch_size"],
         },
-    )
+        "verify": _verify_options(ctx, family.models),
+        "place": in_this_process if address is None else partial(on_cluster, address=address, workers=workers),
+    }
 
 
 def _grid(given: Mapping[str, Any], *, is_recipe: bool) -> Grid:
-    from resta.sweep.candidates import CHOICES, WISE_SCALES, Grid, check_density, parse_numbers
+    from resta.sweep.candidates import CHOICES, Grid, check_density, parse_numbers
 
     names = _names(given["method"] or ("recipe" if is_recipe else "resta"))
     known = (*CHOICES, "recipe") if is_recipe else CHOICES
@@ -230,15 +197,13 @@ def _grid(given: Mapping[str, Any], *, is_recipe: bool) -> Grid:
             raise RecipeError(f"--method {given['method']}: expected some of {', '.join(known)}, each once")
     densities = parse_numbers(given["density"], "--density") if given["density"] else ()
     check_density(densities)
-    wise, random, search = given["wise_scale"], given["random_scale"], given["search"]
-    usual = () if search and "wise" not in names else WISE_SCALES
+    wise, random = given["wise_scale"], given["random_scale"]
     return Grid(
-        methods=names,  # type: ignore[arg-type]  # checked above
         scales=parse_numbers(given["scale"], "--scale"),
+        methods=names,  # type: ignore[arg-type]  # checked above
         densities=densities,
-        wise_scales=parse_numbers(wise, "--wise-scale") if wise else usual,
-        random_scales=parse_numbers(random, "--random-scale") if random else () if search else None,
-        groups=() if search else _names(given["groups"]),
+        wise_scales=parse_numbers(wise, "--wise-scale") if wise else None,
+        random_scales=parse_numbers(random, "--random-scale") if random else None,
     )
 
 
@@ -285,13 +250,6 @@ def _own_family(ctx: click.Context, path: Path) -> Family:
         if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
             raise RecipeError(f"--{name.replace('_', '-')} changes the candidates: say it in {path}")
     return replace(family_of(load_recipe(path)), groups=_names(ctx.params["groups"]))
-
-
-def _reference(models: Mapping[str, Model], role: str, given: Mapping[str, Any]) -> Target:
-    """Return a reference as `resta verify` would ask it: an adapter on its base."""
-    model = models[role]
-    base = models[model.on].source if model.on else None
-    return target_of(model.source, {**given, "base_url": None, "base": base, "files": None})
 
 
 def _verify_options(ctx: click.Context, models: Mapping[str, Model]) -> dict[str, Any]:

@@ -21,15 +21,9 @@ from resta.errors import PlanError
 from resta.recipe import named_models
 from resta.redeval import Questions, RunOptions, Target, parse_target
 from resta.redeval.questions import read_bank
-from resta.redeval.records import environment, private_files
-from resta.sweep.candidates import Family, Grid, candidates_of
+from resta.sweep import Family, Grid, Outcome
 from resta.sweep.choose import Point
-from resta.sweep.measure import Sweep, check_sweep, in_this_process, open_sweep
-from resta.sweep.outcome import Outcome, carry_out
-from resta.sweep.report import write_reports
 from resta.verify import Exam, Utility, Verdict, Verification
-from resta.verify.budget import read_budget
-from resta.verify.policy import read_policy
 
 SCALES = (0.25, 0.5, 0.75, 1.0)
 MOST_TOKENS = 24  # of an answer: a refusal and the tiny model's whole answers are shorter
@@ -92,25 +86,16 @@ def run_demo(
 def sweep(folder: Path, models: Mapping[str, str], files: CorpusFiles, note: Note) -> Outcome:
     """Search the scales on the questions for choosing, with both baselines beside the choice; write FOLDER/sweep."""
     family = Family(models=named_models({name: _absolute(model) for name, model in models.items()}))
-    grid = Grid(methods=("resta",), scales=SCALES, wise_scales=(), random_scales=())
-    plan = Sweep(
+    return resta.sweep.run(
         family=family,
-        candidates=candidates_of(grid),
-        references={role: on_cpu(models[role]) for role in ("aligned", "tuned")},
-        budget=read_budget(exam(files, "choosing")),
-        policy=read_policy(folder / "policy.yaml"),
-        out=(folder / "sweep").absolute(),
+        grid=Grid(scales=SCALES),
+        exam=exam(files, "choosing"),
+        policy=folder / "policy.yaml",
+        out=folder / "sweep",
         settings={"device": "cpu"},
         fresh=len(read_bank(str(files.bank("harmful", "verifying"))).questions),
+        options=RunOptions(note=lambda line: note(f"sweep: {line}")),
     )
-    options = RunOptions(note=lambda line: note(f"sweep: {line}"))
-    check_sweep(plan)
-    with private_files():
-        open_sweep(plan)
-        with in_this_process(plan, options) as measure:
-            outcome = carry_out(plan, "smallest-passing", options, measure)
-        write_reports(plan, outcome, environment())
-    return outcome
 
 
 def exam(files: CorpusFiles, part: str) -> Exam:

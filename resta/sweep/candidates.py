@@ -181,24 +181,34 @@ class Grid:
     Baselines of the chosen candidate's norm are run anyway; these are more.
     """
 
-    methods: tuple[Method, ...]
     scales: tuple[float, ...]
+    methods: tuple[Method, ...] = ("resta",)
     densities: tuple[float, ...] = ()
-    wise_scales: tuple[float, ...] = WISE_SCALES
+    wise_scales: tuple[float, ...] | None = None  # None: WISE_SCALES
     random_scales: tuple[float, ...] | None = None  # None: those of `scales`
-    groups: tuple[str, ...] = ()  # have every scale, whatever that of the rest is
 
 
-def candidates_of(grid: Grid) -> tuple[Candidate, ...]:
+def searched(grid: Grid) -> Grid:
+    """Return what a search begins with: the methods, and only those baselines that are named."""
+    wise = () if grid.wise_scales is None and "wise" not in grid.methods else grid.wise_scales
+    return replace(grid, wise_scales=wise, random_scales=grid.random_scales or ())
+
+
+def candidates_of(grid: Grid, groups: Sequence[str] = ()) -> tuple[Candidate, ...]:
     """Return all candidates, coarse steps first, so that a grid that is cut short has seen the whole range.
 
-    RESTA and interpolation at scale 0 are `tuned`, which is measured anyway, and are left out.
+    Each of `groups` has every scale, whatever that of the rest is. RESTA and interpolation at scale 0 are `tuned`,
+    which is measured anyway, and are left out.
     """
-    columns = [[more for each in _column(method, grid) for more in _grouped(each, grid)] for method in grid.methods]
+    grid = replace(grid, wise_scales=WISE_SCALES if grid.wise_scales is None else grid.wise_scales)
+    columns = [
+        [more for each in _column(method, grid) for more in _grouped(each, grid.scales, groups)]
+        for method in grid.methods
+    ]
     if sum(map(len, columns)) > MOST:
         raise RecipeError(f"--grid: more than {MOST} candidates; give fewer scales, or leave the search to --search")
     if "wise" not in grid.methods:
-        columns.append([Candidate(method="wise", scale=scale, baseline=True) for scale in grid.wise_scales])
+        columns.append([Candidate(method="wise", scale=scale, baseline=True) for scale in grid.wise_scales or ()])
     randoms = grid.scales if grid.random_scales is None else grid.random_scales
     columns.append([Candidate(method="random", scale=scale, baseline=True) for scale in randoms])
     ranked = [
@@ -211,21 +221,21 @@ def candidates_of(grid: Grid) -> tuple[Candidate, ...]:
 
 def _column(method: Method, grid: Grid) -> list[Candidate]:
     densities: tuple[float | None, ...] = grid.densities if method in ("resta_d", "recipe") else ()
-    scales = grid.wise_scales if method == "wise" else grid.scales
+    scales = grid.wise_scales or () if method == "wise" else grid.scales
     return [
         Candidate(method=method, scale=scale, density=density) for scale in scales for density in densities or (None,)
     ]
 
 
-def _grouped(candidate: Candidate, grid: Grid) -> list[Candidate]:
+def _grouped(candidate: Candidate, scales: Sequence[float], groups: Sequence[str]) -> list[Candidate]:
     """Return a candidate, and with every combination of the groups' scales."""
-    if candidate.scale == 0 or not grid.groups:
+    if candidate.scale == 0 or not groups:
         return [candidate]
-    if len(grid.scales) ** len(grid.groups) > MOST:
+    if len(scales) ** len(groups) > MOST:
         raise RecipeError(f"--grid: more than {MOST} candidates; give fewer scales, or leave the search to --search")
     return [
         replace(candidate, groups=tuple((group, scale) for group, scale in found if scale != candidate.scale))
-        for found in product(*([(group, scale) for scale in grid.scales] for group in grid.groups))
+        for found in product(*([(group, scale) for scale in scales] for group in groups))
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from resta.redeval.progress import RunOptions
 from resta.statistics import Rate, wilson
@@ -28,8 +29,9 @@ UNFINISHED = "not finished; the same command goes on"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """All that the report shows. `findings` are what the two baselines say, `guidance` is empty where one is chosen.
+    """What a sweep came to: the choice and why, and every candidate that was evaluated.
 
+    `findings` are what the two baselines say, `guidance` is empty where one is chosen. `out` is the sweep's folder.
     `fresh` is how many harmful questions `resta verify` must ask for the chances to hold, `steps` the search's path.
     """
 
@@ -42,6 +44,12 @@ class Outcome:
     guidance: tuple[str, ...]
     fresh: int = 0
     steps: tuple[Step, ...] = ()
+    out: Path = Path()
+
+    @property
+    def recipe(self) -> Path | None:
+        """Return the recipe of the choice, for `resta.merge`; None where none is chosen."""
+        return self.out / "chosen.yaml" if self.choice.name else None
 
 
 def carry_out(sweep: Sweep, rule: Rule, conditions: RunOptions, measure: Measure) -> Outcome:
@@ -102,6 +110,7 @@ def conclude(sweep: Sweep, search: Search, rule: Rule, conditions: RunOptions) -
         guidance=() if choice.name else tuple(_guidance(tried, search.outlook)),
         fresh=search.outlook.fresh,
         steps=tuple(search.steps),
+        out=sweep.out,
     )
 
 
