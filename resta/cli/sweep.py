@@ -15,7 +15,6 @@ from resta.cli.verify import POLICY, UTILITY, exam_of
 from resta.errors import NO, RecipeError
 
 if TYPE_CHECKING:
-    from resta.recipe import Model
     from resta.sweep.candidates import Family, Grid
 
 EPILOG = """\b
@@ -182,7 +181,7 @@ def _request(ctx: click.Context, tuned_or_recipe: str, given: dict[str, Any]) ->
             "chat_template": given["chat_template"],
             "batch_rows": given["batch_size"],
         },
-        "verify": _verify_options(ctx, family.models),
+        "verify": _verify_options(ctx, family),
         "place": in_this_process if address is None else partial(on_cluster, address=address, workers=workers),
     }
 
@@ -252,16 +251,18 @@ def _own_family(ctx: click.Context, path: Path) -> Family:
     return replace(family_of(load_recipe(path)), groups=_names(ctx.params["groups"]))
 
 
-def _verify_options(ctx: click.Context, models: Mapping[str, Model]) -> dict[str, Any]:
+def _verify_options(ctx: click.Context, family: Family) -> dict[str, Any]:
     """Return the options of `resta verify` that ask as this sweep did, by parameter; paths are absolute."""
     from resta.cli.verify import run
+    from resta.sweep.settings import models_of
 
-    known = {parameter.name for parameter in run.params} - {"restored", "out", "include_text", "card"}
-    own: dict[str, Any] = {name: models[name].source for name in ("tuned", "aligned")}
+    own: dict[str, Any] = models_of(family)
+    # --base is said of the safety vector here, and of adapters there.
+    known = {parameter.name for parameter in run.params} - {"restored", "out", "include_text", "card", "base", *own}
     for parameter in ctx.command.params:
         name, value = parameter.name, ctx.params.get(parameter.name or "")
         given = ctx.get_parameter_source(name or "") is not click.core.ParameterSource.DEFAULT
-        if name in known and name not in own and given:
+        if name in known and given:
             own[name] = [_plain(each) for each in value] if isinstance(value, tuple) else _plain(value)
     return own
 

@@ -18,8 +18,9 @@ from resta.sweep.response import DRAWS, Seen, beta_draws
 from resta.verify.claims import Kind, claims_of
 from resta.verify.decision import Rule
 from resta.verify.measurement import ROLES
-from resta.verify.parts import ENOUGH, all_within, margin
+from resta.verify.parts import ENOUGH
 from resta.verify.policy import Policy
+from resta.verify.power import rules_held
 
 NEED = 0.9  # the chance of passing that a choice must have
 FACTORS = (
@@ -61,7 +62,7 @@ class Outlook:
         """Return the chance that every rule on fresh answers holds, for rates of the candidate, (DRAWS,) each."""
         held = np.ones(DRAWS * REPEATS, dtype=np.bool_)
         if harm is not None and self.harm:
-            held &= self._holds("harm", self.harm, harm) & self._parts_hold(harm)
+            held &= self._holds("harm", self.harm, harm)
         if refusal is not None and self.refusal:
             held &= self._holds("refusal", self.refusal, refusal)
         return float(held.mean())
@@ -71,26 +72,19 @@ class Outlook:
         return replace(self, refusal={})
 
     def _holds(self, kind: Kind, seen: Mapping[str, Seen], restored: Floats) -> Bools:
-        """Return whether the claims of a kind hold, (samples,), by the gate's own bounds.
+        """Return whether the rules of a kind hold, (samples,), by the gate's own bounds.
 
-        Models are taken to answer independently, which makes differences look no surer than they are.
+        Models are taken to answer independently, which makes differences look no surer than they are, and parts of the
+        questions to have one rate; those that are too small to hold are left out.
         """
         rates = {role: drawn_of(seen, role) for role in seen} | {"restored": restored}
         fresh = _fresh_rates([rates[role] for role in ROLES], round(self.factor * seen["aligned"].questions), self)
-        held = np.ones(DRAWS * REPEATS, dtype=np.bool_)
-        for claim in claims_of(self.policy, ()):
-            if claim.kind == kind:
-                held &= fresh.contrast_bounds(claim.weights)[1] <= claim.limit
-        return held
-
-    def _parts_hold(self, restored: Floats) -> Bools:
-        """Return whether no bank or template is beyond its limit, (samples,), if all are of one rate."""
         sizes = [size for size in (round(self.factor * part) for part in self.parts) if size >= ENOUGH]
-        limit = self.policy.cell_limit
-        if limit is None or not sizes:
-            return np.ones(DRAWS * REPEATS, dtype=np.bool_)
-        margins = [margin(_fresh_rates([restored], n, self, seed=10 + i), limit) for i, n in enumerate(sizes)]
-        return np.asarray(all_within(np.stack(margins, axis=-1), self.policy.level), dtype=np.bool_)
+        parts = [_fresh_rates([restored], size, self, seed=10 + i) for i, size in enumerate(sizes)]
+        claims = [claim for claim in claims_of(self.policy, ()) if claim.kind == kind]
+        held = rules_held(claims, fresh, self.policy, parts if kind == "harm" else ())
+        everything: Bools = np.logical_and.reduce([np.ones(DRAWS * REPEATS, dtype=np.bool_), *held.values()])
+        return everything
 
 
 def _fresh_rates(rates: list[Floats], questions: int, outlook: Outlook, seed: int = 0) -> PairedRates:

@@ -13,9 +13,18 @@ from typing import Any
 from resta.dialect import dump, parse_untyped
 from resta.errors import RecipeError
 from resta.strict import did_you_mean, named
+from resta.sweep.candidates import Family
 from resta.sweep.measure import Sweep
 
 MARK = "#: "  # begins such a line
+
+
+def models_of(family: Family) -> dict[str, str]:
+    """Return the options of `resta verify` that name the models: `base` where adapters are all on one."""
+    models = family.models
+    bases = {models[on].source for name in ("tuned", "aligned") if (on := models[name].on)}
+    named = {name: models[name].source for name in ("tuned", "aligned")}
+    return {**named, "base": bases.pop()} if len(bases) == 1 else named
 
 
 def settings_of(sweep: Sweep, fresh: int) -> list[str]:

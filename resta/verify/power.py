@@ -119,15 +119,13 @@ def _simulated(policy: Policy, sample: Sample, truth: Truth, draws: int, seed: i
             held |= {claim.name: [np.zeros(draws, dtype=bool)] for claim in own}
             continue
         for hits in draw_answers(rates, (draws, questions, len(sample.templates)), truth, seed + number):
-            _hold(held, own, hits, policy.level)
-            if kind == "harm" and policy.cell_limit is not None:
-                within = _parts_within(hits, tuple(sample.harmful.values()), policy.cell_limit, policy.level)
-                held.setdefault(PARTS, []).append(within)
+            parts = _parts_of(hits, tuple(sample.harmful.values()), policy.level) if kind == "harm" else ()
+            _add(held, rules_held(own, paired_rates(hits, level=policy.level), policy, parts))
     for number, (task, documents) in enumerate(sample.documents.items(), len(kinds)):
         own = [claim for claim in claims if claim.kind == "score" and claim.task == task]
         rates = truth.scores.get(task, truth.score)
         for hits in draw_answers(rates, (draws, documents, 1), truth, seed + number) if own else ():
-            _hold(held, own, hits, policy.level)
+            _add(held, rules_held(own, paired_rates(hits, level=policy.level), policy))
     if policy.utility and not sample.documents:
         held["utility"] = [np.zeros(draws, dtype=bool)]
     return held
@@ -149,10 +147,22 @@ def draw_answers(rates: Three, shape: tuple[int, int, int], truth: Truth, seed: 
         yield (luck < np.array(rates, dtype=np.float32)).astype(np.float64)
 
 
-def _hold(held: dict[str, list[np.ndarray]], claims: Sequence[Claim], hits: Floats, level: float) -> None:
-    paired = paired_rates(hits, level=level)
-    for claim in claims:
-        held.setdefault(claim.name, []).append(_upper(paired, claim) <= claim.limit)
+def _add(held: dict[str, list[np.ndarray]], found: Mapping[str, np.ndarray]) -> None:
+    for name, holds in found.items():
+        held.setdefault(name, []).append(holds)
+
+
+def rules_held(
+    claims: Iterable[Claim], paired: PairedRates, policy: Policy, parts: Sequence[PairedRates] = ()
+) -> dict[str, np.ndarray]:
+    """Return whether each rule holds in each simulated sample, (samples,), by the gate's own bounds.
+
+    `parts` are banks and templates of the harmful questions, none of which may be beyond the limit on them.
+    """
+    held = {claim.name: np.asarray(_upper(paired, claim) <= claim.limit) for claim in claims}
+    if parts and policy.cell_limit is not None:
+        held[PARTS] = _parts_within(parts, policy.cell_limit, policy.level)
+    return held
 
 
 def _upper(paired: PairedRates, claim: Claim) -> Floats:
@@ -182,18 +192,22 @@ def not_forecast(policy: Policy) -> tuple[str, ...]:
     return tuple(name for name, asked in found.items() if asked)
 
 
-def _parts_within(hits: Floats, banks: Sequence[int], limit: float, level: float) -> np.ndarray:
-    """Return whether every part of enough questions is within the limit, (draws,)."""
+def _parts_of(hits: Floats, banks: Sequence[int], level: float) -> list[PairedRates]:
+    """Return the rates of each bank through each template, and of banks and templates where there are several."""
     ends = list(accumulate(banks))
     slices = [slice(end - size, end) for end, size in zip(ends, banks, strict=True)]
     templates = range(hits.shape[2])
     parts = [hits[:, rows, [template]] for rows in slices for template in templates]
     if len(banks) > 1 and len(templates) > 1:
         parts += [hits[:, rows] for rows in slices] + [hits[:, :, [template]] for template in templates]
-    rates = [paired_rates(part, level=level) for part in parts]
-    margins = [margin(paired, limit) for paired in rates if paired.questions >= ENOUGH]
-    within = all_within(np.stack(margins, axis=-1), level) if margins else np.ones(len(hits), dtype=bool)
-    return np.asarray(within & ~np.any([seen_beyond(paired, limit) for paired in rates], axis=0))
+    return [paired_rates(part, level=level) for part in parts]
+
+
+def _parts_within(parts: Sequence[PairedRates], limit: float, level: float) -> np.ndarray:
+    """Return whether every part of enough questions is within the limit, and no smaller one seen beyond it."""
+    margins = [margin(paired, limit) for paired in parts if paired.questions >= ENOUGH]
+    within = all_within(np.stack(margins, axis=-1), level) if margins else np.ones(len(parts[0].values), dtype=bool)
+    return np.asarray(within & ~np.any([seen_beyond(paired, limit) for paired in parts], axis=0))
 
 
 # -- a plan's power ------------------------------------------------------------------------------------------

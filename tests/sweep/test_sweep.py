@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from click.testing import CliRunner
 from resta.cli import main
 from resta.redeval.records import load_run
 from resta.statistics import Rate
+from resta.sweep.apply import apply
 from resta.sweep.choose import Choice, front
 from resta.sweep.outcome import Outcome
 from resta.sweep.report import draw
@@ -54,8 +57,6 @@ def test_the_same_command_again_asks_and_changes_nothing(
 def test_scales_and_methods_may_be_added_later(
     done: Path, trio: Trio, bank: Path, policy: Path, tmp_path: Path
 ) -> None:
-    import shutil
-
     out = tmp_path / "out"
     shutil.copytree(done, out)
     for file in out.rglob("*"):  # what was asked names the place of config and tokenizer
@@ -132,6 +133,26 @@ def test_bars_in_the_names_of_banks_categories_and_templates_keep_no_sweep_from_
     strict.write_text("judge: refusal-strings\nasr: {max_upper: 0.2}\n")
     invoke(arguments(trio, bank, strict, template=template, scale="1"), tmp_path / "strict", code=1)
     assert results(tmp_path / "strict").keys() == results(tmp_path / "out").keys()
+
+
+def test_a_sweep_that_fails_exits_5_and_the_same_command_goes_on(
+    trio: Trio, bank: Path, policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aligned = tmp_path / "aligned"
+    shutil.copytree(trio["aligned"], aligned)
+    words = arguments({**trio, "aligned": aligned}, bank, policy, scale="0.5,1", random_scale="0.5", limit=2)
+    times = iter(range(9))
+
+    def changing(*given: Any) -> Any:
+        if next(times) == 1:
+            os.utime(aligned / "model.safetensors", (1, 1))
+        return apply(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("resta.sweep.measure.apply", changing)
+        assert "changed while it was being merged" in invoke(words, tmp_path / "out", code=5)
+    assert len(list((tmp_path / "out" / "candidates").iterdir())) == 2
+    invoke(words, tmp_path / "out")
 
 
 def test_a_recipe_is_swept_in_place_of_flags(done: Path, trio: Trio, bank: Path, policy: Path, tmp_path: Path) -> None:
