@@ -71,12 +71,11 @@ def run(
         from resta.sweep import Grid, make_family
         from resta.verify import Exam
 
-        outcome = resta.sweep.run(
-            family=make_family(tuned="tuned", aligned="aligned", base="base"),
-            grid=Grid(scales=(0.25, 0.5, 1.0)),
-            exam=Exam(questions=Questions(banks=["questions.json"], templates=["standard"]), utility=None),
-            policy="policy.yaml",
-        )
+        family = make_family(tuned="tuned", aligned="aligned", base="base")
+        questions = Questions(banks=["questions.json"], safe_banks=["smoke-safe"], templates=["standard"])
+        exam = Exam(questions=questions, utility=None)
+        grid = Grid(scales=(0.25, 0.5, 1.0))
+        outcome = resta.sweep.run(family=family, grid=grid, exam=exam, policy="policy.yaml")
         print(outcome.choice.name, outcome.choice.reason)
         if outcome.recipe is not None:
             resta.merge(outcome.recipe, "merged")
