@@ -346,3 +346,15 @@ def test_help_imports_no_command_and_little_else() -> None:
 
 def test_version_is_printed() -> None:
     assert "resta, version" in run("--version").output
+
+
+@pytest.mark.parametrize("name", ["redeval", "verify"])
+def test_the_help_of_a_group_lists_the_options_of_what_it_does_without_a_word(name: str) -> None:
+    shown = CliRunner().invoke(main, [name, "--help"]).output
+    run = importlib.import_module(f"resta.cli.{name}").command.commands["run"]
+    options = [parameter for parameter in run.params if isinstance(parameter, click.Option)]
+    assert len(options) > 30
+    for option in options:
+        assert option.opts[0] in shown
+    assert shown.startswith(f"Usage: main {name} [OPTIONS] {'MODEL' if name == 'redeval' else 'RESTORED'}\n")
+    assert "report" in shown.partition("Options:")[0]

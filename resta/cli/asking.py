@@ -22,7 +22,20 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class WithDefault(click.Group):
-    """A group whose first word may be left out: `resta verify MODEL` means `resta verify run MODEL`."""
+    """A group whose first word may be left out: `resta verify MODEL` means `resta verify run MODEL`.
+
+    So its help is that of `run`, and the other commands beside it.
+    """
+
+    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Say how it is called without the word, and how with another one."""
+        formatter.write_usage(ctx.command_path, " ".join(self.commands["run"].collect_usage_pieces(ctx)))
+        formatter.write_usage(ctx.command_path, "COMMAND [ARGS]...", prefix="   or: ")
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands, and the options of `run`."""
+        self.format_commands(ctx, formatter)
+        self.commands["run"].format_options(ctx, formatter)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Put `run` before anything that is neither a command nor the group's own help."""
