@@ -1,88 +1,31 @@
-"""Chat templates by name, for a base model that has none; each is plain Jinja and holds nothing but its format.
+"""Chat templates by name, for a base model that has none: chat_template/*.jinja, which hold nothing but their format.
 
-They are written without generation markers so that every engine that reads `chat_template.jinja` can render them.
+They are without generation markers so that every engine that reads `chat_template.jinja` can render them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from importlib import resources
 from pathlib import Path
 
 from resta.errors import TemplateError
 
-# FastChat's system sentence of vicuna_v1.1, kept byte for byte: the model was trained on exactly this text.
-VICUNA_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-
-VICUNA = (
-    "{{ bos_token }}"
-    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + ' ' }}{% set turns = messages[1:] %}"
-    "{% else %}{{ '" + VICUNA_SYSTEM.replace("'", "\\'") + " ' }}{% set turns = messages %}{% endif %}"
-    "{% for m in turns %}"
-    "{% if m['role'] == 'user' %}{{ 'USER: ' + m['content'] + ' ' }}"
-    "{% else %}{{ 'ASSISTANT: ' + m['content'] + eos_token }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
-
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% "
-    "endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-LLAMA_2 = (
-    "{% if messages[0]['role'] == 'system' %}"
-    "{% set prefix = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}{% set turns = messages[1:] %}"
-    "{% else %}{% set prefix = '' %}{% set turns = messages %}{% endif %}"
-    "{% for m in turns %}"
-    "{% if m['role'] == 'user' %}"
-    "{{ bos_token + '[INST] ' + (prefix if loop.first else '') + m['content'] + ' [/INST]' }}"
-    "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}"
-    "{% endfor %}"
-)
-
-LLAMA_3 = (
-    "{{ bos_token }}"
-    "{% for m in messages %}"
-    "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] + '<|eot_id|>' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-
-MISTRAL = (
-    "{{ bos_token }}"
-    "{% if messages[0]['role'] == 'system' %}"
-    "{% set prefix = messages[0]['content'] + '\n\n' %}{% set turns = messages[1:] %}"
-    "{% else %}{% set prefix = '' %}{% set turns = messages %}{% endif %}"
-    "{% for m in turns %}"
-    "{% if m['role'] == 'user' %}{{ '[INST] ' + (prefix if loop.first else '') + m['content'] + ' [/INST]' }}"
-    "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}"
-    "{% endfor %}"
-)
-
-GEMMA = (
-    "{{ bos_token }}"
-    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('this format has no system turn') }}{% "
-    "endif %}"
-    "{% for m in messages %}"
-    "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else 'user') + '\n' }}"
-    "{{ m['content'] + '<end_of_turn>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
-)
-
-# name -> (template, special tokens that the tokenizer must already have as one token each)
-NAMED: dict[str, tuple[str, tuple[str, ...]]] = {
-    "vicuna_v1.1": (VICUNA, ()),
-    "chatml": (CHATML, ("<|im_start|>", "<|im_end|>")),
-    "llama-2": (LLAMA_2, ()),
-    "llama-3": (LLAMA_3, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
-    "mistral": (MISTRAL, ()),
-    "gemma": (GEMMA, ("<start_of_turn>", "<end_of_turn>")),
+# name -> special tokens that the tokenizer must already have as one token each. The system sentence of vicuna_v1.1 is
+# FastChat's, byte for byte: the model was trained on exactly this text.
+NAMED: dict[str, tuple[str, ...]] = {
+    "vicuna_v1.1": (),
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "llama-2": (),
+    "llama-3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "mistral": (),
+    "gemma": ("<start_of_turn>", "<end_of_turn>"),
 }
+
+
+def named_template(name: str) -> str:
+    """Return the text of a template of NAMED."""
+    return (resources.files("resta") / "chat_template" / f"{name}.jinja").read_text("utf-8")
 
 
 def read_chat_template(template: str, vocabulary: Collection[str], *, root: Path = Path()) -> str:
@@ -97,14 +40,13 @@ def read_chat_template(template: str, vocabulary: Collection[str], *, root: Path
         TemplateError: neither a name nor a readable file, or the tokenizer lacks a token that the format needs.
     """
     if template in NAMED:
-        text, needed = NAMED[template]
-        missing = [token for token in needed if token not in vocabulary]
+        missing = [token for token in NAMED[template] if token not in vocabulary]
         if missing:
             raise TemplateError(
                 f"chat_template {template!r} needs the token {missing[0]!r}, which this tokenizer does not have; "
                 "use `vicuna_v1.1`, which needs none, or a tokenizer that has it"
             )
-        return text
+        return named_template(template)
     path = (root / template).expanduser()
     if not path.is_file():
         raise TemplateError(f"chat_template {template!r} is no file and not one of: {', '.join(NAMED)}")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resta.chat_templates import NAMED, read_chat_template
+from resta.chat_templates import NAMED, named_template, read_chat_template
 from resta.errors import MissingExtraError, ModelError, UnansweredError
 from resta.fingerprint import folder_fingerprint, sha256_file, sha256_text
 from resta.out_of_memory import is_out_of_memory
@@ -683,7 +683,9 @@ def fingerprint(spec: LocalSpec) -> dict[str, str]:
             prints[role] = sha256_file(path)
     if spec.chat_template is not None:
         text = (
-            NAMED[spec.chat_template][0] if spec.chat_template in NAMED else read_chat_template(spec.chat_template, ())
+            named_template(spec.chat_template)
+            if spec.chat_template in NAMED
+            else read_chat_template(spec.chat_template, ())
         )
         prints["chat_template"] = sha256_text(text)
     return prints

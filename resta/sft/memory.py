@@ -1,5 +1,4 @@
-"""How much memory a recipe needs on each device, and how fast it may run: arithmetic on the base's config, no
-weights.
+"""How much memory a recipe needs on each device: arithmetic on the base's config, no weights.
 
 Parameters, gradients and optimiser state are exact counts. Activations are counted from what a Llama-like
 layer keeps for its backward pass, per token: 8 h + 2 k + 4 i numbers (h hidden size, k width of keys, i width
@@ -29,9 +28,6 @@ ADAMW_BYTES = 8
 NF4_BYTES = 0.5 + (8 + 32 / 256) / 64 / 8
 # The trainer projects to the vocabulary in tiles of this many tokens by this many entries.
 HEAD_TOKENS, HEAD_ENTRIES = 4096, 32768
-# For the estimate of speed only: what the tensor cores of one A100 do in bfloat16, and the part of it that
-# fine-tuning commonly reaches. Both are assumptions, not measurements.
-ASSUMED_FLOPS, ASSUMED_USE = 312e12, 0.4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +46,11 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Bytes on one device, by purpose, and the arithmetic of speed."""
+    """Bytes on one device, by purpose."""
 
     bytes: dict[str, float]
     host_bytes: float  # main memory while all processes of one machine load the base
     shape: Shape
-    tokens_at_once: int
-    flops_per_token: float
 
     @property
     def total(self) -> float:
@@ -80,15 +74,10 @@ def estimate(job: Job) -> Estimate:
         float32_stream=recipe.method == "full" and recipe.parallel.strategy == "ddp",
     )
     head = min(tokens, HEAD_TOKENS) * min(shape.vocabulary, HEAD_ENTRIES) * (width + 4)
-    # Forward 2 and backward 4 operations per parameter and token; a frozen weight needs no gradient of its
-    # own (2 less), and checkpointing computes the forward pass twice (2 more).
-    passes = (6.0 if recipe.method == "full" else 4.0) + (2.0 if recipe.train.gradient_checkpointing else 0.0)
     return Estimate(
         bytes={**state, "activations": activations, "vocabulary head": head},
         host_bytes=float(recipe.parallel.processes * shape.parameters * (4 if recipe.method == "full" else width)),
         shape=shape,
-        tokens_at_once=tokens,
-        flops_per_token=passes * shape.parameters,
     )
 
 
@@ -196,21 +185,4 @@ def table(job: Job, estimate: Estimate) -> str:
     lines += [f"  {name:<24}{size / GIB:9.3f} GiB" for name, size in estimate.bytes.items() if size]
     lines.append(f"  {'total':<24}{estimate.total / GIB:9.3f} GiB, and 1 to 2 GiB of the libraries' own on a GPU")
     lines.append(f"main memory while {processes} process(es) load the base: {estimate.host_bytes / GIB:.3f} GiB")
-    speed = ASSUMED_FLOPS * ASSUMED_USE / estimate.flops_per_token
-    lines += [
-        "",
-        f"speed, not measured: {speed:,.0f} tokens/s on each GPU, if it sustains {ASSUMED_USE:.0%} of "
-        f"{ASSUMED_FLOPS / 1e12:.0f} TFLOP/s (an A100 in bfloat16)",
-        f"  = {ASSUMED_USE} x {ASSUMED_FLOPS:.3g} / ({estimate.flops_per_token / shape.parameters:.0f} "
-        "FLOP x "
-        f"{shape.parameters:,} parameters); attention, about {_attention_share(job, shape):.0%} more, "
-        "left out",
-    ]
     return "\n".join(lines)
-
-
-def _attention_share(job: Job, shape: Shape) -> float:
-    """Return the work of attention scores over that of the weights: 2 s h per layer and token against
-    parameters.
-    """
-    return 2.0 * job.recipe.max_length * shape.hidden * shape.layers / (2.0 * shape.parameters)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import resta
-from resta.chat_templates import NAMED
+from resta.chat_templates import named_template
 from resta.errors import ModelError, TemplateError, UnansweredError
 from resta.redeval.asks import Decoding, Message, Rendering
 from resta.redeval.models import (
@@ -203,7 +203,7 @@ def test_a_chat_template_is_known_by_the_names_that_sft_knows(tiny: Path, tmp_pa
     spec = LocalSpec(model=str(tmp_path / "bare"), device="cpu", chat_template="vicuna_v1.1")
     prompt = load_local(spec).chat_prompt("k", [Message(role="user", content="Why?")], Rendering())
     assert prompt.text.endswith("USER: Why? ASSISTANT:")
-    (tmp_path / "v.jinja").write_text(NAMED["vicuna_v1.1"][0])
+    (tmp_path / "v.jinja").write_text(named_template("vicuna_v1.1"))
     assert fingerprint(spec) == fingerprint(replace(spec, chat_template=str(tmp_path / "v.jinja")))
     for wrong, why in (("vicuna", "no file and not one of: vicuna_v1.1, chatml"), ("chatml", "needs the token")):
         with pytest.raises(TemplateError, match=why):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sft_tiny import byte_level, sentencepiece_like
 
-from resta.chat_templates import NAMED
+from resta.chat_templates import named_template
 from resta.errors import TemplateError
 from resta.sft.chat import Chat, control_token, encode, open_chat, render, tokenize
 
@@ -54,17 +54,17 @@ CHATML_WITH_DEFAULT = (
 CASES: dict[str, tuple[Any, str, list[str]]] = {
     "vicuna_v1.1": (
         sentencepiece_like,
-        NAMED["vicuna_v1.1"][0],
+        named_template("vicuna_v1.1"),
         [" The sum is 42.</s>", " It is 50 then.</s>"],
     ),
-    "llama-2": (sentencepiece_like, NAMED["llama-2"][0], [" The sum is 42. </s>", " It is 50 then. </s>"]),
+    "llama-2": (sentencepiece_like, named_template("llama-2"), [" The sum is 42. </s>", " It is 50 then. </s>"]),
     "llama-2 own": (sentencepiece_like, LLAMA_2_OWN, [" The sum is 42. </s>", " It is 50 then. </s>"]),
-    "mistral": (sentencepiece_like, NAMED["mistral"][0], [" The sum is 42.</s>", " It is 50 then.</s>"]),
+    "mistral": (sentencepiece_like, named_template("mistral"), [" The sum is 42.</s>", " It is 50 then.</s>"]),
     "mistral own": (sentencepiece_like, MISTRAL_SYSTEM_LAST, [" The sum is 42.</s>", " It is 50 then.</s>"]),
-    "chatml": (byte_level, NAMED["chatml"][0], ["The sum is 42.<|im_end|>", "It is 50 then.<|im_end|>"]),
+    "chatml": (byte_level, named_template("chatml"), ["The sum is 42.<|im_end|>", "It is 50 then.<|im_end|>"]),
     "chatml own": (byte_level, CHATML_WITH_DEFAULT, ["The sum is 42.<|im_end|>", "It is 50 then.<|im_end|>"]),
-    "llama-3": (byte_level, NAMED["llama-3"][0], ["The sum is 42.<|eot_id|>", "It is 50 then.<|eot_id|>"]),
-    "gemma": (byte_level, NAMED["gemma"][0], ["The sum is 42.<end_of_turn>", "It is 50 then.<end_of_turn>"]),
+    "llama-3": (byte_level, named_template("llama-3"), ["The sum is 42.<|eot_id|>", "It is 50 then.<|eot_id|>"]),
+    "gemma": (byte_level, named_template("gemma"), ["The sum is 42.<end_of_turn>", "It is 50 then.<end_of_turn>"]),
 }
 
 
@@ -148,7 +148,7 @@ talks = st.lists(st.tuples(words, words), min_size=1, max_size=4).map(
     ]
 )
 VICUNA_CHAT = open_chat(sentencepiece_like(), template="vicuna_v1.1", root=HERE, pad_token=None)
-CHATML_CHAT = chat_of(byte_level(), NAMED["chatml"][0])
+CHATML_CHAT = chat_of(byte_level(), named_template("chatml"))
 
 
 @given(talks)
@@ -215,17 +215,18 @@ def test_found_spans_equal_the_marked_ones_of_the_same_published_template(name: 
 
 
 def test_a_marker_that_stops_before_the_turn_end_is_extended_over_it() -> None:
-    template = NAMED["chatml"][0].replace(
-        "m['content'] + '<|im_end|>\n' }}",
-        "'' }}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{% endgeneration %}"
-        "{% else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>\n' }}",
+    marked = "{%- if turn['role'] == 'assistant' -%}{% generation %}{{- turn['content'] -}}{% endgeneration %}"
+    template = named_template("chatml").replace(
+        "turn['content'] + '<|im_end|>\\n' -}}",
+        "'' -}}" + marked + "{%- else -%}{{- turn['content'] -}}{%- endif -%}{{- '<|im_end|>\\n' -}}",
     )
+    assert "generation %}" in template
     chat = chat_of(byte_level(), template)
     assert trained_text(chat, TALK) == ["The sum is 42.<|im_end|>", "It is 50 then.<|im_end|>"]
 
 
 def test_a_template_without_bos_gets_the_one_its_tokenizer_would_add() -> None:
-    bare = NAMED["chatml"][0]
+    bare = named_template("chatml")
     chat = chat_of(byte_level(bos="<|begin|>"), bare)
     encoded = encode(chat, TALK, 500)
     assert encoded is not None
@@ -236,7 +237,7 @@ def test_a_template_without_bos_gets_the_one_its_tokenizer_would_add() -> None:
 
 
 def test_a_dropped_system_turn_is_refused_and_can_be_folded() -> None:
-    drops = NAMED["chatml"][0].replace("in messages", "in messages if m['role'] != 'system'")
+    drops = named_template("chatml").replace("in messages", "in messages if turn['role'] != 'system'")
     with pytest.raises(TemplateError, match=r"system turn 0 times.*system_turn: into_user"):
         render(chat_of(byte_level(), drops), [SYSTEM, *TALK])
     folded = render(chat_of(byte_level(), drops, system_turn="into_user"), [SYSTEM, *TALK]).text
@@ -246,7 +247,7 @@ def test_a_dropped_system_turn_is_refused_and_can_be_folded() -> None:
 
 
 def test_a_template_that_refuses_a_system_turn_is_reported_with_its_own_words() -> None:
-    chat = chat_of(byte_level(), NAMED["gemma"][0])
+    chat = chat_of(byte_level(), named_template("gemma"))
     with pytest.raises(TemplateError, match="this format has no system turn"):
         render(chat, [SYSTEM, *TALK])
 
@@ -260,10 +261,10 @@ def test_a_system_turn_is_rendered_and_never_trained(case: str) -> None:
 
 
 def test_a_template_that_rewrites_answers_is_refused() -> None:
-    shouting = NAMED["chatml"][0].replace("m['content']", "m['content']|upper")
+    shouting = named_template("chatml").replace("turn['content']", "turn['content']|upper")
     with pytest.raises(TemplateError, match="turn 0 times"):
         chat_of(byte_level(), shouting)
-    doubling = NAMED["chatml"][0].replace("m['content']", "m['content']|replace('sum', 'total')")
+    doubling = named_template("chatml").replace("turn['content']", "turn['content']|replace('sum', 'total')")
     with pytest.raises(TemplateError, match="changes what a turn says"):
         render(chat_of(byte_level(), doubling), TALK)
 

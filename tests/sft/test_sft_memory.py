@@ -128,8 +128,3 @@ def test_every_advice_given_when_memory_is_full_lowers_the_estimate(tiny_base: P
     ]
     for settings in lower:
         assert memory.estimate(job_of(tiny_base, **settings)).total < most
-
-
-def test_the_speed_is_marked_as_not_measured(tiny_base: Path) -> None:
-    job = job_of(tiny_base)
-    assert "speed, not measured" in memory.table(job, memory.estimate(job))
