@@ -1,7 +1,8 @@
 """The second phase of a run: every judge over every answer that it has yet to see.
 
-A local judge is loaded once and freed before the next. Judges that generate go through the engine, those that
-read one token's probabilities locally, classifiers through their own head; each verdict is kept as it comes.
+A local judge is loaded once and freed before the next, unless whoever judges several runs keeps it. Judges that
+generate go through the engine, those that read one token's probabilities locally, classifiers through their own head;
+each verdict is kept as it comes.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from resta.errors import JudgeError, UnansweredError
 from resta.journal import Journal
@@ -32,10 +33,13 @@ from resta.redeval.judges import (
 from resta.redeval.language import cut_to_tokens
 from resta.redeval.models import (
     LocalModel,
+    LocalSpec,
     Prompt,
+    TextClassifier,
     classify,
     clip_text,
     fingerprint,
+    load_classifier,
     load_local,
     pick_device,
     read_tokenizer,
@@ -49,6 +53,7 @@ from resta.redeval.targets import Target, parse_target, same_model
 Pairs = Sequence[tuple[Question, Answer]]
 Keep = Callable[[Question, Verdict], None]
 Fail = Callable[[NoReply], None]
+Loaded = TypeVar("Loaded")
 CHUNK = 256  # answers per pass of a judge that reads one token: verdicts are kept after each
 
 
@@ -142,6 +147,15 @@ def untested(run: RunDir, judge: Judge) -> list[Known]:
     return [each for each in known if (each.answer.id, each.sha256) not in done]
 
 
+def adopt_control(run: RunDir, other: RunDir) -> None:
+    """Take over what judges made of the known answers in another run, so that they are not asked again."""
+    there = {(row.judge_sha256, row.answer_id, row.sha256) for row in run.control()}
+    with Journal(run.path / "control.jsonl") as journal:
+        for row in other.control():
+            if (row.judge_sha256, row.answer_id, row.sha256) not in there:
+                journal.append(row)
+
+
 def judge_phase(run: RunDir, judge: Judge, conditions: RunOptions) -> None:
     """Judge every answer that this judge has yet to see, after those that are known beforehand.
 
@@ -196,18 +210,26 @@ class _Job:
 def _ask_judge(job: _Job, conditions: RunOptions, log_dir: Path) -> None:
     judge = job.judge
     target = judge_target(judge, conditions.judge_device)
-    if isinstance(judge.spec.read, Classifier):
-        _classify(judge, target, job.pairs, job.keep)
-    elif target.local is None:
+    if target.local is None:
         _ask_engine(job, conditions, None, log_dir)
+    elif isinstance(judge.spec.read, Classifier):
+        _classify(judge, _loaded(target.local, load_classifier, conditions), job.pairs, job.keep)
+    elif isinstance(judge.spec.read, Tokens | Digits):
+        _read_next_token(judge, _loaded(target.local, load_local, conditions), job.pairs, job.keep)
     else:
-        local = load_local(target.local)
-        if isinstance(judge.spec.read, Tokens | Digits):
-            _read_next_token(judge, local, job.pairs, job.keep)
-        else:
-            _ask_engine(job, conditions, local, log_dir)
-        del local
-        gc.collect()
+        _ask_engine(job, conditions, _loaded(target.local, load_local, conditions), log_dir)
+    gc.collect()
+
+
+def _loaded(spec: LocalSpec, load: Callable[[LocalSpec], Loaded], conditions: RunOptions) -> Loaded:
+    """Return a judge's model: one that is kept between runs, or loaded and, where models are kept, kept."""
+    kept = conditions.kept_judges
+    if kept is None:
+        return load(spec)
+    if spec not in kept:
+        kept[spec] = load(spec)
+    found: Loaded = kept[spec]
+    return found
 
 
 # -- through the engine --------------------------------------------------------------------------------------
@@ -334,18 +356,16 @@ def candidate_tokens(judge: Judge, tokenizer: Any) -> dict[str, int]:
     return tokens
 
 
-def _classify(judge: Judge, target: Target, pairs: Pairs, keep: Keep) -> None:
+def _classify(judge: Judge, classifier: TextClassifier, pairs: Pairs, keep: Keep) -> None:
     read = judge.spec.read
     assert isinstance(read, Classifier)
-    assert target.local is not None
-    tokenizer = read_tokenizer(target.local)
     texts = [
-        judge_asks(judge, q.text, a, lambda text: clip_text(tokenizer, text, judge.spec.clip_tokens))[0]
+        judge_asks(judge, q.text, a, lambda text: clip_text(classifier.tokenizer, text, judge.spec.clip_tokens))[0]
         .messages[0]
         .content
         for q, a in pairs
     ]
-    for i, shares in classify(target.local, texts, multi_label=read.multi_label):
+    for i, shares in classify(classifier, texts, multi_label=read.multi_label):
         unknown = [name for name in read.positive if name not in shares]
         if unknown:
             raise JudgeError(f"judge {judge.id}: no label {', '.join(unknown)} among {', '.join(shares)}")

@@ -703,16 +703,17 @@ def read_tokenizer(spec: LocalSpec) -> Any:
         raise ModelError(f"{spec.model}: its tokenizer cannot be loaded: {why_not(error)}") from error
 
 
-def classify(
-    spec: LocalSpec, texts: Sequence[str], *, multi_label: bool, rows: int = ROWS
-) -> Iterator[tuple[int, dict[str, float]]]:
-    """Yield (index of text, {label: share}) from a sequence classifier, longest texts first. Raises
-    ModelError.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextClassifier:
+    """A sequence classifier in this process, loaded once."""
 
-    Shares are sigmoids where several labels may hold, else a softmax. A text is never cut: too long is an
-    error.
-    """
-    import torch
+    name: str
+    tokenizer: Any
+    model: Any
+
+
+def load_classifier(spec: LocalSpec) -> TextClassifier:
+    """Return the sequence classifier that `spec` names. Raises ModelError."""
     from safetensors import SafetensorError
 
     transformers = import_transformers()
@@ -728,11 +729,24 @@ def classify(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id
+    return TextClassifier(name=spec.model, tokenizer=tokenizer, model=model)
+
+
+def classify(
+    classifier: TextClassifier, texts: Sequence[str], *, multi_label: bool, rows: int = ROWS
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """Yield (index of text, {label: share}), longest texts first. Raises ModelError.
+
+    Shares are sigmoids where several labels may hold, else a softmax. A text is never cut: too long is an error.
+    """
+    import torch
+
+    tokenizer, model = classifier.tokenizer, classifier.model
     encoded = [tokenizer(text)["input_ids"] for text in texts]
     order = sorted(range(len(texts)), key=lambda i: -len(encoded[i]))
     limit = getattr(model.config, "max_position_embeddings", None) or 1 << 30
     if order and len(encoded[order[0]]) > limit:
-        raise ModelError(f"{spec.model}: a text of {len(encoded[order[0]])} tokens exceeds its {limit}")
+        raise ModelError(f"{classifier.name}: a text of {len(encoded[order[0]])} tokens exceeds its {limit}")
     for start in range(0, len(order), rows):
         batch = order[start : start + rows]
         padded = tokenizer.pad({"input_ids": [encoded[i] for i in batch]}, return_tensors="pt").to(model.device)

@@ -37,7 +37,8 @@ Watch = Callable[[Tally], None]
 class RunOptions:
     """How a run is carried out: what changes the speed, never the result.
 
-    `watch` is called with a Tally after every answer or verdict, `note` with a line for people.
+    `watch` is called with a Tally after every answer or verdict, `note` with a line for people. `kept_judges` holds the
+    models of local judges that stay loaded for the next run, by their LocalSpec; None: each is freed.
     """
 
     connections: int = 16
@@ -46,6 +47,7 @@ class RunOptions:
     max_failures: int = 20  # in a row, after which a phase gives up
     judge_device: str = "auto"
     reader_device: str = "auto"  # of the aligned model where it was measured earlier and reads the answers
+    kept_judges: dict[Any, Any] | None = None
     watch: Watch = field(default=lambda tally: None)
     note: Callable[[str], None] = field(default=lambda line: None)
 

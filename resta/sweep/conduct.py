@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,7 @@ def run(
         open_sweep(sweep)
         for line in budget.spec.notes:
             options.note(f"note: {line}")
+        options = replace(options, kept_judges={})
         with place(sweep, options) as measure:
             outcome = carry_out(sweep, rule, options, measure)
         write_reports(sweep, outcome, environment())

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,10 @@ from resta.hub import locate
 from resta.journal import FolderLock, differences, read_object, to_json, write_whole
 from resta.recipe import dump_recipe
 from resta.redeval.answering import answer_phase, missing_asks
-from resta.redeval.judging import check_judges, judge_phase, note_judges
+from resta.redeval.judging import adopt_control, check_judges, judge_phase, note_judges
 from resta.redeval.models import LocalModel, LocalSpec, fingerprint, load_local
 from resta.redeval.progress import RunOptions
-from resta.redeval.records import environment, start_run
+from resta.redeval.records import environment, load_run, start_run
 from resta.redeval.targets import Target
 from resta.sweep.apply import Change, apply, identity_text, tuned_tensors, write_files
 from resta.sweep.candidates import Candidate, Family, plan_of, recipe_of, tuned_recipe
@@ -151,7 +151,8 @@ class Worker:
     """Measures references and candidates, one after the other; the swept model is loaded once, when it is needed."""
 
     def __init__(self, sweep: Sweep, conditions: RunOptions):
-        self._sweep, self._conditions = sweep, conditions
+        kept = {} if conditions.kept_judges is None else conditions.kept_judges
+        self._sweep, self._conditions = sweep, replace(conditions, kept_judges=kept)
         self._loaded: LocalModel | None = None
         self._applied_last: Candidate | None = None
 
@@ -173,6 +174,7 @@ class Worker:
         part = part_of(plan, QUARTER if last else EVERY[rung])
         with FolderLock(run.path):
             note_judges(run, judges)
+            adopt_control(run, load_run(sweep.out / "aligned" / "redeval"))
             if missing_asks(run, part):
                 answer_phase(run, part, target, self._conditions, judges=judges, local=self._applied(candidate))
             for judge in judges:

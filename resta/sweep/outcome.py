@@ -119,6 +119,8 @@ def _compare_all(
 ) -> dict[str, Comparison]:
     """Return the comparison of every model with the references, the references included."""
     folder, policy = sweep.out / "coherence", sweep.policy
+    if conditions.kept_judges is not None:
+        conditions.kept_judges.clear()  # their place in memory is now the aligned model's
     models = {**references, **complete}
     measure_losses(models, sweep.references["aligned"], folder, conditions)
     losses = {}

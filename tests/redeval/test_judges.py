@@ -26,10 +26,9 @@ from resta.redeval.judges import (
     verdict_of,
     verdict_without_model,
 )
-from resta.redeval.models import LocalSpec, read_tokenizer
+from resta.redeval.models import LocalSpec, TextClassifier, read_tokenizer
 from resta.redeval.questions import Question
 from resta.redeval.records import Answer
-from resta.redeval.targets import parse_target
 
 
 def answer(text: str, finish: str = "stop") -> Answer:
@@ -365,15 +364,15 @@ def test_a_classifier_reads_the_answer_clipped_by_its_own_tokens(tiny: Path, mon
     )
     seen: list[str] = []
 
-    def classify(spec: LocalSpec, texts: list[str], **_: object) -> Iterator[tuple[int, dict[str, float]]]:
+    def classify(classifier: TextClassifier, texts: list[str], **_: object) -> Iterator[tuple[int, dict[str, float]]]:
         seen.extend(texts)
         return iter([(0, {"bad": 0.1})])
 
     monkeypatch.setattr(judging, "classify", classify)
-    target = parse_target(str(tiny), None, device="cpu")
-    judging._classify(Judge(spec=spec, model=str(tiny)), target, [(question, answer(said))], lambda *_: None)
-    [[before, after]] = [text.split("|") for text in seen]
     tokenizer = read_tokenizer(LocalSpec(model=str(tiny)))
+    classifier = TextClassifier(name="tiny", tokenizer=tokenizer, model=None)
+    judging._classify(Judge(spec=spec, model=str(tiny)), classifier, [(question, answer(said))], lambda *_: None)
+    [[before, after]] = [text.split("|") for text in seen]
     assert before == question.text
     assert after == tokenizer.decode(tokenizer(said, add_special_tokens=False)["input_ids"][:16])
 

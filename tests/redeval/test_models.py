@@ -25,6 +25,7 @@ from resta.redeval.models import (
     estimate_seconds,
     fingerprint,
     hidden_ids,
+    load_classifier,
     load_local,
     read_tokenizer,
     why_not,
@@ -387,13 +388,13 @@ def test_a_classifier_gives_the_shares_of_its_own_head(tiny: Path, tmp_path: Pat
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     tokenizer.save_pretrained(tmp_path / "head")
     texts = ["short", "a much longer text than that"]
-    spec = LocalSpec(model=str(tmp_path / "head"), device="cpu")
-    found = dict(classify(spec, texts, multi_label=True))
+    classifier = load_classifier(LocalSpec(model=str(tmp_path / "head"), device="cpu"))
+    found = dict(classify(classifier, texts, multi_label=True))
     for i, text in enumerate(texts):
         with torch.inference_mode():
             logits = model.eval()(torch.tensor([tokenizer(text)["input_ids"]])).logits[0]
         assert list(found[i].values()) == pytest.approx(logits.sigmoid().tolist(), abs=1e-5)
-    assert sum(dict(classify(spec, texts, multi_label=False))[0].values()) == pytest.approx(1)
+    assert sum(dict(classify(classifier, texts, multi_label=False))[0].values()) == pytest.approx(1)
 
 
 def test_a_classifiers_answer_is_clipped_by_its_own_tokens(tiny: Path) -> None:
