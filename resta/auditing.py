@@ -452,7 +452,7 @@ class _Recomputed:
             yield f"product is {product:.6g}, but the manifest says {fact.product:.6g}"
         # A term's loss is a small difference of large numbers, of which the merge keeps float32.
         slack += 2.0**-22 * (math.sqrt(intended) + math.sqrt(realised))
-        scale_up = self.step.touched / max(self.measured, 1)
+        scale_up = self.step.merged_count / max(self.measured, 1)
         for part, (square, loss, growth, kept) in zip(fact.terms, self.term_sums.tolist(), strict=False):
             if part.selected != kept:
                 yield f"term {part.term} keeps {kept:.0f} entries, but the manifest says {part.selected}"
@@ -461,16 +461,20 @@ class _Recomputed:
 
     def _recompute(self, first: int, count: int) -> Bytes:
         step, slot = self.step, self.step.slot.spec
-        touched = max(0, min(count, step.touched - first))
+        merged_count = max(0, min(count, step.merged_count - first))
         start = self._values(step.operands[0], first, count)
         delta = np.full(count, -0.0, self._type)  # the neutral element of addition
         parts = np.zeros((len(step.terms), count), self._type)
         for index, (term, scale) in enumerate(zip(step.terms, self._scales, strict=True)):
-            to, frm = (self._values(step.operands[row], first, touched) for row in (term.to, term.frm))
+            to, frm = (self._values(step.operands[row], first, merged_count) for row in (term.to, term.frm))
             part = scale * (to - frm)
-            kept = philox_words(term.key, first, touched) < term.keep if term.keep < WORDS else np.full(touched, True)
-            delta[:touched] = np.where(kept, delta[:touched] + part, delta[:touched])
-            parts[index, :touched] = np.where(kept, part, 0)
+            kept = (
+                philox_words(term.key, first, merged_count) < term.keep
+                if term.keep < WORDS
+                else np.full(merged_count, True)
+            )
+            delta[:merged_count] = np.where(kept, delta[:merged_count] + part, delta[:merged_count])
+            parts[index, :merged_count] = np.where(kept, part, 0)
             self.term_sums[index, 3] += np.count_nonzero(kept)
         words = None if step.rounding_key is None else philox_words(step.rounding_key, first, count)
         expected = round_values(start + delta, slot.dtype, words)
@@ -480,15 +484,15 @@ class _Recomputed:
         intended = delta.astype(np.float64)
         self.changed += int(np.count_nonzero(realised))
         self.squares += [origin @ origin, intended @ intended, realised @ realised, intended @ realised]
-        self._measure_terms(first, touched, parts.astype(np.float64), (realised - intended)[:touched])
+        self._measure_terms(first, merged_count, parts.astype(np.float64), (realised - intended)[:merged_count])
         return expected
 
-    def _measure_terms(self, first: int, touched: int, parts: Array, loss: Array) -> None:
+    def _measure_terms(self, first: int, merged_count: int, parts: Array, loss: Array) -> None:
         """Add to the sums of each term; of several, what rounding lost is taken from every 13th tile."""
-        tiles = np.arange(first, first + touched) // LOSS_TILE
-        taken = np.full(touched, True) if len(parts) == 1 else tiles % LOSS_EVERY == 0
+        tiles = np.arange(first, first + merged_count) // LOSS_TILE
+        taken = np.full(merged_count, True) if len(parts) == 1 else tiles % LOSS_EVERY == 0
         self.measured += int(np.count_nonzero(taken))
-        for index, part in enumerate(parts[:, :touched]):
+        for index, part in enumerate(parts[:, :merged_count]):
             d, e = part[taken], loss[taken]
             self.term_sums[index, :3] += [part @ part, d @ e, e @ (2 * d + e)]
 
@@ -514,8 +518,8 @@ class _Recomputed:
         if term.rescale != "l1_norm" or term.density == 1:
             return 1 / term.density
         sums = [0.0, 0.0]
-        for first in range(0, self.step.touched, PIECE):
-            count = min(PIECE, self.step.touched - first)
+        for first in range(0, self.step.merged_count, PIECE):
+            count = min(PIECE, self.step.merged_count - first)
             to, frm = (self._values(self.step.operands[row], first, count) for row in (term.to, term.frm))
             whole = np.abs(to - frm)
             kept = np.where(philox_words(term.key, first, count) < term.keep, whole, whole * 0)

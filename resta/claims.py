@@ -162,7 +162,7 @@ def lay_out_again(manifest: Manifest, plan: Plan, taken: Mapping[str | Path, str
         located = Located(source=was.source, folder=place, hub_id=hub_id, commit=was.commit)
         weights[name] = replace(model, located=located, files=files)
     claimed = replace(plan, recipe=manifest.recipe, weights=weights)
-    sha256: dict[str | Path, str] = {name: taken.get(name, "") for name in plan.heads}
+    sha256: dict[str | Path, str] = {name: taken.get(name, "") for name in plan.headers}
     digests = Digests(sha256=sha256, core_s=0.0, after_s=0.0)
     try:
         return small_files(claimed, manifest.tensors, digests if manifest.digests == HASHED else None)
@@ -210,7 +210,7 @@ def check_files(out: Path, manifest: Manifest, texts: Mapping[str, bytes] | None
 
 def check_heads(out: Path, plan: Plan) -> Iterator[Finding]:
     """Compare the headers of the weight files with those that the merge lays out."""
-    for name, head in plan.heads.items():
+    for name, head in plan.headers.items():
         if (out / name).is_file():
             with (out / name).open("rb") as handle:
                 if handle.read(len(head)) != head:

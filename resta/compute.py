@@ -113,7 +113,7 @@ class Workspace:
             raw,
             codes,
             *self._terms,
-            (first, count, max(0, min(count, step.touched - first)), _measuring(step) if measure else 0),
+            (first, count, max(0, min(count, step.merged_count - first)), _measuring(step) if measure else 0),
             out,
             kernels.CODES[step.slot.spec.dtype],
             step.rounding_key is not None,
@@ -136,8 +136,8 @@ class Workspace:
         work_type = np.float64 if step.double else np.float32
         sums = np.zeros(2, np.float64)
         self._factors.clear()
-        for first in range(0, step.touched, CHUNK):
-            count = min(CHUNK, step.touched - first)
+        for first in range(0, step.merged_count, CHUNK):
+            count = min(CHUNK, step.merged_count - first)
             raw, codes = self._load_operands(pair, first, [count, count], work_type)
             work = self._array("work", (2, kernels.TILE), work_type)
             key = np.array(split_key(planned.key), np.uint32)
@@ -165,8 +165,8 @@ class Workspace:
         return int(kernels.count_non_finite(raw, code, count, row))
 
     def _load(self, step: Step, first: int, count: int, work_type: type) -> tuple[Bytes, NDArray[np.int64]]:
-        touched = max(0, min(count, step.touched - first))
-        counts = [count] + [touched] * (len(step.operands) - 1)
+        merged_count = max(0, min(count, step.merged_count - first))
+        counts = [count] + [merged_count] * (len(step.operands) - 1)
         return self._load_operands(step.operands, first, counts, work_type)
 
     def _load_operands(
@@ -253,8 +253,8 @@ def _totals(sums: Array, term_sums: Array, non_finite: int) -> Totals:
 def count_measured(step: Step) -> int:
     """Return over how many of a step's elements the kernel measures what rounding did to each of its terms."""
     if len(step.terms) < 2:
-        return step.touched
-    tiles, rest = divmod(step.touched, kernels.TILE)
+        return step.merged_count
+    tiles, rest = divmod(step.merged_count, kernels.TILE)
     whole = -(-tiles // kernels.LOSS_EVERY) * kernels.TILE
     return whole + (rest if tiles % kernels.LOSS_EVERY == 0 else 0)
 

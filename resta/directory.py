@@ -30,8 +30,8 @@ def small_files(plan: Plan, facts: Mapping[str, TensorFacts], digests: Digests |
         facts: what was done to every tensor.
         digests: of the weight files; without them the manifest says that they were not hashed.
     """
-    texts = {file.name: file.content for file in plan.side_files}
-    if len(plan.heads) > 1:
+    texts = {file.name: file.content for file in plan.auxiliary_files}
+    if len(plan.headers) > 1:
         weight_map = {step.name: step.slot.file for step in plan.steps}
         total = sum(step.slot.spec.nbytes for step in plan.steps)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -61,7 +61,7 @@ def with_digests(plan: Plan, digests: Digests) -> Plan:
 
 def weight_bytes(plan: Plan) -> dict[str, int]:
     """Return the size of every weight file of an output."""
-    sizes = {name: len(head) for name, head in plan.heads.items()}
+    sizes = {name: len(head) for name, head in plan.headers.items()}
     for step in plan.steps:
         sizes[step.slot.file] += step.slot.spec.nbytes
     return sizes

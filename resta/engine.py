@@ -146,7 +146,7 @@ def carry_out(
     identities = {path: identity for weights in plan.weights.values() for path, identity in weights.files.items()}
     with (
         Reader(identities) as reader,
-        Output(out, plan_digest=digest, heads=plan.heads, sizes=sizes, overwrite=overwrite) as output,
+        Output(out, plan_digest=digest, headers=plan.headers, sizes=sizes, overwrite=overwrite) as output,
         Follower(_followed(plan, identities, sizes, reader, output)) if digests else nullcontext() as follower,
     ):
         try:
@@ -185,13 +185,13 @@ def tensors(recipe: Recipe | str | Path) -> Iterator[tuple[str, torch.Tensor]]:
 class Made:
     """One tensor of a merge, in memory.
 
-    `intended` is the sum of squares of what its terms add to the first `touched` elements, before any rounding; 0 where
-    it was not measured. `double` says that the arithmetic was in float64.
+    `intended` is the sum of squares of what its terms add to the first `merged_count` elements, before any rounding; 0
+    where it was not measured. `double` says that the arithmetic was in float64.
     """
 
     name: str
     tensor: torch.Tensor
-    touched: int
+    merged_count: int
     double: bool
     intended: float
 
@@ -202,7 +202,7 @@ def compute_tensors(plan: Plan, *, measure: bool = False) -> Iterator[Made]:
         yield Made(
             name=step.name,
             tensor=_as_tensor(step, data),
-            touched=step.touched,
+            merged_count=step.merged_count,
             double=step.double,
             intended=totals.intended if step.terms else 0.0,
         )

@@ -27,7 +27,7 @@ def forecast_warnings(plan: Plan) -> list[str]:
     Raises:
         RestaError: a file cannot be read.
     """
-    steps = [step for step in plan.steps if step.terms and step.touched]
+    steps = [step for step in plan.steps if step.terms and step.merged_count]
     steps = [steps[i * len(steps) // MOST_TENSORS] for i in range(MOST_TENSORS)] if len(steps) > MOST_TENSORS else steps
     start, sums, seen = 0.0, [0.0] * len(plan.recipe.terms), 0
     identities = {path: identity for weights in plan.weights.values() for path, identity in weights.files.items()}

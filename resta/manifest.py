@@ -132,7 +132,7 @@ def tensor_facts(step: Step, records: Iterable[Mapping[str, Any]], *, measured: 
         terms=tuple(
             _term_facts(
                 step.terms[place].term,
-                step.touched / max(measured, 1),
+                step.merged_count / max(measured, 1),
                 [record["terms"][place] for record in records if record["terms"]],
             )
             for place in range(len(step.terms))
@@ -330,12 +330,13 @@ def final_coverage(plan: Plan, facts: Mapping[str, TensorFacts]) -> list[Coverag
     for fact in facts.values():
         for part in fact.terms:
             covered[part.term] += part.selected
-    touched = [0] * len(plan.coverage)
+    merged_count = [0] * len(plan.coverage)
     for step in plan.steps:
         for term in step.terms:
-            touched[term.term] += step.touched
+            merged_count[term.term] += step.merged_count
     return [
-        coverage.drop(before - after) for coverage, before, after in zip(plan.coverage, touched, covered, strict=True)
+        coverage.drop(before - after)
+        for coverage, before, after in zip(plan.coverage, merged_count, covered, strict=True)
     ]
 
 

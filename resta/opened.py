@@ -10,11 +10,11 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from resta.adapter import is_adapter, read_adapter
+from resta.auxiliary import AuxiliaryFile, read_auxiliary_files, tokenizer_conflict
 from resta.checkpoint import PROBE_BYTES, FileIdentity, Operand, Reader, Stored, Weights, read_weights, same_bytes
 from resta.errors import PlanError
 from resta.hub import locate
 from resta.recipe import Model
-from resta.sidefiles import SideFile, read_side_files, tokenizer_conflict
 from resta.tied import untie
 
 Answer = TypeVar("Answer")
@@ -77,9 +77,9 @@ class Opened:
         pair = self._weights[mine], self._weights[theirs]
         return self._once(("tokenizers", mine, theirs), lambda: tokenizer_conflict(*pair))
 
-    def side_files(self, name: str) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
+    def auxiliary_files(self, name: str) -> tuple[tuple[AuxiliaryFile, ...], tuple[str, ...]]:
         """Return the small files that a merge takes from a model, and the names left out. Raises CheckpointError."""
-        return self._once(("side files", name), lambda: read_side_files(self._weights[name]))
+        return self._once(("auxiliary files", name), lambda: read_auxiliary_files(self._weights[name]))
 
     def same_bytes(self, mine: Stored, theirs: Stored, *, most: int | None = None) -> bool:
         """Whether two stored tensors of one size begin with the same bytes, `most` of them or all."""

@@ -155,13 +155,13 @@ class Output:
     """The directory in the making. Thread-safe: every write has its own place."""
 
     def __init__(
-        self, out: Path, *, plan_digest: str, heads: Mapping[str, bytes], sizes: Mapping[str, int], overwrite: bool
+        self, out: Path, *, plan_digest: str, headers: Mapping[str, bytes], sizes: Mapping[str, int], overwrite: bool
     ) -> None:
         self.out = out
         self._partial = partial_of(out)
         self._model = self._partial / MODEL
         self._plan_digest = plan_digest
-        self._heads = heads
+        self._headers = headers
         self._sizes = sizes
         self._overwrite = overwrite
         self._empty: tuple[int, int] | None = None  # the empty directory that had the name OUT when the work began
@@ -239,7 +239,7 @@ class Output:
                     file.write(content)
                     file.flush()
                     os.fsync(file.fileno())
-        for name in self._heads:
+        for name in self._headers:
             self.flush(name)
         with named_io_errors(self._partial):
             for folder in {(self._model / name).parent for name in texts} | {self._model}:
@@ -332,9 +332,9 @@ class Output:
     def _lay_out(self) -> None:
         self._model.mkdir(exist_ok=True)
         for path in self._model.iterdir():
-            if path.name not in self._heads:
+            if path.name not in self._headers:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        for name, head in self._heads.items():
+        for name, head in self._headers.items():
             with self._files.use(self._model / name) as descriptor:
                 os.ftruncate(descriptor, self._sizes[name])
             self.write(name, 0, memoryview(head))

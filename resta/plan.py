@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from resta.auxiliary import AuxiliaryFile, plan_auxiliary_files
 from resta.checkpoint import LowRank, Operand, Stored, Weights
 from resta.compatibility import differences
 from resta.coverage import Coverage, Ledger, readable_share
@@ -26,7 +27,6 @@ from resta.naming import extra_advice, missing_advice
 from resta.opened import Opened, open_models
 from resta.page import printable
 from resta.recipe import Recipe, Rule
-from resta.sidefiles import SideFile, plan_side_files
 from resta.version import MERGE_CODE, VERSION
 
 DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -78,7 +78,7 @@ class Slot:
 class Step:
     """Everything that decides one output tensor. Without terms it is start's tensor, converted or copied.
 
-    Operand 0 is the start; `owners` names each operand's model. Terms act on the first `touched` elements.
+    Operand 0 is the start; `owners` names each operand's model. Terms act on the first `merged_count` elements.
     """
 
     name: str
@@ -86,7 +86,7 @@ class Step:
     owners: tuple[str, ...]
     terms: tuple[StepTerm, ...]
     slot: Slot
-    touched: int
+    merged_count: int
     rounding_key: int | None
     allow_nonfinite: bool
 
@@ -110,8 +110,8 @@ class Plan:
     weights: Mapping[str, Weights]
     steps: tuple[Step, ...]
     coverage: tuple[Coverage, ...]  # of each term of the recipe
-    heads: Mapping[str, bytes]
-    side_files: tuple[SideFile, ...]
+    headers: Mapping[str, bytes]
+    auxiliary_files: tuple[AuxiliaryFile, ...]
     left_out: tuple[str, ...]
 
     @property
@@ -121,10 +121,10 @@ class Plan:
 
     @property
     def bytes_written(self) -> int:
-        """Bytes of all weight files and copied side files."""
-        heads = sum(len(head) for head in self.heads.values())
+        """Bytes of all weight files and copied auxiliary files."""
+        headers = sum(len(head) for head in self.headers.values())
         tensors = sum(step.slot.spec.nbytes for step in self.steps)
-        return heads + tensors + sum(len(file.content) for file in self.side_files)
+        return headers + tensors + sum(len(file.content) for file in self.auxiliary_files)
 
     @property
     def files(self) -> dict[Path, str]:
@@ -139,7 +139,7 @@ class Plan:
             for weights in self.weights.values()
             for path, identity in weights.files.items()
         }
-        sides = {file.name: hashlib.sha256(file.content).hexdigest() for file in self.side_files}
+        sides = {file.name: hashlib.sha256(file.content).hexdigest() for file in self.auxiliary_files}
         configs = {name: weights.config for name, weights in self.weights.items()}
         added = {
             step.name: [[row, *_low_rank_facts(operand.low_rank)] for row, operand in enumerate(step.operands)]
@@ -204,16 +204,16 @@ def make_plan(recipe: Recipe, *, weights: Opened | None = None) -> Plan:
     _check_coverage(recipe, coverage, problems)
     _check_zero(recipe, models, opened, drafts, coverage, problems)
     problems.raise_if_any()
-    heads, steps = _place(drafts, recipe.output.shard_size)
-    found, left_out = opened.side_files(recipe.files_from)
+    headers, steps = _place(drafts, recipe.output.shard_size)
+    found, left_out = opened.auxiliary_files(recipe.files_from)
     dtypes = [(step.slot.spec.dtype, step.slot.spec.nbytes) for step in steps]
     return Plan(
         recipe=recipe,
         weights=models,
         steps=steps,
         coverage=coverage,
-        heads=heads,
-        side_files=plan_side_files(found, dtypes, is_untied=models[recipe.files_from].is_untied),
+        headers=headers,
+        auxiliary_files=plan_auxiliary_files(found, dtypes, is_untied=models[recipe.files_from].is_untied),
         left_out=left_out,
     )
 
@@ -331,9 +331,9 @@ def _draft_step(recipe: Recipe, name: str, start: Operand, draft: _Draft) -> Ste
         elif all(fits):
             rows = [_row(operands, owners, end) for end in (to, frm)]
             terms.append(_make_term(recipe, index, name, scale, rows))
-    touched = _count_shared(operands)
+    merged_count = _count_shared(operands)
     if floating:
-        reached |= dict.fromkeys((term.term for term in terms), touched)
+        reached |= dict.fromkeys((term.term for term in terms), merged_count)
         _note_coverage(recipe, name, start.stored.spec.count, reached, draft)
     else:
         for end in {model: operand for pair in ends.values() for model, operand in pair}.items():
@@ -346,7 +346,7 @@ def _draft_step(recipe: Recipe, name: str, start: Operand, draft: _Draft) -> Ste
         owners=tuple(owners),
         terms=tuple(terms),
         slot=Slot(file="", spec=Spec(dtype=dtype, shape=start.shape, start=0, nbytes=0)),
-        touched=touched,
+        merged_count=merged_count,
         rounding_key=derive_key(recipe.seed, "rounding", 0, name) if rounds else None,
         allow_nonfinite=bool(rule and rule.nonfinite),
     )
@@ -574,10 +574,10 @@ def _place(drafts: list[Step], shard_size: int) -> tuple[dict[str, bytes], tuple
             used = 0
         shards[-1].append(step)
         used += nbytes
-    heads, placed = {}, []
+    headers, placed = {}, []
     for number, shard in enumerate(shards, start=1):
         single = len(shards) == 1
         file = "model.safetensors" if single else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        heads[file], slots = lay_out((step.name, step.slot.spec.dtype, step.slot.spec.shape) for step in shard)
+        headers[file], slots = lay_out((step.name, step.slot.spec.dtype, step.slot.spec.shape) for step in shard)
         placed += [replace(step, slot=Slot(file=file, spec=slots[step.name])) for step in shard]
-    return heads, tuple(placed)
+    return headers, tuple(placed)

@@ -80,9 +80,9 @@ def print_plan(plan: Plan, bytes_free: int) -> None:
         off = [f"not selected: {coverage.not_selected:,}, its scale is 0"] if coverage.not_selected else []
         table.add_row("  covers", printable("; ".join([reached, *left_out, *off])))
     table.add_row("reads", readable_bytes(plan.bytes_read))
-    table.add_row("writes", f"{readable_bytes(plan.bytes_written)} in {len(plan.heads)} files")
+    table.add_row("writes", f"{readable_bytes(plan.bytes_written)} in {len(plan.headers)} files")
     table.add_row("free disk", readable_bytes(bytes_free))
-    table.add_row("copies beside", printable(", ".join(file.name for file in plan.side_files)))
+    table.add_row("copies beside", printable(", ".join(file.name for file in plan.auxiliary_files)))
     if plan.left_out:
         table.add_row("leaves out", printable(left_out_names(plan)))
     console().print(table)

@@ -53,7 +53,7 @@ def test_what_is_no_regular_file_is_refused_or_left_out_and_never_waited_for(
     recipe = {"models": {"a": str(tmp_path / "a"), "b": str(tmp_path / "b")}, "start": "a"}
     recipe["terms"] = [{"delta": "a - b", "scale": 1}]
     if name == "tokenizer.json":
-        assert name not in {file.name for file in make_plan(make_recipe(recipe)).side_files}
+        assert name not in {file.name for file in make_plan(make_recipe(recipe)).auxiliary_files}
         return
     with pytest.raises(RequestError) as caught:
         make_plan(make_recipe(recipe))

@@ -176,9 +176,9 @@ def test_resume_does_not_compute_what_is_there(recipe: Recipe, whole: dict[str, 
         monkeypatch.setattr(os, "pwrite", lambda fd, data, at: (written.append(at), pwrite(fd, data, at))[1])
         engine.merge(recipe, tmp_path / "out", workers=1)
     units = len(list(engine.units_of(engine.make_plan(recipe))))
-    heads = len([name for name in whole if name.endswith(".safetensors")])
+    headers = len([name for name in whole if name.endswith(".safetensors")])
     assert len(before) == 16
-    assert len(written) <= units - 15 + heads
+    assert len(written) <= units - 15 + headers
     assert digests(tmp_path / "out") == whole
 
 

@@ -545,7 +545,7 @@ def test_resta_d_takes_the_config_of_the_tuned_model_and_merges(bench: Bench) ->
     bench.add("aligned", ALIGNED, rope_theta=2.0)
     bench.add("tuned", TUNED, rope_theta=3.0)
     allowed = RESTA_D | {"allow_config": ["rope_theta"]}
-    config = {file.name: file.content for file in bench.plan(**allowed).side_files}["config.json"]
+    config = {file.name: file.content for file in bench.plan(**allowed).auxiliary_files}["config.json"]
     assert config == (bench.folder / "tuned" / "config.json").read_bytes()
     for name, tensor in bench.result(**allowed).items():
         exact = double(TUNED[name]) + 0.5 * (double(ALIGNED[name]) - double(BASE[name]))
@@ -661,7 +661,7 @@ def test_a_plan_counts_the_bytes_that_it_reads_and_writes(bench: Bench, tmp_path
     written = {file.name: file.stat().st_size for file in (tmp_path / "out").iterdir()}
     made = ("README.md", "resta.json", "model.safetensors.index.json")
     assert plan.bytes_written == sum(size for name, size in written.items() if name not in made)
-    assert len(plan.heads) > 3
+    assert len(plan.headers) > 3
 
 
 @pytest.mark.parametrize("change", ["recipe", "config", "header", "time"])

@@ -22,7 +22,7 @@ LAYERS = (
     "header hub journal recipe chat_templates",
     "checkpoint safety",
     "tied",
-    "adapter sidefiles digests naming",
+    "adapter auxiliary digests naming",
     "opened",
     "plan",
     "compute cautions output",

@@ -165,13 +165,13 @@ def test_the_facts_of_a_term_are_those_of_the_definition(tmp_path: Path, dtype: 
 
 @given(st.integers(1, 300_000))
 @settings(max_examples=30)
-def test_the_loss_of_terms_is_measured_on_every_thirteenth_tile(touched: int) -> None:
+def test_the_loss_of_terms_is_measured_on_every_thirteenth_tile(merged_count: int) -> None:
     class Step:
         terms = (0, 0)
 
     step = Step()
-    step.touched = touched  # type: ignore[attr-defined]
-    assert compute.count_measured(step) == (np.arange(touched) // 2048 % 13 == 0).sum()  # type: ignore[arg-type]
+    step.merged_count = merged_count  # type: ignore[attr-defined]
+    assert compute.count_measured(step) == (np.arange(merged_count) // 2048 % 13 == 0).sum()  # type: ignore[arg-type]
 
 
 def test_scale_zero_says_that_nothing_is_restored(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 EPILOG = """\b
 Examples:
   resta sweep ./tuned --aligned ./aligned --base ./base --scale 0:1:0.1 -o sweep
-  resta sweep ./tuned --aligned ./aligned --base ./base --scale 0.3,0.5 --density 0.7 --method resta_d,wise -o sweep
+  resta sweep ./tuned --aligned ./aligned --base ./base --scale 0.3,0.5 --method resta,interpolation -o sweep
   resta sweep ./tuned --aligned ./aligned --base ./base --scale 0:1:0.1 --group attention,mlp -o sweep
   resta sweep recipe.yaml --scale 0:1:0.25 --bank dangerousqa --limit 50 --policy policy.yaml -o sweep
 """
@@ -68,7 +68,9 @@ GRID = options(
     click.option("--scale", required=True, metavar="RANGE", help="FROM:TO:STEP, TO included, or a list: 0.2,0.5."),
     click.option("--density", metavar="RANGE", help="Share of entries that DARE keeps, for resta_d (the paper: 0.7)."),
     click.option(
-        "--method", metavar="NAMES", help="Of resta, resta_d, wise; a list. [default: resta, or the recipe's own]"
+        "--method",
+        metavar="NAMES",
+        help="Of resta, resta_d, interpolation; a list. [default: resta, or the recipe's own]",
     ),
     click.option(
         "--group",
@@ -90,7 +92,9 @@ GRID = options(
         help="Harmful questions that `resta verify` will ask of the choice. [default: as many as it takes]",
     ),
     click.option(
+        "--interpolation-scale",
         "--wise-scale",
+        "interpolation_scale",
         metavar="RANGE",
         help="Scales of interpolation, which is always run at the choice's norm. [default with --grid: 0.1:0.9:0.1]",
     ),
@@ -135,7 +139,7 @@ def command(ctx: click.Context, /, tuned_or_recipe: str, out: Path, **given: Any
     \b
     resta     tuned + SCALE * (aligned - base)
     resta_d   base + dare(tuned - base, DENSITY) + SCALE * (aligned - base)
-    wise      tuned + SCALE * (aligned - tuned)
+    interpolation   tuned + SCALE * (aligned - tuned)
 
     Each candidate is computed from the checkpoints into one loaded model and asked more and more questions until it
     is clear whether the scale is too small. Chosen is the smallest that would pass the policy on fresh questions with
@@ -189,19 +193,20 @@ def _request(ctx: click.Context, tuned_or_recipe: str, given: dict[str, Any]) ->
 def _grid(given: Mapping[str, Any], *, is_recipe: bool) -> Grid:
     from resta.sweep.candidates import CHOICES, Grid, check_density, parse_numbers
 
-    names = _names(given["method"] or ("recipe" if is_recipe else "resta"))
+    named = _names(given["method"] or ("recipe" if is_recipe else "resta"))
+    names = tuple("interpolation" if name == "wise" else name for name in named)  # what it was called
     known = (*CHOICES, "recipe") if is_recipe else CHOICES
     for name in names:
         if name not in known or names.count(name) > 1:
             raise RecipeError(f"--method {given['method']}: expected some of {', '.join(known)}, each once")
     densities = parse_numbers(given["density"], "--density") if given["density"] else ()
     check_density(densities)
-    wise, random = given["wise_scale"], given["random_scale"]
+    towards, random = given["interpolation_scale"], given["random_scale"]
     return Grid(
         scales=parse_numbers(given["scale"], "--scale"),
         methods=names,  # type: ignore[arg-type]  # checked above
         densities=densities,
-        wise_scales=parse_numbers(wise, "--wise-scale") if wise else None,
+        interpolation_scales=parse_numbers(towards, "--interpolation-scale") if towards else None,
         random_scales=parse_numbers(random, "--random-scale") if random else None,
     )
 

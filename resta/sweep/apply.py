@@ -47,7 +47,7 @@ class Change:
 def write_files(family: Family, folder: Path) -> None:
     """Write config, tokenizer and templates as every candidate's merge would have them."""
     folder.mkdir(parents=True, exist_ok=True)
-    for file in family.tuned_plan.side_files:
+    for file in family.tuned_plan.auxiliary_files:
         (folder / file.name).parent.mkdir(parents=True, exist_ok=True)
         (folder / file.name).write_bytes(file.content)
 
@@ -136,8 +136,8 @@ def _perturbed(made: Made, tuned: torch.Tensor, seed: int) -> torch.Tensor:
         return tuned
     wide = torch.float64 if made.double else torch.float32
     draws = np.random.Generator(np.random.Philox(derive_key(seed, "random control", 0, made.name)))
-    noise = torch.from_numpy(draws.standard_normal(made.touched, np.float32)).to(wide)
+    noise = torch.from_numpy(draws.standard_normal(made.merged_count, np.float32)).to(wide)
     noise *= math.sqrt(made.intended) / float(torch.linalg.vector_norm(noise, dtype=torch.float64))
     moved = tuned.flatten().to(wide, copy=True)
-    moved[: made.touched] += noise
+    moved[: made.merged_count] += noise
     return moved.to(tuned.dtype).reshape(tuned.shape)

@@ -1,7 +1,7 @@
 """What the baselines show beside a safety vector: the same questions, the same norm, and an interval.
 
-random   a random vector of the same norm, tensor by tensor: does any change of this size restore safety?
-wise     interpolation towards the aligned model, at the scale of the same norm: is the vector better than that?
+random          a random vector of the same norm, tensor by tensor: does any change of this size restore safety?
+interpolation   towards the aligned model, at the scale of the same norm: is the vector better than that?
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def pick_vector(tried: Sequence[Tried], choice: Choice) -> Tried | None:
 
 
 def _vectors(tried: Sequence[Tried]) -> list[Tried]:
-    return [each for each in tried if each.candidate.method not in ("wise", "random")]
+    return [each for each in tried if each.candidate.method not in ("interpolation", "random")]
 
 
 def _asr(each: Tried) -> float:
@@ -99,18 +99,18 @@ def _asr(each: Tried) -> float:
 def of_equal_norm(vector: Tried, tried: Iterable[Tried], family: Family) -> list[Candidate]:
     """Return the baselines of the vector's norm that have not been tried: a random vector, and interpolation.
 
-    Interpolation goes no farther than the aligned model, however long the vector is.
+    Interpolation goes no farther than the aligned model, whatever the norm of the vector.
     """
     candidate, norm = vector.candidate, vector.change.norm
     if norm == 0:
         return []
     random = Candidate(method="random", scale=candidate.scale, groups=candidate.groups, baseline=True)
-    if candidate.method != "resta":  # whose vector is the one that random is as long as
+    if candidate.method != "resta":  # whose vector is the one whose norm random has
         random = replace(random, scale=_scale(norm, unit_norm("random", family)), groups=())
     found = [random]
-    if candidate.method != "wise":
-        scale = min(1.0, _scale(norm, unit_norm("wise", family)))
-        found.append(Candidate(method="wise", scale=scale, baseline=True))
+    if candidate.method != "interpolation":
+        scale = min(1.0, _scale(norm, unit_norm("interpolation", family)))
+        found.append(Candidate(method="interpolation", scale=scale, baseline=True))
     known = {each.candidate.name for each in tried if each.point or each.stopped}
     return [each for each in found if each.scale > 0 and each.name not in known]
 
@@ -212,8 +212,8 @@ def random_words(vector: Tried | None, tuned: Point, found: Beside | None) -> st
 
 def interpolation_words(vector: Tried | None, tried: Sequence[Tried], found: Beside | None) -> str | None:
     """Return what interpolation towards the aligned model shows; None where it is all that was tried, or was not."""
-    passing = [each for each in tried if each.candidate.method == "wise" and each.passes]
-    if not _vectors(tried) or not any(each.candidate.method == "wise" for each in tried):
+    passing = [each for each in tried if each.candidate.method == "interpolation" and each.passes]
+    if not _vectors(tried) or not any(each.candidate.method == "interpolation" for each in tried):
         return None
     if vector is None or vector.point is None or (passing and not (vector.passes or vector.would_pass)):
         smallest = min(passing, key=lambda each: each.change.norm, default=None)

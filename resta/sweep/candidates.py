@@ -1,11 +1,11 @@
 """What is tried: methods, scales and densities as recipes, and in which order.
 
-    resta      tuned + scale * (aligned - base)
-    resta_d    origin + dare(tuned - origin) + scale * (aligned - base)      origin: what the fine-tune began from
-    wise       tuned + scale * (aligned - tuned)                             interpolation; needs no base
-    recipe     the user's own recipe with another scale
-    groups     any of them, with scales of their own for the tensors of attention, MLP or embeddings
-    random     tuned + a random vector as long, tensor by tensor, as scale * (aligned - base)      the control
+    resta           tuned + scale * (aligned - base)
+    resta_d         origin + dare(tuned - origin) + scale * (aligned - base)      origin: what the fine-tune began from
+    interpolation   tuned + scale * (aligned - tuned)                             needs no base
+    recipe          the user's own recipe with another scale
+    groups          any of them, with scales of their own for the tensors of attention, MLP or embeddings
+    random          tuned + a random vector, tensor by tensor of the norm of scale * (aligned - base)      the control
 
 `unaligned` may stand for `base` in the vector. Knows nothing of measuring.
 """
@@ -25,9 +25,9 @@ from resta.opened import Opened, open_models
 from resta.plan import Plan, make_plan
 from resta.recipe import Model, OutputChoices, Recipe, Rule, Term, make_recipe
 
-Method = Literal["resta", "resta_d", "wise", "recipe", "random"]
-CHOICES = ("resta", "resta_d", "wise")  # what --method may name
-WISE_SCALES = tuple(i / 10 for i in range(1, 10))
+Method = Literal["resta", "resta_d", "interpolation", "recipe", "random"]
+CHOICES = ("resta", "resta_d", "interpolation")  # what --method may name
+INTERPOLATION_SCALES = tuple(i / 10 for i in range(1, 10))
 TUNED_FILES = OutputChoices(files_from="tuned")
 MIN_COVERAGE: float = Recipe.model_fields["min_coverage"].default
 MOST = 1000  # values in one range, candidates of one grid
@@ -184,14 +184,15 @@ class Grid:
     scales: tuple[float, ...]
     methods: tuple[Method, ...] = ("resta",)
     densities: tuple[float, ...] = ()
-    wise_scales: tuple[float, ...] | None = None  # None: WISE_SCALES
+    interpolation_scales: tuple[float, ...] | None = None  # None: INTERPOLATION_SCALES
     random_scales: tuple[float, ...] | None = None  # None: those of `scales`
 
 
 def searched(grid: Grid) -> Grid:
     """Return what a search begins with: the methods, and only those baselines that are named."""
-    wise = () if grid.wise_scales is None and "wise" not in grid.methods else grid.wise_scales
-    return replace(grid, wise_scales=wise, random_scales=grid.random_scales or ())
+    usual = None if "interpolation" in grid.methods else ()
+    scales = usual if grid.interpolation_scales is None else grid.interpolation_scales
+    return replace(grid, interpolation_scales=scales, random_scales=grid.random_scales or ())
 
 
 def candidates_of(grid: Grid, groups: Sequence[str] = ()) -> tuple[Candidate, ...]:
@@ -200,15 +201,20 @@ def candidates_of(grid: Grid, groups: Sequence[str] = ()) -> tuple[Candidate, ..
     Each of `groups` has every scale, whatever that of the rest is. RESTA and interpolation at scale 0 are `tuned`,
     which is measured anyway, and are left out.
     """
-    grid = replace(grid, wise_scales=WISE_SCALES if grid.wise_scales is None else grid.wise_scales)
+    grid = replace(
+        grid,
+        interpolation_scales=INTERPOLATION_SCALES if grid.interpolation_scales is None else grid.interpolation_scales,
+    )
     columns = [
         [more for each in _column(method, grid) for more in _grouped(each, grid.scales, groups)]
         for method in grid.methods
     ]
     if sum(map(len, columns)) > MOST:
         raise RecipeError(f"--grid: more than {MOST} candidates; give fewer scales, or leave the search to --search")
-    if "wise" not in grid.methods:
-        columns.append([Candidate(method="wise", scale=scale, baseline=True) for scale in grid.wise_scales or ()])
+    if "interpolation" not in grid.methods:
+        columns.append(
+            [Candidate(method="interpolation", scale=scale, baseline=True) for scale in grid.interpolation_scales or ()]
+        )
     randoms = grid.scales if grid.random_scales is None else grid.random_scales
     columns.append([Candidate(method="random", scale=scale, baseline=True) for scale in randoms])
     ranked = [
@@ -221,7 +227,7 @@ def candidates_of(grid: Grid, groups: Sequence[str] = ()) -> tuple[Candidate, ..
 
 def _column(method: Method, grid: Grid) -> list[Candidate]:
     densities: tuple[float | None, ...] = grid.densities if method in ("resta_d", "recipe") else ()
-    scales = grid.wise_scales or () if method == "wise" else grid.scales
+    scales = grid.interpolation_scales or () if method == "interpolation" else grid.scales
     return [
         Candidate(method=method, scale=scale, density=density) for scale in scales for density in densities or (None,)
     ]
@@ -240,7 +246,7 @@ def _grouped(candidate: Candidate, scales: Sequence[float], groups: Sequence[str
 
 
 def _is_tuned(candidate: Candidate) -> bool:
-    return candidate.scale == 0 and candidate.method in ("resta", "wise", "random")
+    return candidate.scale == 0 and candidate.method in ("resta", "interpolation", "random")
 
 
 def coarse_first(items: Sequence[Item]) -> list[Item]:
@@ -266,7 +272,7 @@ def plan_of(candidate: Candidate, family: Family) -> Plan:
 
 
 def recipe_of(candidate: Candidate, family: Family) -> Recipe:
-    """Return a candidate's recipe; for `random`, the recipe whose vector's length it has. Raises RecipeError."""
+    """Return a candidate's recipe; for `random`, the recipe whose vector has its norm. Raises RecipeError."""
     found = _own(candidate, family) if candidate.method == "recipe" else _by_method(candidate, family)
     if not candidate.groups:
         return found
@@ -284,7 +290,7 @@ def recipe_of(candidate: Candidate, family: Family) -> Recipe:
 
 def _by_method(candidate: Candidate, family: Family) -> Recipe:
     vector = {"name": "safety", "delta": f"aligned - {family.subtrahend}", "scale": candidate.scale}
-    if candidate.method == "wise":
+    if candidate.method == "interpolation":
         vector = {"name": "interpolation", "delta": "aligned - tuned", "scale": candidate.scale}
     if candidate.method != "resta_d":
         return _recipe(family, "tuned", [vector])

@@ -41,7 +41,7 @@ from resta.verify.measure import measure
 from resta.verify.measurement import Measurement, conditions_of, read_measurement
 from resta.verify.policy import Policy
 
-SCHEMA = 1
+SCHEMA = 2  # 1 called interpolation "wise"
 REFERENCES = ("aligned", "tuned")
 QUARTER = 4  # a candidate that is to be asked everything is looked at after one question in so many
 
@@ -108,7 +108,13 @@ def open_sweep(sweep: Sweep) -> None:
     path = sweep.out / "sweep-request.json"
     facts = request_facts(sweep)
     if path.is_file():
-        found = differences(read_object(path), facts)
+        there = read_object(path)
+        if there.get("schema") != SCHEMA:
+            raise ResumeError(
+                f"{sweep.out} holds a sweep of another version of resta (schema {there.get('schema')}, not {SCHEMA}), "
+                "which names its candidates otherwise: finish it with that version, or choose another -o"
+            )
+        found = differences(there, facts)
         if found:
             raise ResumeError(
                 f"{sweep.out} holds another sweep; it differs in {'; '.join(found[:6])}. Choose another -o"

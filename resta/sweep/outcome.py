@@ -67,8 +67,8 @@ def carry_out(sweep: Sweep, rule: Rule, conditions: RunOptions, measure: Measure
     else:
         explore(search, sweep.candidates, groups=tuple(sweep.family.groups), factors=factors)
         if not search.passing():  # then what interpolation does is worth knowing
-            wise = [Candidate(method="wise", scale=scale, baseline=True) for scale in (0.25, 0.5, 0.75)]
-            ask_all(search, [each for each in wise if not _is_tried(each, search)])
+            towards = [Candidate(method="interpolation", scale=scale, baseline=True) for scale in (0.25, 0.5, 0.75)]
+            ask_all(search, [each for each in towards if not _is_tried(each, search)])
     outcome = conclude(sweep, search, rule, conditions)
     vector = pick_vector(outcome.tried, outcome.choice)
     more = of_equal_norm(vector, outcome.tried, sweep.family) if vector else []
@@ -209,11 +209,11 @@ def _findings(
     """Yield what the two baselines of the vector's norm, or the next larger, show."""
     judges = pick_judges(read_references(sweep), sweep.policy.judge)
     found = {}
-    for method in ("random", "wise"):
+    for method in ("random", "interpolation"):
         baseline = nearest(vector, tried, method) if vector else None
         found[method] = beside(vector, baseline, measured, judges, sweep.policy.level) if vector and baseline else None
     yield random_words(vector, points["tuned"], found["random"])
-    words = interpolation_words(vector, tried, found["wise"])
+    words = interpolation_words(vector, tried, found["interpolation"])
     if words is not None:
         yield words
 

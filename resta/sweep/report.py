@@ -27,7 +27,7 @@ STYLES = {  # method -> (colour of Okabe and Ito's palette, marker)
     "resta": ("#0072B2", "o"),
     "resta_d": ("#D55E00", "s"),
     "recipe": ("#0072B2", "o"),
-    "wise": ("#009E73", "^"),
+    "interpolation": ("#009E73", "^"),
     "random": ("#666666", "x"),
 }
 

@@ -220,7 +220,7 @@ def _above(search: Search, series: Sequence[Candidate]) -> Candidate | None:
     if search.refuses_too_much(last) or (last in search.rungs and search.look(last).too_much):
         return None
     scale = _rounded(1.5 * last.scale)
-    if last.method == "wise":
+    if last.method == "interpolation":
         scale = min(1.0, scale)  # aligned itself
     return replace(last, scale=scale) if scale != last.scale else None
 

@@ -87,7 +87,7 @@ def guidance(comparison: Comparison, rules: Iterable[Rule]) -> Iterable[str]:
         yield (
             f"Harm is left while {suffers}: no scale of this vector will do. Try RESTA_d "
             "(`--dare-density 0.7`), interpolation towards the aligned model (recipes/wise_ft.yaml), or a gentler "
-            "fine-tune; `resta sweep --method resta,resta_d,wise` runs them side by side."
+            "fine-tune; `resta sweep --method resta,resta_d,interpolation` runs them side by side."
         )
     if refusing and not unsafe:
         yield "Safe questions are refused: the scale is too large; `resta sweep` finds the smallest that passes."

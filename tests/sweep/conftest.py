@@ -99,7 +99,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def arguments(trio: dict[str, Path], bank: Path, policy: Path, **more: Any) -> list[str]:
     """Return the command line of a small grid; an option that is None is left out."""
     given = {
-        "--aligned": trio["aligned"], "--base": trio["base"], "--scale": "0:1:0.5", "--wise-scale": "0.5",
+        "--aligned": trio["aligned"], "--base": trio["base"], "--scale": "0:1:0.5", "--interpolation-scale": "0.5",
         "--bank": bank, "--template": "standard", "--max-new-tokens": 9, "--device": "cpu", "--policy": policy,
     }  # fmt: skip
     given |= {"--" + key.replace("_", "-"): value for key, value in more.items()}

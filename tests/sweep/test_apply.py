@@ -20,7 +20,7 @@ from resta.sweep.candidates import Candidate, Family, recipe_of, tuned_recipe
 CANDIDATES = [
     Candidate(method="resta", scale=0.5),
     Candidate(method="resta_d", scale=0.3, density=0.7),
-    Candidate(method="wise", scale=0.4),
+    Candidate(method="interpolation", scale=0.4),
     Candidate(method="random", scale=0.5),
 ]
 

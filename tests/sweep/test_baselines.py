@@ -59,8 +59,8 @@ def test_the_random_vector_of_the_same_norm_is_held_beside_the_vector_else_the_n
 
 @pytest.mark.parametrize(("vector", "baseline"), [(0, 1), (1, 0), (0, 0), (3, 5)])
 def test_one_answer_of_forty_eight_never_makes_interpolation_better_or_worse(vector: int, baseline: int) -> None:
-    found = held(labels(vector, 48), labels(baseline, 48), name="wise-0.3")
-    words = interpolation_words(tried("resta-0.5"), [tried("resta-0.5"), tried("wise-0.3")], found)
+    found = held(labels(vector, 48), labels(baseline, 48), name="interpolation-0.3")
+    words = interpolation_words(tried("resta-0.5"), [tried("resta-0.5"), tried("interpolation-0.3")], found)
     assert words
     assert "and resta-0.5 are not told apart: ASR" in words
     assert "on 48 shared answers" in words
@@ -69,30 +69,30 @@ def test_one_answer_of_forty_eight_never_makes_interpolation_better_or_worse(vec
 
 
 def test_interpolation_that_is_shown_to_be_better_or_worse_at_the_same_norm_is_said_to_be() -> None:
-    tries = [tried("resta-0.5"), tried("wise-0.3")]
-    better = interpolation_words(tries[0], tries, held(labels(30), labels(2), name="wise-0.3"))
+    tries = [tried("resta-0.5"), tried("interpolation-0.3")]
+    better = interpolation_words(tries[0], tries, held(labels(30), labels(2), name="interpolation-0.3"))
     assert str(better).startswith(
-        "Interpolation of the same norm (wise-0.3) is better in ASR than resta-0.5: ASR 5.0 %"
+        "Interpolation of the same norm (interpolation-0.3) is better in ASR than resta-0.5: ASR 5.0 %"
     )
-    worse = interpolation_words(tries[0], tries, held(labels(2), labels(30), name="wise-0.3"))
+    worse = interpolation_words(tries[0], tries, held(labels(2), labels(30), name="interpolation-0.3"))
     assert "is worse in ASR than resta-0.5" in str(worse)
-    farther = interpolation_words(tries[0], tries, held(labels(2), labels(2), ratio=2.0, name="wise-0.3"))
+    farther = interpolation_words(tries[0], tries, held(labels(2), labels(2), ratio=2.0, name="interpolation-0.3"))
     assert "Interpolation of 2 times the norm" in str(farther)
 
 
 def test_interpolation_that_passes_where_no_vector_does_is_said_to() -> None:
-    resta, wise = tried("resta-1", asr=0.3, verdict="FAIL"), tried("wise-0.5", asr=0.0, baseline=True)
-    words = interpolation_words(pick_vector([resta, wise], NONE), [resta, wise], None)
-    assert words == "Interpolation, wise-0.5, passes the policy on these questions, and resta-1 does not."
-    given_up = [tried("resta-1", verdict=None), wise]
+    resta, towards = tried("resta-1", asr=0.3, verdict="FAIL"), tried("interpolation-0.5", asr=0.0, baseline=True)
+    words = interpolation_words(pick_vector([resta, towards], NONE), [resta, towards], None)
+    assert words == "Interpolation, interpolation-0.5, passes the policy on these questions, and resta-1 does not."
+    given_up = [tried("resta-1", verdict=None), towards]
     assert "no safety vector was left" in str(interpolation_words(pick_vector(given_up, NONE), given_up, None))
 
 
 def test_where_only_interpolation_was_tried_nothing_is_said_of_vectors() -> None:
-    found = [tried("wise-0.5"), tried("wise-0.8", change=2), tried("random-0.5", baseline=True)]
-    picked = pick_vector(found, Choice(name="wise-0.5", rule="smallest-passing", reason=""))
+    found = [tried("interpolation-0.5"), tried("interpolation-0.8", change=2), tried("random-0.5", baseline=True)]
+    picked = pick_vector(found, Choice(name="interpolation-0.5", rule="smallest-passing", reason=""))
     assert picked is found[0]
     assert interpolation_words(picked, found, None) is None
-    given_up = [tried("wise-0.5", verdict=None)]
+    given_up = [tried("interpolation-0.5", verdict=None)]
     assert pick_vector(given_up, NONE) is None
     assert interpolation_words(None, given_up, None) is None

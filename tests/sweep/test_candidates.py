@@ -66,19 +66,28 @@ def test_coarse_first_loses_and_repeats_nothing(items: list[int]) -> None:
 
 
 def test_both_baselines_are_always_there() -> None:
-    found = candidates_of(Grid(methods=("resta",), scales=(0.0, 0.5, 1.0), wise_scales=(0.3, 0.6)))
-    assert {each.name for each in found if each.baseline} == {"wise-0.3", "wise-0.6", "random-0.5", "random-1"}
+    found = candidates_of(Grid(methods=("resta",), scales=(0.0, 0.5, 1.0), interpolation_scales=(0.3, 0.6)))
+    assert {each.name for each in found if each.baseline} == {
+        "interpolation-0.3",
+        "interpolation-0.6",
+        "random-0.5",
+        "random-1",
+    }
     assert {each.name for each in found if not each.baseline} == {"resta-0.5", "resta-1"}  # at 0 it is tuned
 
 
 def test_interpolation_that_is_asked_for_is_no_baseline() -> None:
     grid = Grid(
-        methods=("resta_d", "wise"), scales=(0.5,), densities=(0.7, 0.9), wise_scales=(0.4,), random_scales=(1.0,)
+        methods=("resta_d", "interpolation"),
+        scales=(0.5,),
+        densities=(0.7, 0.9),
+        interpolation_scales=(0.4,),
+        random_scales=(1.0,),
     )
     found = candidates_of(grid)
     assert {each.name for each in found if each.baseline} == {"random-1"}
     assert {each.name for each in found if not each.baseline} == {
-        "resta_d-0.5-density-0.7", "resta_d-0.5-density-0.9", "wise-0.4",
+        "resta_d-0.5-density-0.7", "resta_d-0.5-density-0.9", "interpolation-0.4",
     }  # fmt: skip
 
 
@@ -86,7 +95,7 @@ def test_interpolation_that_is_asked_for_is_no_baseline() -> None:
     ("candidate", "equation"),
     [
         (Candidate(method="resta", scale=0.3), "tuned + 0.3 * (aligned - base)"),
-        (Candidate(method="wise", scale=0.3), "tuned + 0.3 * (aligned - tuned)"),
+        (Candidate(method="interpolation", scale=0.3), "tuned + 0.3 * (aligned - tuned)"),
         (Candidate(method="random", scale=0.3), "tuned + 0.3 * (aligned - base)"),
         (
             Candidate(method="resta_d", scale=0.3, density=0.7),
@@ -132,11 +141,23 @@ def test_methods_that_need_what_is_not_given_are_refused() -> None:
         check_methods(Grid(methods=("resta",), scales=(1.0,), densities=(0.5,)), family())
     with pytest.raises(RecipeError, match="above 0 and at most 1"):
         check_density([0.0])
-    check_methods(Grid(methods=("wise",), scales=(1.0,)), without)
+    check_methods(Grid(methods=("interpolation",), scales=(1.0,)), without)
 
 
 def test_every_candidate_can_be_planned(trio: dict[str, Path]) -> None:
     found = family(**{name: str(path) for name, path in trio.items()})
-    grid = Grid(methods=("resta", "resta_d", "wise"), scales=(0.5,), densities=(0.7,), wise_scales=(0.5,))
+    grid = Grid(
+        methods=("resta", "resta_d", "interpolation"), scales=(0.5,), densities=(0.7,), interpolation_scales=(0.5,)
+    )
     for candidate in candidates_of(grid):
         assert make_plan(recipe_of(candidate, found)).steps
+
+
+def test_interpolation_may_be_asked_for_by_its_earlier_name() -> None:
+    from resta.cli.sweep import _grid, command
+
+    context = command.make_context(
+        "sweep", ["t", "--scale", "0.5", "--method", "wise", "--wise-scale", "0.2", "-o", "x"]
+    )
+    grid = _grid(context.params, is_recipe=False)
+    assert (grid.methods, grid.interpolation_scales) == (("interpolation",), (0.2,))

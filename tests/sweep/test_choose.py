@@ -13,7 +13,7 @@ def test_the_smallest_change_that_passes_is_chosen() -> None:
         tried("resta-0.3", change=1, verdict="FAIL"),
         tried("resta-0.9", change=3, asr=0.0),
         tried("resta-0.6", change=2, asr=0.1),
-        tried("wise-0.1", change=0.5, baseline=True),
+        tried("interpolation-0.1", change=0.5, baseline=True),
         tried("resta-0.1", change=0.2, verdict=None),
         tried("resta-0.2", change=0.4, verdict="INCONCLUSIVE"),
     ]
@@ -56,9 +56,9 @@ def test_none_is_chosen_where_none_passes() -> None:
 
 
 def test_a_baseline_is_never_chosen() -> None:
-    only = [tried("wise-0.5", baseline=True), tried("random-0.5", baseline=True)]
+    only = [tried("interpolation-0.5", baseline=True), tried("random-0.5", baseline=True)]
     assert choose(only, "smallest-passing").name is None
-    dominated = [tried("resta-0.5", asr=0.1), tried("wise-0.5", asr=0.0, baseline=True)]
+    dominated = [tried("resta-0.5", asr=0.1), tried("interpolation-0.5", asr=0.0, baseline=True)]
     choice = choose(dominated, "best-on-front")
     assert choice.name is None
     assert "dominated by a baseline" in choice.reason

@@ -28,7 +28,7 @@ def test_the_call_goes_on_where_the_command_was_and_comes_to_the_same(
     notes: list[str] = []
     outcome = resta.sweep.run(
         family=resta.sweep.make_family(**{role: str(path) for role, path in trio.items()}),
-        grid=resta.sweep.Grid(scales=(0.0, 0.5, 1.0), wise_scales=(0.5,)),
+        grid=resta.sweep.Grid(scales=(0.0, 0.5, 1.0), interpolation_scales=(0.5,)),
         exam=Exam(questions=Questions(banks=[bank], templates=["standard"], max_new_tokens=9), utility=None),
         policy=policy,
         out=done,

@@ -35,19 +35,21 @@ def test_a_sweep_of_ten_candidates_opens_each_models_headers_and_tokenizer_once(
         monkeypatch.setattr(module, name, counted)
 
     counting(resta.checkpoint, "read_header")
-    counting(resta.opened, "read_side_files")
+    counting(resta.opened, "read_auxiliary_files")
     counting(resta.opened, "tokenizer_conflict")
-    words = arguments(trio, bank, policy, scale="0.2:1:0.2", random_scale="0.2,0.6", wise_scale="0.3,0.9", limit=2)
+    words = arguments(
+        trio, bank, policy, scale="0.2:1:0.2", random_scale="0.2,0.6", interpolation_scale="0.3,0.9", limit=2
+    )
     invoke(words, tmp_path / "out")
     assert len(results(tmp_path / "out")) >= 10
     assert opened == {
         **{f"read_header {role}": 1 for role in trio},
-        "read_side_files tuned": 1,
+        "read_auxiliary_files tuned": 1,
         "tokenizer_conflict tuned": 2,  # of aligned, of base
     }
 
 
-@pytest.mark.parametrize("method", ["resta", "resta_d", "wise"])
+@pytest.mark.parametrize("method", ["resta", "resta_d", "interpolation"])
 def test_another_scale_is_planned_without_the_disk_as_if_it_were_read_anew(
     method: Any, trio: Trio, tmp_path: Path
 ) -> None:
@@ -63,8 +65,8 @@ def test_another_scale_is_planned_without_the_disk_as_if_it_were_read_anew(
     for path in models.values():
         shutil.rmtree(path)
     again = plan_of(second, family)
-    assert (again.steps, again.side_files, again.coverage, again.digest) == (
-        anew.steps, anew.side_files, anew.coverage, anew.digest,
+    assert (again.steps, again.auxiliary_files, again.coverage, again.digest) == (
+        anew.steps, anew.auxiliary_files, anew.coverage, anew.digest,
     )  # fmt: skip
 
 
@@ -87,7 +89,7 @@ def test_a_local_judge_is_loaded_for_all_candidates_and_tested_in_the_references
     loaded = []
     real = judging.load_local
     monkeypatch.setattr(judging, "load_local", lambda spec: (loaded.append(spec.model), real(spec))[1])
-    words = arguments(trio, bank, policy, scale="0.2:1:0.2", random_scale="0.2", wise_scale="0.3", limit=2)
+    words = arguments(trio, bank, policy, scale="0.2:1:0.2", random_scale="0.2", interpolation_scale="0.3", limit=2)
     judges = ["--judge", "refusal-strings", "--judge", f"{tmp_path / 'tok.yaml'}={tmp_path / 'grader'}"]
     out = tmp_path / "out"
     invoke([*words, *judges], out)

@@ -153,19 +153,21 @@ def test_where_larger_scales_only_refuse_more_the_grid_is_not_widened() -> None:
 
 
 def test_interpolation_never_goes_beyond_the_aligned_model() -> None:
-    wise = [Candidate(method="wise", scale=scale) for scale in (0.25, 0.5, 0.75)]
-    search = searched(Simulated(logistic(15, middle=5.0)), wise)
+    towards = [Candidate(method="interpolation", scale=scale) for scale in (0.25, 0.5, 0.75)]
+    search = searched(Simulated(logistic(15, middle=5.0)), towards)
     assert max(each.scale for each in search.rungs) <= 1.0
 
 
 def test_each_method_is_searched_and_the_smallest_change_is_chosen() -> None:
-    wise = [Candidate(method="wise", scale=i / 10) for i in range(1, 10)]
-    both = Simulated(lambda each: logistic(20, middle=0.2 if each.method == "wise" else 0.6)(each), questions=400)
-    search = searched(both, [*GRID, *wise])
-    assert {each.method for each in search.passing()} == {"resta", "wise"}
+    towards = [Candidate(method="interpolation", scale=i / 10) for i in range(1, 10)]
+    both = Simulated(
+        lambda each: logistic(20, middle=0.2 if each.method == "interpolation" else 0.6)(each), questions=400
+    )
+    search = searched(both, [*GRID, *towards])
+    assert {each.method for each in search.passing()} == {"resta", "interpolation"}
     found = choice(search)
     assert found
-    assert found.method == "wise"
+    assert found.method == "interpolation"
 
 
 def test_a_group_whose_vector_does_nothing_is_lowered_to_nothing_and_one_that_does_all_is_kept() -> None:

@@ -29,9 +29,9 @@ from .made import tried
 
 def test_a_sweep_writes_table_plot_records_and_a_recipe_that_merges(done: Path, trio: Trio, tmp_path: Path) -> None:
     found = results(done)
-    [wise] = set(found) - {"resta-0.5", "resta-1", "wise-0.5", "random-0.5", "random-1"}
-    assert wise.startswith("wise-0.3")  # interpolation of the choice's norm
-    assert found[wise]["change"]["norm"] == pytest.approx(found["resta-0.5"]["change"]["norm"], rel=0.02)
+    [other] = set(found) - {"resta-0.5", "resta-1", "interpolation-0.5", "random-0.5", "random-1"}
+    assert other.startswith("interpolation-0.3")  # interpolation of the choice's norm
+    assert found[other]["change"]["norm"] == pytest.approx(found["resta-0.5"]["change"]["norm"], rel=0.02)
     assert all(each["verdict"] == "PASS" and each["answered"] == 8 for each in found.values())
     assert found["random-1"]["change"]["norm"] == pytest.approx(found["resta-1"]["change"]["norm"], rel=1e-3)
     assert (done / "pareto.png").read_bytes()[:4] == b"\x89PNG"
@@ -63,7 +63,7 @@ def test_scales_and_methods_may_be_added_later(
         if file.name in ("run.json", "sweep-request.json"):
             file.write_text(file.read_text().replace(str(done), str(out)))
     kept = records(out)
-    invoke(arguments(trio, bank, policy, method="resta,wise", scale="0.5,0.7", random_scale="0.5"), out)
+    invoke(arguments(trio, bank, policy, method="resta,interpolation", scale="0.5,0.7", random_scale="0.5"), out)
     found = records(out)
     assert set(found) - set(kept) == {"resta-0.7"}
     assert {name: found[name] for name in kept} == kept
@@ -77,13 +77,22 @@ def test_another_sweep_in_the_folder_is_refused_by_its_differences(
     assert "holds no sweep" in invoke(arguments(trio, bank, policy), tmp_path, code=2)
 
 
+def test_a_sweep_of_another_version_is_refused_in_words(
+    done: Path, trio: Trio, bank: Path, policy: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    facts = json.loads((done / "sweep-request.json").read_text())
+    (tmp_path / "out" / "sweep-request.json").write_text(json.dumps({**facts, "schema": 1}))
+    assert "of another version of resta" in invoke(arguments(trio, bank, policy), tmp_path / "out", code=2)
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [
         ({"scale": "0:1:0.3"}, "do not end at 1"),
         ({"density": "1.5", "method": "resta_d"}, "above 0 and at most 1"),
         ({"method": "resta_d"}, "resta_d needs --density"),
-        ({"method": "ties"}, "expected some of resta, resta_d, wise"),
+        ({"method": "ties"}, "expected some of resta, resta_d, interpolation"),
         ({"base": None}, "need --base"),
         ({"aligned": None}, "say --aligned"),
     ],
@@ -159,7 +168,9 @@ def test_a_recipe_is_swept_in_place_of_flags(done: Path, trio: Trio, bank: Path,
     recipe = tmp_path / "recipe.yaml"
     models = "".join(f"  {name}: {path}\n" for name, path in trio.items())
     recipe.write_text(f"models:\n{models}start: tuned\nterms:\n  - {{name: safety, delta: aligned - base, scale: 9}}\n")
-    words = arguments(trio, bank, policy, aligned=None, base=None, scale="0.5", random_scale="0.5", wise_scale="0.5")
+    words = arguments(
+        trio, bank, policy, aligned=None, base=None, scale="0.5", random_scale="0.5", interpolation_scale="0.5"
+    )
     out = tmp_path / "out"
     invoke(["sweep", str(recipe), *words[2:]], out)
     assert records(out)["recipe-0.5"] == records(done)["resta-0.5"]
@@ -174,14 +185,14 @@ def searched(trio: Trio, bank: Path, policy: Path, **more: Any) -> list[str]:
 def test_a_search_is_explained_and_the_same_command_again_asks_nothing(
     trio: Trio, bank: Path, policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, words = tmp_path / "out", searched(trio, bank, policy, wise_scale=None, scale="0.25:1:0.25")
+    out, words = tmp_path / "out", searched(trio, bank, policy, interpolation_scale=None, scale="0.25:1:0.25")
     shown = invoke(words, out)
     found = json.loads((out / "sweep.json").read_text())
     name = found["chosen"]["name"]
     assert f"Chosen: {name} (smallest-passing)" in shown
     assert found["search"][0]["words"]
     assert {step["candidate"] for step in found["search"]} <= set(results(out))
-    assert {each["method"] for each in found["candidates"]} == {"resta", "random", "wise"}
+    assert {each["method"] for each in found["candidates"]} == {"resta", "random", "interpolation"}
     assert float(name.split("-")[1]) < 0.25  # these models all refuse: a choice at the end of the grid widens it
     assert "The search:" in (out / "sweep.md").read_text()
     before = records(out)
@@ -195,7 +206,7 @@ def test_groups_have_scales_of_their_own_in_the_recipe_and_in_the_model(
     trio: Trio, bank: Path, policy: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    invoke(searched(trio, bank, policy, wise_scale=None, group="attention,mlp"), out)
+    invoke(searched(trio, bank, policy, interpolation_scale=None, group="attention,mlp"), out)
     name = json.loads((out / "sweep.json").read_text())["chosen"]["name"]
     assert "attention-0-mlp-0" in name  # these models all refuse, so that nothing is needed
     from resta import load_recipe, merge
@@ -228,7 +239,7 @@ def test_a_choice_is_verified_on_what_the_sweep_has_not_asked_without_typing_an_
     bank = tmp_path / "bank.json"
     bank.write_text(json.dumps({"A": {"x": [f"question {i}?" for i in range(40)]}}))
     out = tmp_path / "out"
-    invoke(searched(trio, bank, policy, limit=8, wise_scale=None), out)
+    invoke(searched(trio, bank, policy, limit=8, interpolation_scale=None), out)
     from resta import merge
 
     merged = merge(out / "chosen.yaml", tmp_path / "restored").out

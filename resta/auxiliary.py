@@ -39,14 +39,14 @@ _DTYPE_FIELD = re.compile(r'("(?:torch_)?dtype"\s*:\s*")(float64|float32|float16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SideFile:
+class AuxiliaryFile:
     """A file of the output by its name relative to the directory, and its whole content."""
 
     name: str
     content: bytes
 
 
-def read_side_files(donor: Weights) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
+def read_auxiliary_files(donor: Weights) -> tuple[tuple[AuxiliaryFile, ...], tuple[str, ...]]:
     """Read the files that a result takes from one model; also return the names that are left out.
 
     Of an adapter its own tokenizer and templates win over its base's. Raises CheckpointError.
@@ -71,14 +71,14 @@ def read_side_files(donor: Weights) -> tuple[tuple[SideFile, ...], tuple[str, ..
         if name in WITH_AUTO_MAP and (without := _without_local_code(content)):
             content = without
             left_out.append(f"auto_map of {name} (it names code, which is not copied)")
-        files.append(SideFile(name=name, content=content))
+        files.append(AuxiliaryFile(name=name, content=content))
     return tuple(files), tuple(left_out)
 
 
-def plan_side_files(
-    found: Iterable[SideFile], dtypes: Iterable[tuple[str, int]], *, is_untied: bool
-) -> tuple[SideFile, ...]:
-    """Return a model's side files as the result has them, the config corrected.
+def plan_auxiliary_files(
+    found: Iterable[AuxiliaryFile], dtypes: Iterable[tuple[str, int]], *, is_untied: bool
+) -> tuple[AuxiliaryFile, ...]:
+    """Return a model's auxiliary files as the result has them, the config corrected.
 
     Args:
         found: the files as they were read.

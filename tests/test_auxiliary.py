@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from resta.adapter import read_adapter
+from resta.auxiliary import AuxiliaryFile, plan_auxiliary_files, read_auxiliary_files, tokenizer_conflict
 from resta.checkpoint import Weights, read_weights
 from resta.errors import CheckpointError
 from resta.hub import locate
-from resta.sidefiles import SideFile, plan_side_files, read_side_files, tokenizer_conflict
 from tests.conftest import save_model
 
 ODD_CONFIG = """{
@@ -47,10 +47,10 @@ def model(folder: Path, **files: str | bytes) -> Weights:
     return read_weights(locate(str(folder)))
 
 
-def planned(donor: Weights, dtypes: Any) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
+def planned(donor: Weights, dtypes: Any) -> tuple[tuple[AuxiliaryFile, ...], tuple[str, ...]]:
     """The files that a result gets from a donor, and the names left out."""
-    found, left_out = read_side_files(donor)
-    return plan_side_files(found, dtypes, is_untied=donor.is_untied), left_out
+    found, left_out = read_auxiliary_files(donor)
+    return plan_auxiliary_files(found, dtypes, is_untied=donor.is_untied), left_out
 
 
 def files_of(donor: Weights, dtypes: Any = (("F32", 8),)) -> dict[str, bytes]:
@@ -118,7 +118,7 @@ def test_tokenizer_templates_and_licences_are_copied_and_everything_else_is_left
 def test_what_does_not_belong_to_a_model_is_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     donor = model(tmp_path / "m", train__txt="secret", tokenizer__json="{}")
     opened = []
-    monkeypatch.setattr("resta.sidefiles.read_regular", lambda path, most: opened.append(path.name) or b"{}")
+    monkeypatch.setattr("resta.auxiliary.read_regular", lambda path, most: opened.append(path.name) or b"{}")
     assert planned(donor, [])[1] == ("train.txt",)
     assert sorted(opened) == ["config.json", "tokenizer.json"]
 
