@@ -44,10 +44,12 @@ Pairs = Annotated[Several[Pair], Field(min_length=LEAST)]
 class ControlSet(Strict):
     """Known answers: as files in control/, one per language, or as a judge's own for categories of its own."""
 
-    compliance: dict[str, Several[Pair]]  # by category
+    compliance: dict[str, Several[Pair]] = Field(
+        description="Pairs of a harmful question and an answer that complies, by category."
+    )
     refusal: Pairs
     benign: Pairs
-    needless: Pairs | None = None  # for judges that measure refusals
+    needless: Pairs | None = Field(default=None, description="For judges that measure refusals.")
 
     @model_validator(mode="after")
     def _enough(self) -> ControlSet:

@@ -46,7 +46,7 @@ class Chat(Strict):
     kind: Literal["chat"]
     messages: Several[Turn] = Field(min_length=1)
     template_args: Options = Field(default_factory=dict)
-    parts: bool = False  # content as a list of typed parts
+    parts: bool = Field(default=False, description="Whether content is a list of typed parts.")
 
 
 class Raw(Strict):
@@ -62,7 +62,7 @@ class Tokens(Strict):
     kind: Literal["tokens"]
     positive: Several[str] = Field(min_length=1)
     negative: Several[str] = Field(min_length=1)
-    force: str = ""  # what the reply is made to begin with, for a local judge
+    force: str = Field(default="", description="What the reply is made to begin with, for a local judge.")
     threshold: float = Field(0.5, ge=0, le=1)
     min_mass: float = Field(0.5, ge=0, le=1)
 
@@ -87,8 +87,10 @@ class Regex(Strict):
 
     kind: Literal["regex"]
     pattern: str
-    strip_think: bool = False  # leave out <think>...</think> first
-    formula: Literal["strongreject"] | None = None  # a score from the groups refusal, convincing, specific
+    strip_think: bool = Field(default=False, description="Leave out <think>...</think> first.")
+    formula: Literal["strongreject"] | None = Field(
+        default=None, description="A score from the groups refusal, convincing, specific."
+    )
 
     @model_validator(mode="after")
     def _compiles(self) -> Regex:
@@ -106,7 +108,9 @@ class Classifier(Strict):
     """Read a sequence classifier's labels (names as in its config); local only."""
 
     kind: Literal["classifier"]
-    positive: Several[str] = Field(min_length=1)  # p = the largest (multi_label) or the sum of their shares
+    positive: Several[str] = Field(
+        min_length=1, description="Labels that mean yes; p is the sum of their shares, or the largest (multi_label)."
+    )
     multi_label: bool = False
     threshold: float = Field(0.5, ge=0, le=1)
 
@@ -149,18 +153,24 @@ class JudgeSpec(Strict):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     about: str
-    wording: Literal["own", "tokenizer", "published", "user"] = "user"  # whose words the prompt is in
-    confirmed: bool = False  # the format has been seen to work on the judge's real weights
-    measures: Several[Literal["harm", "refusal"]] = ("harm",)  # asked about harmful, safe questions
+    wording: Literal["own", "tokenizer", "published", "user"] = Field(
+        default="user", description="Whose words the prompt is in."
+    )
+    confirmed: bool = Field(default=False, description="The format has been seen to work on the judge's real weights.")
+    measures: Several[Literal["harm", "refusal"]] = Field(
+        default=("harm",), description="harm: asked about harmful questions; refusal: about safe ones."
+    )
     model: str | None = None
     adapter_base: str | None = None
     render: Annotated[Chat | Raw, Field(discriminator="kind")] | None = None
     read: Annotated[Tokens | Digits | Regex | Classifier | Strings, Field(discriminator="kind")]
     rules: Several[Rule] = ()
-    policies: dict[str, str] = Field(default_factory=dict)  # one call each; harmful if any is
+    policies: dict[str, str] = Field(default_factory=dict, description="One call each; harmful if any is.")
     max_new_tokens: int = Field(16, ge=1)
     clip_tokens: int = Field(512, ge=1)
-    control: ControlSet | None = None  # known answers of its own, for categories that the built-in ones lack
+    control: ControlSet | None = Field(
+        default=None, description="Known answers of its own, for categories that the built-in ones lack."
+    )
 
     @model_validator(mode="after")
     def _makes_sense(self) -> JudgeSpec:

@@ -28,10 +28,11 @@ LONGEST_WAIT_S = 60.0
 class Endpoint(Strict):
     """Where a model is served, and how it is asked."""
 
-    url: str = Field(pattern=r"^https?://")  # up to and including /v1
+    url: str = Field(pattern=r"^https?://", description="The server's address, up to and including /v1.")
     model: str = Field(min_length=1)
-    # The name of the environment variable that holds the key: keys never stand in a file.
-    api_key_env: str | None = None
+    api_key_env: str | None = Field(
+        default=None, description="The name of the environment variable that holds the key: keys never stand in a file."
+    )
     temperature: float = Field(default=0.7, ge=0.0)
     max_tokens: Positive = 512
     timeout_s: float = Field(default=120.0, gt=0.0)

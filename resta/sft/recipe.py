@@ -89,19 +89,24 @@ SPLIT_OF_A_STEP = ("train.per_device_batch", "train.gradient_checkpointing")
 class Source(Strict):
     """One source of conversations: a local file or folder, or a Hub dataset at a revision."""
 
-    name: str = Field(min_length=1)
-    path: str | None = None
-    hub: str | None = None
+    name: str = Field(min_length=1, description="What messages and the model card call it.")
+    path: str | None = Field(default=None, description="A file or folder, relative to the recipe.")
+    hub: str | None = Field(default=None, description="Or a dataset of the Hub.")
     revision: str | None = None
     subset: str | None = None
     split: str = "train"
     side: Literal["blue", "red"] = "blue"
-    # Passes over this source per epoch: 0.5 draws a seeded half of it, 2 reads every conversation twice.
-    weight: float = Field(default=1.0, gt=0.0)
-    # Use at most this many conversations, drawn with the recipe's seed.
-    limit: Positive | None = None
-    # As many conversations as these sources give together, times `weight`.
-    equal_to: Several[str] = ()
+    weight: float = Field(
+        default=1.0,
+        gt=0.0,
+        description="Passes over it per epoch: 0.5 draws a seeded half, 2 reads every conversation twice.",
+    )
+    limit: Positive | None = Field(
+        default=None, description="Use at most this many conversations, drawn with the recipe's seed."
+    )
+    equal_to: Several[str] = Field(
+        default=(), description="As many conversations as these sources give together, times `weight`."
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> Source:
@@ -127,12 +132,15 @@ class Objective(Strict):
 
     kind: Literal["blue", "blue_red"] = "blue"
     lambda2: float = Field(default=0.1, ge=0.0)
-    # The ascent is off where the red NLL is already above this; required, as without it the loss has no lower
-    # bound.
-    red_cutoff: float = Field(default=1.0, gt=0.0)
+    red_cutoff: float = Field(
+        default=1.0,
+        gt=0.0,
+        description="The ascent is off where the red NLL (nats) is above this, or the loss would have no lower bound.",
+    )
     red_threshold_scope: Literal["token", "sample"] = "token"
-    # Red conversations per blue one, in every batch up to rounding.
-    red_per_blue: float = Field(default=1.0, gt=0.0)
+    red_per_blue: float = Field(
+        default=1.0, gt=0.0, description="Red conversations per blue one, in every batch up to rounding."
+    )
 
 
 class Train(Strict):
@@ -144,8 +152,7 @@ class Train(Strict):
     per_device_batch: Positive = 2
     learning_rate: float = Field(default=1e-5, gt=0.0)
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
-    # Below 1: share of all steps. From 1 on: a number of steps.
-    warmup: float = Field(default=0.0, ge=0.0)
+    warmup: float = Field(default=0.0, ge=0.0, description="Below 1: share of all steps. From 1 on: a number of steps.")
     weight_decay: float = Field(default=0.0, ge=0.0)
     max_grad_norm: float = Field(default=1.0, gt=0.0)
     optimizer: str = "adamw"
@@ -206,27 +213,33 @@ def _check_deepspeed(config: dict[str, Any]) -> None:
 class Recipe(Strict):
     """One fine-tuning run, whole."""
 
-    base: str = Field(min_length=1)
+    base: str = Field(min_length=1, description="The model that is trained: a Hub id, or a folder beside the recipe.")
     revision: str | None = None
-    chat_template: str | None = None
+    chat_template: str | None = Field(
+        default=None, description="A name, or a .jinja file; by default the base's own template."
+    )
     system_turn: Literal["refuse", "into_user", "drop"] = "refuse"
     pad_token: str | None = None
     max_length: Annotated[int, Field(ge=8)] = 1280
-    data: Several[Source] = Field(min_length=1)
+    data: Several[Source] = Field(min_length=1, description="Where the conversations come from.")
     holdout: Share = 0.02
     bad_rows: Literal["refuse", "drop"] = "refuse"
-    # With bad_rows: drop, the largest share of conversations that may be lost before the run is refused.
-    max_dropped: Share = 0.1
+    max_dropped: Share = Field(
+        default=0.1,
+        description="With bad_rows: drop, the share of conversations that may be lost before the run is refused.",
+    )
     method: Literal["lora", "qlora", "full"] = "lora"
     lora: Lora = Lora()
     objective: Objective = Objective()
     train: Train = Train()
-    # "auto" writes a full model in the number format of its base.
-    save_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    save_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        default="auto", description='"auto" writes a full model in the number format of its base.'
+    )
     parallel: Parallel = Parallel()
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    # Passed to the underlying trainer as it is, and checked by it.
-    trainer: Options = Field(default_factory=dict)
+    trainer: Options = Field(
+        default_factory=dict, description="Passed to the underlying trainer as it is, and checked by it."
+    )
 
     @model_validator(mode="after")
     def _one_clear_thing(self) -> Recipe:
