@@ -125,7 +125,7 @@ def explain(kind: type[BaseModel], data: Any, error: ValidationError) -> list[st
     """Return one sentence per problem: the key's place in the file, what was expected, what was found."""
     said: dict[str, dict[str, str]] = {}  # place -> what is wrong, found
     for problem in error.errors():
-        place = _place(problem["loc"], data)
+        place = _place(problem["loc"], data, absent=problem["type"] in ("missing", "invalid_key"))
         wrong, found = _complaint(kind, problem, place)
         said.setdefault(".".join(map(str, place)), {}).setdefault(wrong, found)
     # Where a value may be of two kinds and is nearly one of them, the other's complaint says nothing.
@@ -146,11 +146,14 @@ def _line(place: str, complaints: Mapping[str, str]) -> str:
     return (place + wrong if place else wrong.removeprefix(": ")) + (f", found {found}" if found else "")
 
 
-def _place(location: Sequence[int | str], data: Any) -> list[int | str]:
-    """Return the keys and numbers of a location, without the names that pydantic gives to alternatives."""
+def _place(location: Sequence[int | str], data: Any, *, absent: bool) -> list[int | str]:
+    """Return the keys and numbers of a location, without the names that pydantic gives to alternatives.
+
+    The last part may be `absent` from the data.
+    """
     place: list[int | str] = []
     for index, part in enumerate(location):
-        if isinstance(data, dict) and (part in data or index == len(location) - 1):
+        if isinstance(data, dict) and (part in data or (absent and index == len(location) - 1)):
             data = data.get(part)
         elif isinstance(data, list | tuple) and isinstance(part, int) and part < len(data):
             data = data[part]
@@ -174,17 +177,25 @@ def _complaint(kind: type[BaseModel], problem: Any, place: Sequence[int | str]) 
     if problem["type"] == "value_error":
         message = f": {problem['msg'].removeprefix('Value error, ')}"
         return message, "" if isinstance(given, dict | list | tuple) or "found" in message else found
-    expected = _expected(problem["type"], context) or str(problem["msg"])
+    expected = _expected(problem["type"], context) or problem["msg"].removeprefix("Input should be ")
     if problem["type"] == "union_tag_invalid":
         given, found = context["tag"], repr(context["tag"])
     if problem["type"] in ("literal_error", "union_tag_invalid"):
         found += did_you_mean(str(given), re.findall(r"'([^']*)'", expected))
-    if problem["type"] == "string_type" and isinstance(given, bool | int | float):
-        found += " (quote it if it is text)"
-    if problem["type"] == "bool_type" and str(given).lower() in ("yes", "on", "no", "off"):
-        found += " (which is text)"
+    found += _quotes(problem["type"], given)
     where = f".{context['discriminator'].strip(chr(39))}" if problem["type"] == "union_tag_invalid" else ""
     return f"{where}: expected {expected}", found
+
+
+def _quotes(problem: str, given: Any) -> str:
+    """Return what to do where quotes make the difference between what was found and what was expected."""
+    if problem == "string_type" and isinstance(given, bool | int | float):
+        return " (quote it if it is text)"
+    if problem not in ("bool_type", "int_type", "float_type") or not isinstance(given, str):
+        return ""
+    if given.lower() in ("yes", "on", "no", "off"):
+        return " (which is text)"
+    return " (leave out the quotes)" if re.fullmatch(r"true|false|[-+]?[0-9.]+(e[-+]?[0-9]+)?", given) else ""
 
 
 def _expected(problem: str, context: Mapping[str, Any]) -> str | None:
@@ -206,6 +217,7 @@ def _expected(problem: str, context: Mapping[str, Any]) -> str | None:
         "too_short": "at least {min_length} of them",
         "dict_type": "a mapping",
         "model_type": "a mapping",
+        "model_attributes_type": "a mapping",
         "literal_error": "{expected}",
         "union_tag_invalid": "{expected_tags}",
     }
@@ -220,7 +232,10 @@ def _found(value: Any) -> str:
         return f"a mapping of {_words(list(value))}" if value else "an empty mapping"
     if isinstance(value, list | tuple):
         return f"a list of {len(value)}"
-    shown = repr(str(value)) if isinstance(value, str) else str(value)
+    try:
+        shown = repr(str(value)) if isinstance(value, str) else str(value)
+    except ValueError:  # more digits than Python writes
+        return "a number of too many digits"
     return shown if len(shown) <= 80 else f"{shown[:77]}..."
 
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from resta.errors import RequestError
+from resta.dialect import Word, parse
+from resta.errors import RecipeError, RequestError
+from resta.recipe import Recipe as Merge
 from resta.recipe import load_recipe
-from resta.redeval.judges import read_judge
+from resta.redeval.judges import JudgeSpec, read_judge
 from resta.sft.collect import Collect
 from resta.sft.recipe import Recipe as Sft
 from resta.sft.recipe import load
-from resta.strict import override
-from resta.verify.policy import read_policy
+from resta.strict import check, override
+from resta.verify.policy import Policy, read_policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +199,7 @@ def test_what_is_handed_on_untyped_holds_no_word_of_two_meanings(name: str, key:
         ("sft", "train: {seed: 3}", 'train.seed: unknown key; "seed" belongs at the top'),
         ("sft", "lora: {ranks: 3}", 'lora.ranks: unknown key; did you mean "rank"?'),
         ("sft", "holdout: 1.5", "holdout: expected a number below 1, found 1.5"),
+        ("sft", "seed: '3'", "seed: expected a whole number, found '3' (leave out the quotes)"),
         ("sft", "bad_rows: no", "bad_rows: expected 'refuse' or 'drop', found 'no'"),
         ("collect", "judge: {url: x, model: m}", "judge.url: expected text that matches ^https?://, found 'x'"),
         ("policy", "max_upper: 0.1", 'max_upper: unknown key; "max_upper" belongs under "asr" or under "over_refusal"'),
@@ -239,6 +245,53 @@ def test_of_two_kinds_of_section_only_the_keys_of_the_named_one_are_meant(
     with pytest.raises(RequestError) as caught:
         read_judge(str(path))
     assert expected in str(caught.value)
+
+
+WORDS = [Word("yes"), "blue_red", "tokens", "chat", "a - base", "{question} {answer}", "dare", "["]
+KEYS = st.text(max_size=3) | st.integers(0, 3)
+VALUES = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(-(10**20), 10**20),
+        st.just(10**400),
+        st.floats(),
+        st.text(max_size=5),
+        st.sampled_from(WORDS),
+    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@pytest.mark.parametrize("name", ["merge", "sft", "collect", "policy", "judge"])
+@settings(deadline=None, max_examples=50)
+@given(data=st.data())
+def test_whatever_stands_where_a_value_should_is_taken_or_refused_in_our_words(name: str, data: st.DataObject) -> None:
+    model = {"merge": Merge, "sft": Sft, "collect": Collect, "policy": Policy, "judge": JudgeSpec}[name]
+    plain = parse(KINDS[name].plain)
+    inner: Any = plain
+    while True:  # down to a random place
+        keys = list(inner) if isinstance(inner, dict) else list(range(len(inner)))
+        key = data.draw(st.sampled_from([*keys, *(list(model.model_fields) if inner is plain else [])]))
+        if key in keys and isinstance(inner[key], dict | list) and inner[key] and data.draw(st.booleans()):
+            inner = inner[key]
+        else:
+            break
+    inner[key] = data.draw(VALUES)
+    try:
+        check(model, plain)
+    except RecipeError as error:
+        message = str(error)
+    else:
+        return
+    assert message.strip()
+    assert not re.search(r"Input should|Value error|function-after|tuple\[|\bstr\b", message)
+
+
+def test_a_number_that_nobody_can_write_is_still_one_sentence() -> None:
+    with pytest.raises(RecipeError, match="judge: expected text, found a number of too many digits"):
+        check(Policy, {"judge": 10**5000})
 
 
 def test_many_mistakes_are_said_up_to_a_number(tmp_path: Path) -> None:
