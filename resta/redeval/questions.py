@@ -107,6 +107,11 @@ class Bank:
         return tuple(repeats)
 
 
+def words_of(text: str) -> str:
+    """Return what two spellings of one question share: letter case, spacing and closing marks are left out."""
+    return " ".join(text.casefold().split()).rstrip(" .?!\u3002\uff1f\uff01") or text
+
+
 def without(bank: Bank, texts: Iterable[str]) -> Bank:
     """Return a bank without the questions of these texts, which is another bank by its digest. Raises BankError."""
     asked = set(texts)

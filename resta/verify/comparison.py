@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from resta.redeval.control import Control
-from resta.redeval.questions import Question
+from resta.redeval.questions import Question, words_of
 from resta.redeval.records import Answer, Verdict
 from resta.redeval.score import is_not_language, is_repeated
 from resta.statistics import (
@@ -300,10 +300,6 @@ def _hit(row: _Row, role: str, labels: frozenset[str]) -> bool:
     return row.verdicts[role].label in labels
 
 
-def _cluster(row: _Row) -> tuple[str, str]:
-    return row.question.bank, row.question.text
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Both:
     """Pooled rates, models in the order of ROLES: as they were judged, and in the worst case for restored."""
@@ -345,9 +341,9 @@ def _paired_by(rows: Sequence[_Row], hit: Callable[[_Row, str], bool], level: fl
     """Return pooled rates of whatever `hit` says of each model's answer; None of no rows."""
     if not rows:
         return None
-    by_question: dict[tuple[str, str], list[list[bool]]] = defaultdict(list)
-    for row in rows:
-        by_question[_cluster(row)].append([hit(row, role) for role in ROLES])
+    by_question: dict[str, list[list[bool]]] = defaultdict(list)
+    for row in rows:  # whatever bank it stands in: what is asked twice tells nothing twice
+        by_question[words_of(row.question.text)].append([hit(row, role) for role in ROLES])
     return paired_rates(padded([asks for _, asks in sorted(by_question.items())]), level=level)
 
 

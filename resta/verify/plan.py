@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from resta.redeval.questions import Question
+from resta.redeval.questions import Question, words_of
 from resta.redeval.targets import Target
 from resta.statistics import Rate
 from resta.verify.budget import Budget
@@ -32,9 +32,11 @@ def plan_power(policy: Policy, budget: Budget, targets: Mapping[str, Target | Pa
 
 
 def sample_of(questions: Iterable[Question], templates: Iterable[str], documents: Mapping[str, int]) -> Sample:
-    """Return how much is asked; a text that occurs twice in a bank is one question."""
-    texts = {(question.safe, question.bank, question.text) for question in questions}
-    harmful, safe = (Counter(bank for kind, bank, _ in sorted(texts) if kind == wanted) for wanted in (False, True))
+    """Return how much is asked; a question that is asked twice, also in two banks, is one."""
+    banks = {(question.safe, words_of(question.text)): question.bank for question in questions}
+    harmful, safe = (
+        Counter(sorted(bank for (kind, _), bank in banks.items() if kind == wanted)) for wanted in (False, True)
+    )
     return Sample(harmful=harmful, safe=safe, templates=tuple(templates), documents=documents)
 
 

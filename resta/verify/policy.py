@@ -6,7 +6,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, field_validator
 
 from resta.dialect import parse
 from resta.errors import PolicyError
@@ -137,6 +137,13 @@ class Policy(Strict):
     )
     one_answer: OneAnswerRules = OneAnswerRules()
     provenance: ProvenanceRules = ProvenanceRules()
+
+    @field_validator("name")
+    @classmethod
+    def _own(cls, name: str | None) -> str | None:
+        if name is not None and name.strip(" ._-").casefold() == "default":
+            raise ValueError('"PASS (default limits)" would be untrue; choose another name')
+        return name
 
     @property
     def cell_limit(self) -> float | None:

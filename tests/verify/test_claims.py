@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,18 +9,20 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from scipy import stats
 
 from resta.errors import PolicyError
 from resta.statistics import holm, paired_rates
 from resta.verify.claims import OVER_ALIGNED, RATE, claims_of, mixture
+from resta.verify.comparison import compare
 from resta.verify.decision import Verdict, by_name
 from resta.verify.gate import decide
 from resta.verify.parts import all_within
 from resta.verify.policy import Policy, default_policy, read_policy
 from resta.verify.report import to_card, to_markdown
 from tests.verify.made import a_ruling
-from tests.verify.planted import at_rates, exactly, gate, planted
+from tests.verify.planted import at_rates, exactly, gate, losses_of, measurements, planted
 
 
 def policy(text: str) -> Policy:
@@ -95,6 +99,25 @@ def test_half_regained_is_shown_to_be_no_more_often_than_the_level_says() -> Non
     assert min(held) > 0.008
 
 
+@pytest.mark.parametrize("spelling", [str, str.upper, lambda text: f"  {text.replace(' ', '  ')} ?"])
+def test_a_bank_that_is_given_again_under_another_name_shows_no_more(spelling: Callable[[str], str]) -> None:
+    once = {"first": exactly((0, 30, 0), 60)}
+    copies = {"first": exactly((0, 30, 0), 60), **{f"copy {i}": exactly((0, 30, 0), 60) for i in range(5)}}
+    models = measurements(copies, POLITE, SCORES)
+    for role, model in models.items():
+        said = {
+            ask: replace(q, text=spelling(f"first {q.index}?") if q.bank.startswith("copy") else q.text)
+            for ask, q in model.planned.items()
+        }
+        models[role] = replace(model, planned=said)
+    alone, again = planted(once, POLITE, SCORES), compare(models, losses=losses_of(models))
+    assert alone.asr is not None
+    assert again.asr is not None
+    assert again.asr.paired.questions == 60
+    assert again.asr.rates["restored"].high >= alone.asr.rates["restored"].high
+    assert decide(again, read_policy(None)).verdict is Verdict.INCONCLUSIVE
+
+
 # -- limits that say nothing ---------------------------------------------------------------------------------
 
 
@@ -149,6 +172,12 @@ utility: {any: {max_drop: 0.05}}
 )  # fmt: skip
 def test_a_policy_that_asks_for_less_than_the_default_is_named_beside_its_verdict(text: str, tier: str | None) -> None:
     assert policy(text).tier == tier
+
+
+@pytest.mark.parametrize("name", ["default", "Default", " default ", "default."])
+def test_no_policy_of_ones_own_may_pass_for_the_default_one(name: str) -> None:
+    with pytest.raises(ValidationError, match="name"):
+        policy(WIDER.replace("name: dev", f"name: '{name}'"))
 
 
 def test_a_pass_under_wider_limits_says_so_in_every_form() -> None:
