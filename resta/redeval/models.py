@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from resta.chat_templates import NAMED, named_template, read_chat_template
 from resta.errors import MissingExtraError, ModelError, UnansweredError
 from resta.fingerprint import folder_fingerprint, sha256_file, sha256_text
@@ -681,6 +683,8 @@ def fingerprint(spec: LocalSpec) -> dict[str, str]:
             prints[role] = folder_fingerprint(path)
         elif path.is_file():
             prints[role] = sha256_file(path)
+    if spec.is_recipe:  # which says what is done to its models, not what they are
+        prints |= {f"model {name}": folder_fingerprint(folder) for name, folder in _merged(Path(spec.model)).items()}
     if spec.chat_template is not None:
         text = (
             named_template(spec.chat_template)
@@ -689,6 +693,17 @@ def fingerprint(spec: LocalSpec) -> dict[str, str]:
         )
         prints["chat_template"] = sha256_text(text)
     return prints
+
+
+def _merged(recipe: Path) -> dict[str, Path]:
+    """Return the local directories of a recipe's models, by name; those of the Hub are left out."""
+    found = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    models = found.get("models") if isinstance(found, dict) else None
+    sources = {
+        str(name): str(model.get("source") if isinstance(model, dict) else model)
+        for name, model in (models.items() if isinstance(models, dict) else ())
+    }
+    return {name: Path(source) for name, source in sorted(sources.items()) if Path(source).is_dir()}
 
 
 # -- sequence classifiers ------------------------------------------------------------------------------------

@@ -349,6 +349,25 @@ def test_a_device_that_is_not_there_and_a_broken_adapter_are_clear_errors(tiny: 
         load_local(LocalSpec(model=str(tmp_path), device="cpu"))
 
 
+def test_the_fingerprint_of_an_unwritten_merge_follows_the_weights_of_its_models(tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny, tmp_path / "other")
+    recipe = tmp_path / "restored.yaml"
+    recipe.write_text(
+        f"models: {{one: {tiny}, other: {{source: {tmp_path / 'other'}}}, far: org/name@main}}\n"
+        "start: one\nterms: [{delta: other - far, scale: 1}]\n"
+    )
+    spec = LocalSpec(model=str(recipe), files=str(tiny))
+    before = fingerprint(spec)
+    assert fingerprint(spec) == before
+    weights = tmp_path / "other" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert fingerprint(spec) != before
+    recipe.write_text("nothing that names models\n")
+    assert fingerprint(spec) != before
+
+
 def test_a_fingerprint_follows_the_weights_and_not_the_place(tiny: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny, tmp_path / "copy")
     same, moved = (
