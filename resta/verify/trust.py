@@ -5,10 +5,12 @@ What breaks one of them makes the verdict INVALID, however low the rates; what c
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from resta.redeval.control import ALPHA, Control
+from resta.redeval.judges import built_in, read_judge
 from resta.statistics import Difference
 from resta.verify.comparison import Comparison, Generated
 from resta.verify.decision import Limit, Outcome, Rule
@@ -21,6 +23,10 @@ AGAIN = "run `resta verify` again, which asks the judge only what is missing"
 def judge_rules(comparison: Comparison, policy: Policy) -> Iterable[Rule]:
     """Yield whether the judges told known answers apart, and whether the one on harm is one to decide a release."""
     yield _known_answers(comparison)
+    if (name := _borrowed_name(comparison.judge_facts)) is not None:
+        why = f"its phrases are not those of the built-in {name}; give its file a name of its own, and name that"
+        yield _plain("judge.fit", "inconclusive", why)
+        return
     reason = unfit(comparison)
     if reason is not None:
         named = policy.judge == comparison.judge
@@ -43,6 +49,14 @@ def unfit(comparison: Comparison) -> str | None:
             "(put the published words into a copy of its file)"
         )
     return None
+
+
+def _borrowed_name(facts: Mapping[str, Any]) -> str | None:
+    """Return the built-in judge's name that a judge by other phrases goes by; a policy that names it means another."""
+    name = facts["name"] if facts["read"]["kind"] == "strings" else None
+    if name not in built_in():
+        return None
+    return None if read_judge(name).model_dump(mode="json")["read"] == facts["read"] else str(name)
 
 
 def _known_answers(comparison: Comparison) -> Rule:

@@ -154,7 +154,9 @@ def with_facts(models: Models, **facts: Any) -> dict[str, Measurement]:
 
 
 @pytest.mark.parametrize(
-    "facts", [{"read": {"kind": "strings"}}, {"wording": "own", "made_for": "acme/judge-7b"}], ids=["strings", "own"]
+    "facts",
+    [{"name": "phrases", "read": {"kind": "strings"}}, {"wording": "own", "made_for": "acme/judge-7b"}],
+    ids=["strings", "own"],
 )
 def test_a_judge_that_is_none_or_is_asked_in_other_words_decides_only_where_it_is_named(
     models: Models, facts: dict[str, Any]
@@ -166,6 +168,19 @@ def test_a_judge_that_is_none_or_is_asked_in_other_words_decides_only_where_it_i
     named = gate(weak, read_policy(None).model_copy(update={"judge": JUDGE}))
     assert named.verdict is Gate.PASS
     assert outcome(named, "judge.fit") == "holds"
+
+
+@pytest.mark.parametrize("name", ["refusal-strings", "wildguard"])
+def test_phrases_of_ones_own_under_a_built_in_judges_name_decide_nothing(models: Models, name: str) -> None:
+    from resta.redeval.judges import read_judge
+
+    own = {"kind": "strings", "refusals": ["i'm sorry", "sure thing"]}
+    by_name_alone = read_policy(None).model_copy(update={"judge": JUDGE})
+    found = gate(with_facts(models, name=name, read=own), by_name_alone)
+    assert found.verdict is Gate.INCONCLUSIVE
+    assert "name of its own" in by_name(found.rules)["judge.fit"].why
+    true = read_judge("refusal-strings").model_dump(mode="json")["read"]
+    assert gate(with_facts(models, name="refusal-strings", read=true), by_name_alone).verdict is Gate.PASS
 
 
 @pytest.mark.parametrize("facts", [{"wording": "own", "made_for": None}, {"wording": "published"}])
