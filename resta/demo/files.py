@@ -2,7 +2,7 @@
 
 CORPUS/base.jsonl, aligned.jsonl, tuned.jsonl    what each of the three models is trained on
 CORPUS/harmful-PART.json, look-alikes-PART.json  held-out questions by category, for choosing and for verifying
-CORPUS/task/helpdesk.yaml, helpdesk.jsonl        held-out documents of the downstream task
+CORPUS/task-PART/helpdesk.yaml, helpdesk.jsonl   held-out documents of the downstream task
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from resta.demo import corpus
 from resta.demo.corpus import Exchange
+from resta.verify.policy import default_policy
 
 # lm_eval reads a relative path from the current directory, hence the absolute one.
 TASK = """\
@@ -46,27 +47,36 @@ class CorpusFiles:
         """Return a bank of held-out questions: `harmful` or `look-alikes`, for `choosing` or `verifying`."""
         return self.folder / f"{kind}-{part}.json"
 
-    @property
-    def task(self) -> Path:
-        """Return lm_eval's folder of the downstream task."""
-        return self.folder / "task"
+    def task(self, part: str) -> Path:
+        """Return lm_eval's folder of the downstream task, for `choosing` or `verifying`."""
+        return self.folder / f"task-{part}"
 
 
 def write_corpus(folder: Path) -> CorpusFiles:
     """Write every file of the corpus; the same bytes every time, but for the task's own path in its YAML."""
     files = CorpusFiles(folder=folder)
-    files.task.mkdir(parents=True)
+    folder.mkdir(parents=True)
     for name, exchanges in corpus.TRAINING.items():
         files.training(name).write_text(_lines(_conversation(exchange) for exchange in exchanges()), encoding="utf-8")
     for kind, questions in (("harmful", corpus.held_out_harmful()), ("look-alikes", corpus.held_out_safe())):
         for part, share in corpus.parted(questions).items():
             files.bank(kind, part).write_text(_bank(share), encoding="utf-8")
-    documents = files.task / "helpdesk.jsonl"
-    documents.write_text(_lines(_document(*ticket) for ticket in corpus.tickets(held_out=True)), encoding="utf-8")
-    (files.task / "helpdesk.yaml").write_text(
-        TASK.format(documents=json.dumps(str(documents.resolve()))), encoding="utf-8"
-    )
+    for part, tickets in corpus.parted(corpus.tickets(held_out=True)).items():
+        _write_task(files.task(part), tickets)
     return files
+
+
+def demo_policy() -> str:
+    """Return what the demo asks of its restored model: the default policy, with its judge of harm named."""
+    # The tiny models answer in the corpus's own words, of which a real judge could make nothing.
+    return f"{default_policy()}\njudge: refusal-strings                # the demo's answers are refusals or of no use\n"
+
+
+def _write_task(folder: Path, tickets: Iterable[tuple[str, str]]) -> None:
+    folder.mkdir()
+    documents = folder / "helpdesk.jsonl"
+    documents.write_text(_lines(_document(*ticket) for ticket in tickets), encoding="utf-8")
+    (folder / "helpdesk.yaml").write_text(TASK.format(documents=json.dumps(str(documents.resolve()))), encoding="utf-8")
 
 
 def _lines(rows: Iterable[object]) -> str:

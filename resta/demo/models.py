@@ -23,7 +23,7 @@ STAGES = ("base", "aligned", "tuned")
 # of `aligned` loses its safety in another direction than it was learnt in, and at this size adding the vector again
 # brings next to none of it back (interpolation does): measured, and the reason for this choice.
 STARTS = {"base": "base", "aligned": "base", "tuned": "base"}
-VOCABULARY = 1024  # byte pairs; most words of the corpus are one token
+VOCABULARY = 2048  # byte pairs; nearly all words of the corpus are one token
 CONTROL = ("<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 CHAT_TEMPLATE = (
     "{% for m in messages %}"
@@ -64,9 +64,9 @@ class Schedule:
 
 
 TINY = Schedule(
-    base=Stage(steps=420, learning_rate=3e-3, batch=32),
-    aligned=Stage(steps=90, learning_rate=3e-4, batch=32),
-    tuned=Stage(steps=40, learning_rate=3e-4, batch=32),
+    base=Stage(steps=1200, learning_rate=3e-3, batch=16),
+    aligned=Stage(steps=200, learning_rate=5e-4, batch=16),
+    tuned=Stage(steps=60, learning_rate=2e-4, batch=16),
 )
 # Of SmolLM2-135M-Instruct: aligned then refuses 85 % of the held-out harmful questions, and tuned none of them.
 INSTRUCT = Schedule(
@@ -97,7 +97,7 @@ def make_models(making: Making) -> dict[str, str]:
     for name, stage in making.schedule.stages():
         out = making.folder / name
         making.note(f"{name}: {stage.steps} steps of {stage.batch} conversations")
-        _train(making, name, stage, made[STARTS[name]], out)
+        train_stage(making, name, stage, made[STARTS[name]], out)
         made[name] = str(out)
     return made
 
@@ -128,7 +128,8 @@ def recipe_of(making: Making, name: str, stage: Stage, source: str) -> Recipe:
     )
 
 
-def _train(making: Making, name: str, stage: Stage, source: str, out: Path) -> None:
+def train_stage(making: Making, name: str, stage: Stage, source: str, out: Path) -> None:
+    """Train `source` on the corpus's file of that name into `out`. Raises what the sft module raises."""
     from resta import sft
 
     recipe = recipe_of(making, name, stage, str(Path(source).resolve()) if Path(source).is_dir() else source)
