@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from resta.checkpoint import INDEX, LINK_ADVICE, SINGLE, LowRank, Operand, Stored, Weights, identify, inside, read_json
-from resta.errors import AdapterError
+from resta.errors import RequestError
 from resta.fingerprint import file_fingerprint
 from resta.header import FLOAT_DTYPES, Spec, read_header
 from resta.hub import Located
@@ -60,7 +60,7 @@ def read_adapter(located: Located, base: Weights, *, recorded_base: str | None =
         recorded_base: the user's confirmation, if the adapter records its base under another name, or other contents.
 
     Raises:
-        AdapterError: it is for another base, not complete, or of a kind that cannot be applied exactly.
+        RequestError: it is for another base, not complete, or of a kind that cannot be applied exactly.
     """
     folder = located.folder
     config = read_json(folder / CONFIG)
@@ -78,7 +78,7 @@ def read_adapter(located: Located, base: Weights, *, recorded_base: str | None =
         if "lora_B.bias" in parts:
             bias = f"{module}.bias"
             if parts["lora_B.bias"].spec.dtype not in FLOAT_DTYPES or len(parts["lora_B.bias"].spec.shape) != 1:
-                raise AdapterError(f"{folder / FILE}: the bias of {module!r} is not a vector of floating point")
+                raise RequestError(f"{folder / FILE}: the bias of {module!r} is not a vector of floating point")
             low_rank = LowRank(left=parts["lora_B.bias"], right=None, transposed=False, scaling=low_rank.scaling)
             tensors[bias] = _on_top(bias, tensors.get(bias), low_rank, folder)
     own = (folder / CONFIG, folder / FILE)  # the config holds the scalings, which decide every byte
@@ -99,21 +99,21 @@ def base_name(folder: Path) -> str:
 
 def _check_config(config: Mapping[str, Any], folder: Path) -> None:
     if config.get("peft_type") != "LORA":
-        raise AdapterError(f"{folder}: peft_type is {config.get('peft_type')!r}; only LORA adapters can be merged")
+        raise RequestError(f"{folder}: peft_type is {config.get('peft_type')!r}; only LORA adapters can be merged")
     if config.get("use_dora"):
-        raise AdapterError(f"{folder}: is a DoRA adapter, whose norms need whole matrices; merge it with peft first")
+        raise RequestError(f"{folder}: is a DoRA adapter, whose norms need whole matrices; merge it with peft first")
     initial = config.get("init_lora_weights", True)
     if initial not in BASE_KEEPING:
-        raise AdapterError(
+        raise RequestError(
             f"{folder}: init_lora_weights is {initial!r}, which also changes the base weights; "
             "convert the adapter to plain LoRA with peft first"
         )
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
-        raise AdapterError(f"{folder / CONFIG}: modules_to_save is {saved!r}; expected a list of names")
+        raise RequestError(f"{folder / CONFIG}: modules_to_save is {saved!r}; expected a list of names")
     unknown = sorted(key for key, value in config.items() if value and key not in APPLIED | HARMLESS)
     if unknown:
-        raise AdapterError(
+        raise RequestError(
             f"{folder}: {unknown[0]} is {config[unknown[0]]!r}, which is not supported; "
             "merge the adapter with peft first"
         )
@@ -121,25 +121,25 @@ def _check_config(config: Mapping[str, Any], folder: Path) -> None:
 
 def _check_base(config: Mapping[str, Any], base: Weights, recorded_base: str | None, folder: Path) -> None:
     if base.is_adapter:
-        raise AdapterError(f"{folder}: its base {base.located.source} is an adapter itself; merge that first")
+        raise RequestError(f"{folder}: its base {base.located.source} is an adapter itself; merge that first")
     recorded = str(config.get("base_model_name_or_path") or "")
     located = base.located
     if recorded_base != recorded:
         confirm = f"confirm it with recorded_base: {recorded!r} in the recipe (--recorded-base on the command line)"
         same = _same_files(base, folder)
         for file in (file for file, found in same.items() if found is False):
-            raise AdapterError(
+            raise RequestError(
                 f"{folder}: its {MANIFEST} says that it was trained on another {file.name} than {file}. Name the right "
                 f"base; or, to put it on these weights all the same, {confirm}"
             )
         if not all(same.values()) and not _same_model(recorded, located):
-            raise AdapterError(
+            raise RequestError(
                 f"{folder}: was trained on {recorded or 'a base that it does not name'!r}, and would be put on "
                 f"{located.source!r}. If those are the same weights, {confirm}; otherwise name the right base"
             )
     revision = str(config.get("revision") or "")
     if located.commit and re.fullmatch(r"[0-9a-f]{40}", revision) and revision != located.commit:
-        raise AdapterError(f"{folder}: was trained on revision {revision} of its base; {located.commit} is given")
+        raise RequestError(f"{folder}: was trained on revision {revision} of its base; {located.commit} is given")
 
 
 def _same_files(base: Weights, folder: Path) -> dict[Path, bool | None]:
@@ -151,7 +151,7 @@ def _same_files(base: Weights, folder: Path) -> dict[Path, bool | None]:
     facts = read_json(manifest) if manifest.is_file() else {}
     noted = _mapping(_mapping(facts.get("base")).get("files")) if facts.get("kind") == "sft" else {}
     files = {path: _mapping(noted.get(path.name)) for path in base.files}
-    # Adapters of 0.1 call it `sketch`.
+    # Earlier adapters call it `sketch`.
     known = {path: facts.get("fingerprint", facts.get("sketch")) for path, facts in files.items()}
     return {path: None if digest is None else file_fingerprint(path) == digest for path, digest in known.items()}
 
@@ -173,13 +173,13 @@ def _read_tensors(folder: Path) -> dict[str, Stored]:
     file = folder / FILE
     if not file.is_file():
         pickled = "; adapter_model.bin is a pickle, which is never read: save it as safetensors with peft"
-        raise AdapterError(f"{folder}: has no {FILE}{pickled if (folder / 'adapter_model.bin').exists() else ''}")
+        raise RequestError(f"{folder}: has no {FILE}{pickled if (folder / 'adapter_model.bin').exists() else ''}")
     if not inside(file, folder):
-        raise AdapterError(f"{file}: is a link out of its directory, to {file.resolve()}; {LINK_ADVICE}")
+        raise RequestError(f"{file}: is a link out of its directory, to {file.resolve()}; {LINK_ADVICE}")
     stored = {}
     for name, spec in read_header(file).items():
         if not name.startswith(PREFIX):
-            raise AdapterError(f"{file}: tensor {name!r} does not begin with {PREFIX!r}; save the adapter with peft")
+            raise RequestError(f"{file}: tensor {name!r} does not begin with {PREFIX!r}; save the adapter with peft")
         stored[name.removeprefix(PREFIX)] = Stored(file=file, spec=spec)
     return stored
 
@@ -201,14 +201,14 @@ def _replace(specs: Mapping[str, Stored], base: Weights, folder: Path) -> tuple[
             continue
         target = _target(name)
         if target not in base.tensors:
-            raise AdapterError(f"{folder / FILE}: replaces {target!r}, a tensor that the base does not have")
+            raise RequestError(f"{folder / FILE}: replaces {target!r}, a tensor that the base does not have")
         if target in replaced:
-            raise AdapterError(f"{folder / FILE}: replaces {target!r} twice; save the adapter with peft again")
+            raise RequestError(f"{folder / FILE}: replaces {target!r} twice; save the adapter with peft again")
         if stored.spec.dtype not in FLOAT_DTYPES:
-            raise AdapterError(f"{folder / FILE}: {name!r} is {stored.spec.dtype}; expected floating point")
+            raise RequestError(f"{folder / FILE}: {name!r} is {stored.spec.dtype}; expected floating point")
         shape = base.tensors[target].shape
         if stored.spec.shape != shape:
-            raise AdapterError(
+            raise RequestError(
                 f"{folder / FILE}: replaces {target!r} by one of shape {stored.spec.shape}, but the base has {shape}; "
                 "if its vocabulary was extended, merge the adapter with peft first"
             )
@@ -226,7 +226,7 @@ def _group(specs: Mapping[str, Stored], used: set[str], folder: Path) -> dict[st
     for module, parts in modules.items():
         kinds = parts.keys() - {"lora_B.bias"}
         if kinds not in ({"lora_A.weight", "lora_B.weight"}, {"lora_embedding_A", "lora_embedding_B"}):
-            raise AdapterError(
+            raise RequestError(
                 f"{folder / FILE}: {module!r} has {', '.join(sorted(parts))}; expected lora_A.weight and "
                 "lora_B.weight, or lora_embedding_A and lora_embedding_B"
             )
@@ -238,14 +238,14 @@ def _check_complete(
 ) -> None:
     """An adapter from which tensors were lost would be applied in part."""
     if not modules and not used:
-        raise AdapterError(f"{folder / FILE}: holds no tensor; save the adapter again")
+        raise RequestError(f"{folder / FILE}: holds no tensor; save the adapter again")
     for module in config.get("modules_to_save") or ():
         expected, found = (any(f".{module}." in f".{name}" for name in names) for names in (base.tensors, used))
         if expected and not found:
-            raise AdapterError(f"{folder / FILE}: modules_to_save names {module!r}, but no tensor of it is there")
+            raise RequestError(f"{folder / FILE}: modules_to_save names {module!r}, but no tensor of it is there")
     for module, parts in modules.items():
         if ("lora_B.bias" in parts) != bool(config.get("lora_bias")) and "lora_B.weight" in parts:
-            raise AdapterError(
+            raise RequestError(
                 f"{folder / FILE}: lora_bias is {config.get('lora_bias')!r}, which {module!r} does not agree with"
             )
 
@@ -260,14 +260,14 @@ def _low_rank(
     )
     for factor in (a.spec, b.spec):
         if len(factor.shape) != 2 or factor.dtype not in FLOAT_DTYPES:
-            raise AdapterError(
+            raise RequestError(
                 f"{folder / FILE}: a factor of {module!r} is {factor.dtype} {factor.shape}; expected a float matrix "
                 "(convolutions are not supported: merge the adapter with peft first)"
             )
     rank = _pattern(config, "rank_pattern", module, config.get("r", 8), folder)
     alpha = _pattern(config, "alpha_pattern", module, config.get("lora_alpha", 8), folder)
     if not a.spec.shape[0] == b.spec.shape[1] == rank > 0:
-        raise AdapterError(
+        raise RequestError(
             f"{folder / FILE}: {module!r} has factors {a.spec.shape} and {b.spec.shape}; rank {rank} is configured"
         )
     scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
@@ -291,7 +291,7 @@ def _is_conv1d(module: str, shape: tuple[int, int], config: Mapping[str, Any], b
         bias = base.tensors.get(name.removesuffix("weight") + "bias")
         rows, columns = operand.shape if name.endswith(".weight") and len(operand.shape) == 2 else (0, 0)
         if bias is not None and rows != columns and bias.shape == (columns,):
-            raise AdapterError(
+            raise RequestError(
                 f"{folder}: fan_in_fan_out is false, but the base has layers stored as (in, out), such as {name!r}, "
                 f"and {module!r} is square: it could be either. Merge the adapter with peft first"
             )
@@ -302,9 +302,9 @@ def _pattern(config: Mapping[str, Any], name: str, module: str, default: Any, fo
     """Look a module up among regular expressions the way peft does: the first that matches its end wins."""
     patterns, value = config.get(name) or {}, default
     if not isinstance(patterns, dict):
-        raise AdapterError(f"{folder / CONFIG}: {name} is {patterns!r}; expected a mapping from patterns to numbers")
+        raise RequestError(f"{folder / CONFIG}: {name} is {patterns!r}; expected a mapping from patterns to numbers")
     if sum(_steps(pattern, module) for pattern in patterns) > MOST_STEPS:
-        raise AdapterError(
+        raise RequestError(
             f"{folder / CONFIG}: {name} holds regular expressions that could take for ever to match {module!r}, such "
             f"as {max(patterns, key=lambda pattern: _steps(pattern, module))!r}; write out the names of the modules"
         )
@@ -314,9 +314,9 @@ def _pattern(config: Mapping[str, Any], name: str, module: str, default: Any, fo
                 value = patterns[pattern]
                 break
     except (re.error, TypeError) as error:
-        raise AdapterError(f"{folder}: {name} is not a mapping from regular expressions to numbers: {error}") from error
+        raise RequestError(f"{folder}: {name} is not a mapping from regular expressions to numbers: {error}") from error
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise AdapterError(f"{folder}: {name} or its default gives {value!r} for {module!r}; expected a number")
+        raise RequestError(f"{folder}: {name} or its default gives {value!r} for {module!r}; expected a number")
     return value
 
 
@@ -339,14 +339,14 @@ def _steps(pattern: str, module: str) -> float:
 
 def _on_top(target: str, operand: Operand | None, low_rank: LowRank, folder: Path) -> Operand:
     if operand is None:
-        raise AdapterError(f"{folder / FILE}: targets {target!r}, a tensor that the base does not have")
+        raise RequestError(f"{folder / FILE}: targets {target!r}, a tensor that the base does not have")
     if operand.dtype not in FLOAT_DTYPES:
-        raise AdapterError(
+        raise RequestError(
             f"{folder / FILE}: targets {target!r}, which is {operand.dtype} in the base, not floating point"
         )
     expected = product_shape(low_rank)
     if operand.shape != expected:
-        raise AdapterError(
+        raise RequestError(
             f"{folder / FILE}: the adapter's term for {target!r} is {expected}, but the base has {operand.shape}"
         )
     return Operand(stored=operand.stored, low_rank=low_rank)

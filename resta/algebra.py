@@ -14,7 +14,7 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from resta.errors import RecipeError
+from resta.errors import RequestError
 from resta.hub import check_source
 from resta.recipe import OutputChoices, Recipe, dump_recipe, make_recipe, show_term
 from resta.strict import did_you_mean
@@ -108,10 +108,10 @@ class Delta(_Operand):
         """Return the delta with a name, by which rules and reports speak of it: `(aligned - base).named("safety")`.
 
         Raises:
-            RecipeError: the delta is a sum, whose parts are named one by one.
+            RequestError: the delta is a sum, whose parts are named one by one.
         """
         if len(self.terms) != 1:
-            raise RecipeError("a name is given to one difference: (a - b).named(...); name the parts of a sum alone")
+            raise RequestError("a name is given to one difference: (a - b).named(...); name the parts of a sum alone")
         return Delta((replace(self.terms[0], name=name),))
 
     def __mul__(self, factor: object) -> Delta:
@@ -192,12 +192,12 @@ class Merge(_Operand):
                 expression.
 
         Raises:
-            RecipeError: no choice of that name.
+            RequestError: no choice of that name.
         """
         expression = {"models", "start", "terms", "output"}  # what an expression says by itself
         known = (OutputChoices.model_fields.keys() | Recipe.model_fields.keys()) - expression
         for key in choices.keys() - known:
-            raise RecipeError(f"options: {key} is no choice of a recipe{did_you_mean(key, known)}")
+            raise RequestError(f"options: {key} is no choice of a recipe{did_you_mean(key, known)}")
         output = {key: value for key, value in choices.items() if key in OutputChoices.model_fields}
         rest = {key: value for key, value in choices.items() if key not in output}
         return replace(self, _output={**self._output, **output}, _choices={**self._choices, **rest})
@@ -206,7 +206,7 @@ class Merge(_Operand):
         """Return the validated recipe.
 
         Raises:
-            RecipeError: two seeds are said, or an option is not valid.
+            RequestError: two seeds are said, or an option is not valid.
         """
         names = _names(_checkpoints(self))
         output = {
@@ -266,7 +266,7 @@ def load(
         recorded_base: confirms the base that the adapter records under another name.
 
     Raises:
-        CheckpointError: there is no such directory, and it is no Hub id either.
+        RequestError: there is no such directory, and it is no Hub id either.
     """
     path = check_source(str(source))
     return Checkpoint(str(path) if path else str(source), name, on, strip_prefix, recorded_base)
@@ -283,12 +283,12 @@ def dare(delta: Delta, *, density: float, seed: int | None = None, rescale: Resc
 
     Raises:
         TypeError: it is no delta.
-        RecipeError: the delta is a sum, or sparsified already.
+        RequestError: the delta is a sum, or sparsified already.
     """
     if not isinstance(delta, Delta):
         raise TypeError(f"dare takes a delta, dare(a - b, density=...); found a {type(delta).__name__}")
     if len(delta.terms) != 1 or delta.terms[0].density is not None:
-        raise RecipeError("dare takes one difference, dare(a - b, density=...); sparsify each part of a sum alone")
+        raise RequestError("dare takes one difference, dare(a - b, density=...); sparsify each part of a sum alone")
     return Delta((replace(delta.terms[0], density=density, seed=seed, rescale=rescale),))
 
 
@@ -354,7 +354,7 @@ def _seed(delta: Delta, chosen: Any) -> Any:
     said = {term.seed for term in delta.terms if term.density is not None and term.seed is not None}
     said |= set() if chosen is None else {chosen}
     if len(said) > 1:
-        raise RecipeError(
+        raise RequestError(
             f"the seeds {', '.join(map(str, sorted(said)))} are said; a recipe has one, and its terms draw differently "
             "from it anyway"
         )

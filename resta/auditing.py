@@ -39,7 +39,7 @@ from resta.claims import (
 )
 from resta.digests import hash_files
 from resta.engine import UNIT, Checksum, default_workers
-from resta.errors import AuditError, CheckpointError, RecipeError, RequestError
+from resta.errors import CheckFailedError, RequestError
 from resta.header import DTYPE_BITS, FLOAT_DTYPES, read_header
 from resta.hub import Located, locate
 from resta.manifest import TensorFacts, TermFacts
@@ -86,11 +86,11 @@ class Audit:
     not_proved: tuple[str, ...]
 
     def raise_if_any(self) -> None:
-        """Raise AuditError with every finding, if there are any."""
+        """Raise CheckFailedError with every finding, if there are any."""
         if self.findings:
             count = f"{len(self.findings)} finding" + ("s" if len(self.findings) > 1 else "")
             lines = [f"{finding.what}: {finding.problem}" for finding in self.findings]
-            raise AuditError("\n  ".join([f"{self.out}: the audit failed with {count}:", *lines]))
+            raise CheckFailedError("\n  ".join([f"{self.out}: the audit failed with {count}:", *lines]))
 
 
 def audit(
@@ -114,7 +114,7 @@ def audit(
 
     Raises:
         RequestError: `out` is no finished merge, or inputs are not there; the message names all of them.
-        AuditError: its manifest cannot be read. What else is wrong is in the report.
+        CheckFailedError: its manifest cannot be read. What else is wrong is in the report.
     """
     out = Path(out)
     manifest = read_manifest(out)
@@ -156,7 +156,7 @@ def check_weights(out: str | Path) -> tuple[Finding, ...]:
     """Return where a merge's directory does not hold the weights that its manifest describes, by every checksum.
 
     Inputs are not needed, so nothing is recomputed: a manifest may be true to the weights and still not to the models
-    that it names. Raises RequestError, AuditError: `out` is no finished merge, or its manifest cannot be read.
+    that it names. Raises RequestError, CheckFailedError: `out` is no finished merge, or its manifest cannot be read.
     """
     out = Path(out)
     manifest = read_manifest(out)
@@ -185,11 +185,11 @@ def _find_inputs(manifest: Manifest, moved: Mapping[str, str]) -> dict[str, Loca
     """Find every input: where the user says, or on the Hub at the commit that it was."""
     for name in moved:
         if name not in manifest.inputs:
-            raise RecipeError(f"--model {name}: is no model of this merge{did_you_mean(name, manifest.inputs)}")
+            raise RequestError(f"--model {name}: is no model of this merge{did_you_mean(name, manifest.inputs)}")
     missing = [name for name, was in manifest.inputs.items() if name not in moved and not was.commit]
     if missing:
         flags = ", ".join(f"--model {name}=PATH (it was called {manifest.inputs[name].source!r})" for name in missing)
-        raise CheckpointError(f"a manifest holds no paths of local inputs, say where they lie: {flags}")
+        raise RequestError(f"a manifest holds no paths of local inputs, say where they lie: {flags}")
     return {
         name: locate(moved[name] if name in moved else f"{was.source.partition('@')[0]}@{was.commit}")
         for name, was in manifest.inputs.items()
@@ -577,7 +577,7 @@ def _compare_norm(key: str, said: float, found: float, slack: float) -> Iterator
 def _read(stored: Stored, first_byte: int, nbytes: int) -> Bytes:
     data = np.fromfile(stored.file, np.uint8, count=nbytes, offset=stored.spec.start + first_byte)
     if data.size != nbytes:
-        raise AuditError(f"{stored.file}: ends within a tensor; it was cut while it was read")
+        raise CheckFailedError(f"{stored.file}: ends within a tensor; it was cut while it was read")
     return data
 
 

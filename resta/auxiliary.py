@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from resta.checkpoint import Weights, inside, read_json
-from resta.errors import CheckpointError
+from resta.errors import RequestError
 from resta.files import read_regular
 from resta.hub import MODEL_FILES
 
@@ -49,7 +49,7 @@ class AuxiliaryFile:
 def read_auxiliary_files(donor: Weights) -> tuple[tuple[AuxiliaryFile, ...], tuple[str, ...]]:
     """Read the files that a result takes from one model; also return the names that are left out.
 
-    Of an adapter its own tokenizer and templates win over its base's. Raises CheckpointError.
+    Of an adapter its own tokenizer and templates win over its base's. Raises RequestError.
     """
     found: dict[str, Path] = {}
     left_out: list[str] = []
@@ -67,7 +67,7 @@ def read_auxiliary_files(donor: Weights) -> tuple[tuple[AuxiliaryFile, ...], tup
         try:
             content = read_regular(path, MOST_FILE_BYTES)
         except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+            raise RequestError(f"{path}: cannot be read: {error.strerror}") from error
         if name in WITH_AUTO_MAP and (without := _without_local_code(content)):
             content = without
             left_out.append(f"auto_map of {name} (it names code, which is not copied)")
@@ -176,5 +176,5 @@ def _vocabulary(file: Path) -> dict[int, str]:
             tokens = {int(number): token for token, number in vocab.items()}
         tokens.update({int(entry["id"]): str(entry["content"]) for entry in tokenizer.get("added_tokens") or ()})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{file}: is not a file of the tokenizers library: {error!r}") from error
+        raise RequestError(f"{file}: is not a file of the tokenizers library: {error!r}") from error
     return tokens

@@ -9,7 +9,7 @@ from collections.abc import Collection
 from importlib import resources
 from pathlib import Path
 
-from resta.errors import TemplateError
+from resta.errors import RequestError
 
 # name -> special tokens that the tokenizer must already have as one token each. The system sentence of vicuna_v1.1 is
 # FastChat's, byte for byte: the model was trained on exactly this text.
@@ -37,20 +37,20 @@ def read_chat_template(template: str, vocabulary: Collection[str], *, root: Path
         root: folder that paths start from.
 
     Raises:
-        TemplateError: neither a name nor a readable file, or the tokenizer lacks a token that the format needs.
+        RequestError: neither a name nor a readable file, or the tokenizer lacks a token that the format needs.
     """
     if template in NAMED:
         missing = [token for token in NAMED[template] if token not in vocabulary]
         if missing:
-            raise TemplateError(
+            raise RequestError(
                 f"chat_template {template!r} needs the token {missing[0]!r}, which this tokenizer does not have; "
                 "use `vicuna_v1.1`, which needs none, or a tokenizer that has it"
             )
         return named_template(template)
     path = (root / template).expanduser()
     if not path.is_file():
-        raise TemplateError(f"chat_template {template!r} is no file and not one of: {', '.join(NAMED)}")
+        raise RequestError(f"chat_template {template!r} is no file and not one of: {', '.join(NAMED)}")
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise TemplateError(f"{path}: cannot be read as a chat template in UTF-8: {error}") from error
+        raise RequestError(f"{path}: cannot be read as a chat template in UTF-8: {error}") from error

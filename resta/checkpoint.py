@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from resta.errors import ChangedError, CheckpointError, RestaError
+from resta.errors import ChangedError, RequestError, RestaError
 from resta.files import OpenFiles, open_regular, read_regular
 from resta.header import MOST_MEMORY, Spec, load_strict_json, read_header
 from resta.hub import Located
@@ -122,8 +122,8 @@ def read_weights(located: Located, *, strip_prefix: str | None = None) -> Weight
         strip_prefix: removed from the names that begin with it (`module.`, `_orig_mod.`, ...).
 
     Raises:
-        CheckpointError: no complete, unambiguous safetensors checkpoint is there.
-        HeaderError: one of its files is malformed.
+        RequestError: no complete, unambiguous safetensors checkpoint is there.
+        RequestError: one of its files is malformed.
     """
     folder = located.folder
     files = _weight_files(folder)
@@ -132,7 +132,7 @@ def read_weights(located: Located, *, strip_prefix: str | None = None) -> Weight
         for name, spec in read_header(file).items():
             if name in tensors:
                 other = tensors[name].stored.file.name
-                raise CheckpointError(f"{file}: tensor {name!r} is also in {other}; remove the stale file")
+                raise RequestError(f"{file}: tensor {name!r} is also in {other}; remove the stale file")
             tensors[name] = Operand(stored=Stored(file=file, spec=spec))
     _check_index(folder, tensors)
     return Weights(
@@ -149,18 +149,18 @@ def read_json(path: Path, *, most_memory: int = MOST_MEMORY) -> dict[str, Any]:
     """Read one JSON object strictly.
 
     Raises:
-        CheckpointError: too large, a link out of its directory, or not an object that every reader would read alike.
+        RequestError: too large, a link out of its directory, or not an object that every reader would read alike.
     """
     try:
         if not inside(path, path.parent):
-            raise CheckpointError(f"{path}: is a link out of its directory, to {path.resolve()}; {LINK_ADVICE}")
+            raise RequestError(f"{path}: is a link out of its directory, to {path.resolve()}; {LINK_ADVICE}")
         text = read_regular(path, MAX_JSON_BYTES)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+        raise RequestError(f"{path}: cannot be read: {error.strerror}") from error
     try:
-        return load_strict_json(text, error=CheckpointError, most_memory=most_memory)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        return load_strict_json(text, most_memory=most_memory)
+    except RequestError as error:
+        raise RequestError(f"{path}: {error}") from error
 
 
 def identify(file: Path, located: Located) -> FileIdentity:
@@ -292,9 +292,9 @@ def _weight_files(folder: Path) -> list[Path]:
     single, index = folder / SINGLE, folder / INDEX
     for path in (single, index):
         if path.exists() and not path.is_file():
-            raise CheckpointError(f"{path}: is not a regular file but a directory, a FIFO or a device; remove it")
+            raise RequestError(f"{path}: is not a regular file but a directory, a FIFO or a device; remove it")
     if single.exists() and index.exists():
-        raise CheckpointError(
+        raise RequestError(
             f"{folder}: has both {SINGLE} and {INDEX}, and readers disagree on which one counts; remove the stale one"
         )
     if single.exists():
@@ -302,13 +302,13 @@ def _weight_files(folder: Path) -> list[Path]:
     elif index.exists():
         names = _index_names(index)
     else:
-        raise CheckpointError(f"{folder}: has neither {SINGLE} nor {INDEX}{_other_weights(folder)}")
+        raise RequestError(f"{folder}: has neither {SINGLE} nor {INDEX}{_other_weights(folder)}")
     files = [folder / name for name in names]
     for file in files:
         if not file.is_file():
-            raise CheckpointError(f"{file}: {INDEX} names it but it is not there; download the model again")
+            raise RequestError(f"{file}: {INDEX} names it but it is not there; download the model again")
         if not inside(file, folder):
-            raise CheckpointError(f"{file}: is a link out of its model directory, to {file.resolve()}; {LINK_ADVICE}")
+            raise RequestError(f"{file}: is a link out of its model directory, to {file.resolve()}; {LINK_ADVICE}")
     return files
 
 
@@ -326,11 +326,11 @@ def _other_weights(folder: Path) -> str:
 def _index_names(index: Path) -> list[str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: expected a weight_map from tensor names to files")
+        raise RequestError(f"{index}: expected a weight_map from tensor names to files")
     for tensor, name in weight_map.items():
         plain = isinstance(name, str) and name == os.path.basename(name) and len(name.encode()) <= MAX_NAME_BYTES  # noqa: PTH119
         if not plain or not name.endswith(".safetensors"):
-            raise CheckpointError(
+            raise RequestError(
                 f"{index}: says that {tensor!r} is in {name!r}; expected a .safetensors file name without a path"
             )
     return sorted(set(weight_map.values()))
@@ -343,17 +343,17 @@ def _check_index(folder: Path, tensors: Mapping[str, Operand]) -> None:
     weight_map = read_json(index)["weight_map"]
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].stored.file.name != file:
-            raise CheckpointError(f"{index}: says that {file} holds {name!r}, but its header does not")
+            raise RequestError(f"{index}: says that {file} holds {name!r}, but its header does not")
     unlisted = sorted(tensors.keys() - weight_map.keys())
     if unlisted:
         file = tensors[unlisted[0]].stored.file
-        raise CheckpointError(f"{file}: holds {unlisted[0]!r}, which {INDEX} does not list; rebuild the index")
+        raise RequestError(f"{file}: holds {unlisted[0]!r}, which {INDEX} does not list; rebuild the index")
 
 
 def _strip(tensors: Mapping[str, Operand], prefix: str, folder: Path) -> dict[str, Operand]:
     if not any(name.startswith(prefix) for name in tensors):
-        raise CheckpointError(f"{folder}: strip_prefix is {prefix!r} but no tensor's name begins with it")
+        raise RequestError(f"{folder}: strip_prefix is {prefix!r} but no tensor's name begins with it")
     stripped = {name.removeprefix(prefix): operand for name, operand in tensors.items()}
     if len(stripped) != len(tensors):
-        raise CheckpointError(f"{folder}: without the prefix {prefix!r} two tensors would have the same name")
+        raise RequestError(f"{folder}: without the prefix {prefix!r} two tensors would have the same name")
     return stripped

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from resta.checkpoint import INDEX, read_json
 from resta.digests import Digests, hash_files
 from resta.directory import CARD, HASHED, small_files
-from resta.errors import AuditError, CheckpointError, RestaError
+from resta.errors import CheckFailedError, RequestError, RestaError
 from resta.hub import Located
 from resta.manifest import CHECKSUM, SCHEMA, TensorFacts, from_json
 from resta.output import MARK
@@ -92,27 +92,27 @@ def read_manifest(out: Path) -> Manifest:
     """Read `resta.json`.
 
     Raises:
-        CheckpointError: there is none, so `out` is not the output of a merge.
-        AuditError: it is not one that this version writes.
+        RequestError: there is none, so `out` is not the output of a merge.
+        CheckFailedError: it is not one that this version writes.
     """
     path = out / MARK
     if not path.is_file():
-        raise CheckpointError(f"{out}: has no {MARK}; expected the output directory of `resta merge`")
+        raise RequestError(f"{out}: has no {MARK}; expected the output directory of `resta merge`")
     try:
         parsed = read_json(path, most_memory=MANIFEST_MEMORY)
         kind = (parsed["schema"], parsed["kind"], parsed["checksum"])
         if kind != (SCHEMA, "merge", CHECKSUM):
-            raise AuditError(f"{path}: is {kind}; this version audits {(SCHEMA, 'merge', CHECKSUM)}")
+            raise CheckFailedError(f"{path}: is {kind}; this version audits {(SCHEMA, 'merge', CHECKSUM)}")
         tensors = {name: asdict(from_json(plain)) for name, plain in parsed["tensors"].items()}
         return Manifest.model_validate({**parsed, "tensors": tensors, "document": parsed})
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise AuditError(f"{path}: {place}: {first['msg']}; the manifest was altered") from error
-    except CheckpointError as error:
-        raise AuditError(str(error)) from error
+        raise CheckFailedError(f"{path}: {place}: {first['msg']}; the manifest was altered") from error
+    except RequestError as error:
+        raise CheckFailedError(str(error)) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise AuditError(f"{path}: cannot be read as a manifest: {error!r}") from error
+        raise CheckFailedError(f"{path}: cannot be read as a manifest: {error!r}") from error
 
 
 def check_manifest(manifest: Manifest) -> Iterator[Finding]:
@@ -248,8 +248,8 @@ def output_digests(out: str | Path, *, workers: int = 1) -> dict[str, str]:
     They are taken now, of the files as they are; what the manifest records must agree.
 
     Raises:
-        CheckpointError: `out` is no finished merge.
-        AuditError: a file is missing, was not written by the merge, or is another than the manifest records.
+        RequestError: `out` is no finished merge.
+        CheckFailedError: a file is missing, was not written by the merge, or is another than the manifest records.
         RestaError: a file cannot be read.
     """
     out = Path(out)
@@ -257,14 +257,14 @@ def output_digests(out: str | Path, *, workers: int = 1) -> dict[str, str]:
     expected, names = {*manifest.outputs, MARK}, set(entries(out))
     for name in sorted(expected ^ names):
         fault = "is not there" if name in expected else "was not written by the merge"
-        raise AuditError(f"{out / name}: {fault}; audit the output before its digests are used")
+        raise CheckFailedError(f"{out / name}: {fault}; audit the output before its digests are used")
     taken, _ = hash_files([out / name for name in names], workers)
     for name, was in manifest.outputs.items():
         digest = taken[out / name]
         if name == CARD and has_verdict(out):
             digest = hashlib.sha256(VERDICT.sub("\n", (out / CARD).read_bytes().decode("utf-8")).encode()).hexdigest()
         if was.sha256 not in (None, digest):
-            raise AuditError(f"{out / name}: its SHA-256 is {digest}, but the manifest has {was.sha256}")
+            raise CheckFailedError(f"{out / name}: its SHA-256 is {digest}, but the manifest has {was.sha256}")
     return {name: taken[out / name] for name in sorted(names)}
 
 
@@ -325,7 +325,7 @@ def _check_index(index: Path, manifest: Manifest) -> Iterator[Finding]:
     expected = {name: fact.file for name, fact in manifest.tensors.items()}
     try:
         found = read_json(index).get("weight_map")
-    except CheckpointError as error:
+    except RequestError as error:
         yield Finding(what=str(index), problem=str(error).removeprefix(f"{index}: "))
         return
     listed = found if isinstance(found, dict) else {}

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from resta.errors import RecipeError
+from resta.errors import RequestError
 
 MOST_CHARACTERS = 1_000_000
 MOST_DEPTH = 40  # mappings and lists inside each other
@@ -21,9 +21,9 @@ MOST_VALUES = 200_000  # in the whole file, each alias counted as what it stands
 
 
 def parse(text: str) -> Any:
-    """Return YAML as plain data: mappings, lists, text, numbers, truth values and None. Raises RecipeError."""
+    """Return YAML as plain data: mappings, lists, text, numbers, truth values and None. Raises RequestError."""
     if len(text) > MOST_CHARACTERS:
-        raise RecipeError(f"not valid YAML: {len(text):,} characters, expected at most {MOST_CHARACTERS:,}")
+        raise RequestError(f"not valid YAML: {len(text):,} characters, expected at most {MOST_CHARACTERS:,}")
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
@@ -31,17 +31,17 @@ def parse(text: str) -> Any:
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         context = f" ({error.context})" if error.context else ""
         advice = "; indent with spaces, and quote text that holds tabs" if "'\\t'" in str(error.problem) else ""
-        raise RecipeError(f"not valid YAML: {place}{error.problem}{advice}{context}") from error
+        raise RequestError(f"not valid YAML: {place}{error.problem}{advice}{context}") from error
     except yaml.YAMLError as error:  # a character that no YAML may hold
-        raise RecipeError(f"not valid YAML: {' '.join(str(error).split())}") from error
+        raise RequestError(f"not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def parse_untyped(text: str) -> Any:
-    """Return YAML whose values no type tells apart. Raises RecipeError, too, for a word that could mean two things."""
+    """Return YAML whose values no type tells apart. Raises RequestError, too, for a word that could mean two things."""
     try:
         return settle(parse(text))
     except ValueError as error:
-        raise RecipeError(str(error)) from error
+        raise RequestError(str(error)) from error
 
 
 def dump(plain: Any) -> str:

@@ -23,7 +23,7 @@ from resta.adapter import base_name, is_adapter
 from resta.checkpoint import Operand, Reader, Weights
 from resta.compute import CHUNK, Workspace
 from resta.engine import UNIT, default_workers
-from resta.errors import MissingExtraError, RecipeError
+from resta.errors import RequestError
 from resta.header import DTYPE_BITS, FLOAT_DTYPES, Spec
 from resta.hub import locate
 from resta.manifest import layer_of
@@ -187,18 +187,18 @@ def write_json(result: Diff, path: Path) -> None:
 
 
 def require_plots() -> None:
-    """Raise MissingExtraError unless matplotlib is there."""
+    """Raise RequestError unless matplotlib is there."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise MissingExtraError('--plot needs matplotlib: pip install "resta[plots]"') from error
+        raise RequestError('--plot needs matplotlib: pip install "resta[plots]"') from error
 
 
 def write_plot(result: Diff, path: Path) -> None:
     """Draw the relative sizes as a heat map, layers by kinds of modules, into a PNG file.
 
     Raises:
-        MissingExtraError: matplotlib is not installed.
+        RequestError: matplotlib is not installed.
     """
     require_plots()
     from matplotlib.figure import Figure
@@ -279,9 +279,9 @@ def _read(a: str, b: str, on: str | None) -> dict[str, Weights]:
     if adapters and on is None:
         name = a if "A" in adapters else b
         recorded = base_name(folders["A" if "A" in adapters else "B"])
-        raise RecipeError(f"{name}: is a LoRA adapter; name the model that it is on: --on {recorded or 'BASE'}")
+        raise RequestError(f"{name}: is a LoRA adapter; name the model that it is on: --on {recorded or 'BASE'}")
     if on is not None and not adapters:
-        raise RecipeError(f"--on {on}: neither {a} nor {b} is a LoRA adapter; leave it out")
+        raise RequestError(f"--on {on}: neither {a} nor {b} is a LoRA adapter; leave it out")
     named: dict[str, dict[str, str]] = {
         name: {"source": source, "on": "base", "recorded_base": base_name(folders[name])}
         if name in adapters

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from resta.errors import HeaderError
+from resta.errors import RequestError
 from resta.files import open_regular
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
@@ -62,68 +62,68 @@ def read_header(path: Path) -> dict[str, Spec]:
     """Read and check the header of one file.
 
     Raises:
-        HeaderError: the file is torn, its header is not valid, or the two disagree.
+        RequestError: the file is torn, its header is not valid, or the two disagree.
     """
     try:
         with os.fdopen(open_regular(path), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8:
-                raise HeaderError(
+                raise RequestError(
                     f"{path}: the header should have {length} bytes but the file has {size} in all; "
                     "the file is truncated or is not safetensors: download it again"
                 )
             if length > MAX_HEADER_BYTES:
-                raise HeaderError(f"{path}: a header of {length} bytes; at most {MAX_HEADER_BYTES} are allowed")
+                raise RequestError(f"{path}: a header of {length} bytes; at most {MAX_HEADER_BYTES} are allowed")
             text = file.read(length)
     except OSError as error:
-        raise HeaderError(f"{path}: cannot be read: {error.strerror}") from error
+        raise RequestError(f"{path}: cannot be read: {error.strerror}") from error
     try:
         return parse_header(text, data_bytes=size - 8 - length)
-    except HeaderError as error:
-        raise HeaderError(f"{path}: {error}") from error
+    except RequestError as error:
+        raise RequestError(f"{path}: {error}") from error
 
 
 def parse_header(text: bytes, *, data_bytes: int) -> dict[str, Spec]:
     """Check header text against the number of data bytes that follow it; tensors come in file order.
 
     Raises:
-        HeaderError: anything the safetensors library would refuse, and repeated keys.
+        RequestError: anything the safetensors library would refuse, and repeated keys.
     """
     if not text.startswith(b"{"):
-        raise HeaderError("the header does not begin with '{'; this is not a safetensors file")
-    parsed = load_strict_json(text, error=HeaderError)
+        raise RequestError("the header does not begin with '{'; this is not a safetensors file")
+    parsed = load_strict_json(text)
     metadata = parsed.pop("__metadata__", None)
     if metadata is not None and not _maps_text_to_text(metadata):
-        raise HeaderError("__metadata__ must map strings to strings")
+        raise RequestError("__metadata__ must map strings to strings")
     specs = {name: _read_spec(name, entry, 8 + len(text)) for name, entry in parsed.items()}
     ordered = sorted(specs.items(), key=lambda item: (item[1].start, item[1].nbytes))
     expected = 8 + len(text)
     for name, spec in ordered:
         if spec.start != expected:
             kind = "overlaps the tensor before it" if spec.start < expected else "leaves a gap before it"
-            raise HeaderError(
+            raise RequestError(
                 f"tensor {_short(name)} {kind}: its data starts at byte {spec.start}, expected {expected}"
             )
         expected += spec.nbytes
     if expected != 8 + len(text) + data_bytes:
-        raise HeaderError(
+        raise RequestError(
             f"the tensors need {expected - 8 - len(text)} data bytes but {data_bytes} follow the header; "
             "the file is truncated or has trailing data: download it again"
         )
     return dict(ordered)
 
 
-def load_strict_json(text: bytes, *, error: type[Exception], most_memory: int = MOST_MEMORY) -> dict[str, Any]:
+def load_strict_json(text: bytes, *, most_memory: int = MOST_MEMORY) -> dict[str, Any]:
     """Parse a JSON object of which any two readers would make the same thing.
 
     Raises:
-        error: not UTF-8, not one object, a key twice, NaN, a number past float64, nested too deeply, or so full of
-            values that it would take more than `most_memory` bytes.
+        RequestError: not UTF-8, not one object, a key twice, NaN, a number past float64, nested too deeply, or so full
+            of values that it would take more than `most_memory` bytes.
     """
     memory = count_memory(text)
     if memory > most_memory:
-        raise error(
+        raise RequestError(
             f"reading its {len(text):,} bytes of JSON would take about {memory // 1_000_000:,} MB of memory, and at "
             f"most {most_memory // 1_000_000:,} MB are given to it; no model needs that many values in one file"
         )
@@ -132,17 +132,17 @@ def load_strict_json(text: bytes, *, error: type[Exception], most_memory: int = 
         found: dict[str, Any] = {}
         for key, value in pairs:
             if key in found:
-                raise error(f"the key {_short(key)} occurs twice")
+                raise RequestError(f"the key {_short(key)} occurs twice")
             found[key] = value
         return found
 
     def reject_constant(name: str) -> Any:
-        raise error(f"{name} is not JSON")
+        raise RequestError(f"{name} is not JSON")
 
     def parse_real(digits: str) -> float:
         value = float(digits)
         if math.isinf(value):
-            raise error(f"the number {_short(digits)} is out of range")
+            raise RequestError(f"the number {_short(digits)} is out of range")
         return value
 
     def parse_integer(digits: str) -> int | float:
@@ -160,15 +160,15 @@ def load_strict_json(text: bytes, *, error: type[Exception], most_memory: int = 
         if _ESCAPED_SURROGATE.search(text):  # alone, it is valid for Python's reader and for no other
             json.dumps(parsed, ensure_ascii=False).encode("utf-8")
     except RecursionError:
-        raise error("the JSON is nested too deeply") from None
+        raise RequestError("the JSON is nested too deeply") from None
     except UnicodeError:
-        raise error("the JSON is not valid UTF-8") from None
+        raise RequestError("the JSON is not valid UTF-8") from None
     except ValueError as problem:
-        raise error(f"not valid JSON: {problem}") from None
+        raise RequestError(f"not valid JSON: {problem}") from None
     if not isinstance(parsed, dict):
-        raise error(f"expected a JSON object, found {type(parsed).__name__}")
+        raise RequestError(f"expected a JSON object, found {type(parsed).__name__}")
     if _is_deep(parsed):
-        raise error("the JSON is nested too deeply")
+        raise RequestError("the JSON is nested too deeply")
     return parsed
 
 
@@ -215,23 +215,23 @@ def count_bytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 def _read_spec(name: str, entry: object, data_start: int) -> Spec:
     if not isinstance(entry, Mapping) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise HeaderError(f"tensor {_short(name)}: expected dtype, shape and data_offsets, found {_short(entry)}")
+        raise RequestError(f"tensor {_short(name)}: expected dtype, shape and data_offsets, found {_short(entry)}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise HeaderError(f"tensor {_short(name)}: unknown dtype {_short(dtype)}")
+        raise RequestError(f"tensor {_short(name)}: unknown dtype {_short(dtype)}")
     if not isinstance(shape, list) or not all(_is_size(size) for size in shape):
-        raise HeaderError(f"tensor {_short(name)}: shape must be a list of sizes, found {_short(shape)}")
+        raise RequestError(f"tensor {_short(name)}: shape must be a list of sizes, found {_short(shape)}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(end) for end in offsets):
-        raise HeaderError(f"tensor {_short(name)}: data_offsets must be two sizes, found {_short(offsets)}")
+        raise RequestError(f"tensor {_short(name)}: data_offsets must be two sizes, found {_short(offsets)}")
     count = 1
     for size in shape:  # step by step, as the library does: an overflow before a zero is refused too
         count *= size
         if count > MAX_ELEMENTS:
-            raise HeaderError(f"tensor {_short(name)}: shape {_short(shape)} overflows 64 bits")
+            raise RequestError(f"tensor {_short(name)}: shape {_short(shape)} overflows 64 bits")
     bits = count * DTYPE_BITS[dtype]
     begin, end = offsets
     if bits % 8 or end - begin != bits // 8:
-        raise HeaderError(
+        raise RequestError(
             f"tensor {_short(name)}: {dtype} of shape {_short(shape)} needs {bits / 8:g} bytes, "
             f"its offsets {_short(offsets)} hold {end - begin}"
         )

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from resta.errors import CheckpointError
+from resta.errors import RequestError
 
 # What belongs to a model beside its weights, by name; a directory may hold anything else, data and logs among it.
 MODEL_FILES = (
@@ -52,7 +52,7 @@ def locate(source: str) -> Located:
     A directory of that name wins over the Hub. The Hub's cache is used as `huggingface_hub` is set up.
 
     Raises:
-        CheckpointError: no such directory and no such model, or the download failed.
+        RequestError: no such directory and no such model, or the download failed.
     """
     folder = check_source(source)
     if folder:
@@ -67,7 +67,7 @@ def check_source(source: str) -> Path | None:
     """Return the directory that a source names, or None if it is a Hub id.
 
     Raises:
-        CheckpointError: it is neither.
+        RequestError: it is neither.
     """
     try:
         folder = Path(source).expanduser()
@@ -75,11 +75,11 @@ def check_source(source: str) -> Path | None:
             return folder.resolve()
         found = "is a file" if folder.is_file() else "does not exist"
     except (OSError, RuntimeError) as error:  # a name too long, no permission, or the home of nobody
-        raise CheckpointError(f"{source}: cannot be looked at: {error}") from error
+        raise RequestError(f"{source}: cannot be looked at: {error}") from error
     if kind := _other_kind(source):
-        raise CheckpointError(f"{source}: {kind}")
+        raise RequestError(f"{source}: {kind}")
     if _HUB_ID.fullmatch(source) is None or source.startswith((".", "~")):
-        raise CheckpointError(f"{source}: expected a model directory or a Hub id like org/name@revision; it {found}")
+        raise RequestError(f"{source}: expected a model directory or a Hub id like org/name@revision; it {found}")
     return None
 
 
@@ -111,7 +111,7 @@ def _download(hub_id: str, revision: str | None) -> Path:
     except Exception as error:  # among them those of its HTTP client, which it has changed twice
         name = f"{hub_id}@{revision}" if revision else hub_id
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
+        raise RequestError(
             f"{name}: there is no such directory, and it could not be fetched from the Hub: {reason}"
         ) from error
     return Path(folder)

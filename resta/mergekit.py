@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from resta.errors import RecipeError
+from resta.errors import RequestError
 
 METHODS = ("task_arithmetic", "linear")
 KNOWN = {"models", "merge_method", "base_model", "dtype", "out_dtype", "parameters", "name", "tokenizer_source"}
@@ -31,7 +31,7 @@ def convert(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the recipe, as plain data, that says what a mergekit configuration says.
 
     Raises:
-        RecipeError: a part of it cannot be said exactly; the message names it.
+        RequestError: a part of it cannot be said exactly; the message names it.
     """
     method = config["merge_method"]
     if method not in METHODS:
@@ -183,5 +183,5 @@ def _flag(parameters: Mapping[str, Any], name: str, *, default: bool) -> bool:
     return value
 
 
-def _refusal(what: str, why: str = "resta has nothing that does exactly the same") -> RecipeError:
-    return RecipeError(f"this is a mergekit configuration, and {what} cannot be translated: {why}")
+def _refusal(what: str, why: str = "resta has nothing that does exactly the same") -> RequestError:
+    return RequestError(f"this is a mergekit configuration, and {what} cannot be translated: {why}")

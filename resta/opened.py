@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from resta.adapter import is_adapter, read_adapter
 from resta.auxiliary import AuxiliaryFile, read_auxiliary_files, tokenizer_conflict
 from resta.checkpoint import PROBE_BYTES, FileIdentity, Operand, Reader, Stored, Weights, read_weights, same_bytes
-from resta.errors import PlanError
+from resta.errors import RequestError
 from resta.hub import locate
 from resta.recipe import Model
 from resta.tied import untie
@@ -24,23 +24,23 @@ def open_models(models: Mapping[str, Model]) -> Opened:
     """Locate models and read their headers, adapters on their bases.
 
     Raises:
-        CheckpointError, HeaderError, AdapterError: a model cannot be read.
-        PlanError: `on` is said of a full model, or missing for an adapter.
+        RequestError: a model cannot be read.
+        RequestError: `on` is said of a full model, or missing for an adapter.
     """
     located = {name: locate(model.source) for name, model in models.items()}
     full, adapters = {}, {}
     for name, model in models.items():
         if is_adapter(located[name].folder):
             if model.on is None:
-                raise PlanError(f"{name} ({model.source}) is a LoRA adapter: say which model it is `on`")
+                raise RequestError(f"{name} ({model.source}) is a LoRA adapter: say which model it is `on`")
             adapters[name] = model
         elif model.on is not None:
-            raise PlanError(f"{name} ({model.source}) is a full model, not an adapter: `on` cannot be said of it")
+            raise RequestError(f"{name} ({model.source}) is a full model, not an adapter: `on` cannot be said of it")
         else:
             full[name] = read_weights(located[name], strip_prefix=model.strip_prefix)
     for name, model in adapters.items():
         if model.on in adapters:
-            raise PlanError(f"{name} is on {model.on}, which is an adapter itself; merge that one first")
+            raise RequestError(f"{name} is on {model.on}, which is an adapter itself; merge that one first")
     mounted = {
         name: read_adapter(located[name], full[str(model.on)], recorded_base=model.recorded_base)
         for name, model in adapters.items()
@@ -73,7 +73,7 @@ class Opened:
         return self._once(("config", path), path.is_file)
 
     def tokenizer_conflict(self, mine: str, theirs: str) -> str | None:
-        """Say how two models' tokenizers contradict each other, or None. Raises CheckpointError."""
+        """Say how two models' tokenizers contradict each other, or None. Raises RequestError."""
         pair = self._weights[mine], self._weights[theirs]
         return self._once(("tokenizers", mine, theirs), lambda: tokenizer_conflict(*pair))
 

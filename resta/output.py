@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from resta.errors import PlanError, RestaError, ResumeError
+from resta.errors import RequestError, RestaError, ResumeError
 from resta.files import OpenFiles, fsync_folder, named_io_errors
 from resta.journal import Journal
 
@@ -42,20 +42,20 @@ def check_place(out: Path, inputs: Mapping[Path, str]) -> None:
         inputs: input directories and the names of their models.
 
     Raises:
-        PlanError: why not.
+        RequestError: why not.
     """
     if out.name in ("", ".."):
-        raise PlanError(f"{out}: is not the name of a directory to be made; say one, such as {out / 'restored'}")
+        raise RequestError(f"{out}: is not the name of a directory to be made; say one, such as {out / 'restored'}")
     with _refusals(out):
         for place in (out, partial_of(out)):
             real = place.resolve()
             for folder, name in inputs.items():
                 if real == folder or real.is_relative_to(folder) or folder.is_relative_to(real):
-                    raise PlanError(
+                    raise RequestError(
                         f"the output {place} and the model {name} in {folder} overlap; choose another output"
                     )
         if Path.cwd().is_relative_to(out.resolve()):
-            raise PlanError(
+            raise RequestError(
                 f"{out}: is the directory that this command runs in, or above it, and would be replaced; say a "
                 f"directory to be made in it, such as {out / 'restored'}"
             )
@@ -66,30 +66,30 @@ def check_vacant(out: Path, *, overwrite: bool) -> None:
     """Refuse an output whose name something has that a merge may not replace.
 
     Raises:
-        PlanError: what is there.
+        RequestError: what is there.
     """
     with _refusals(out):
         is_full = os.path.lexists(out) and (out.is_symlink() or not out.is_dir() or any(out.iterdir()))
     if out.is_symlink() or (is_full and not out.is_dir()):
-        raise PlanError(f"{out}: is not a directory; choose another output")
+        raise RequestError(f"{out}: is not a directory; choose another output")
     if _is_mount_point(out):
-        raise PlanError(
+        raise RequestError(
             f"{out}: is a mount point, which a finished directory cannot be renamed to; say a directory in it, such as "
             f"{out / 'restored'}"
         )
     if not is_full:
         return
     if not overwrite:
-        raise PlanError(f"{out}: already exists; choose another output, or replace it: overwrite=True (--overwrite)")
+        raise RequestError(f"{out}: already exists; choose another output, or replace it: overwrite=True (--overwrite)")
     if not (out / MARK).is_file():
-        raise PlanError(f"{out}: was not made by resta (it has no {MARK}); remove it yourself if it may go")
+        raise RequestError(f"{out}: was not made by resta (it has no {MARK}); remove it yourself if it may go")
 
 
 def check_space(out: Path, needed: int) -> int:
     """Return the free bytes on the output's disk, what an unfinished attempt already holds included.
 
     Raises:
-        PlanError: they do not suffice.
+        RequestError: they do not suffice.
     """
     with _refusals(out):
         partial = partial_of(out)
@@ -97,7 +97,7 @@ def check_space(out: Path, needed: int) -> int:
         held = sum(file.lstat().st_blocks * 512 for file in partial.rglob("*") if file.is_file())
         free = shutil.disk_usage(place).free + held
     if free < needed + RESERVE_BYTES:
-        raise PlanError(f"{out}: needs {needed + RESERVE_BYTES:,} bytes, and {place} has {free:,} free")
+        raise RequestError(f"{out}: needs {needed + RESERVE_BYTES:,} bytes, and {place} has {free:,} free")
     return free
 
 
@@ -228,7 +228,7 @@ class Output:
             texts: name -> content; MARK among them.
 
         Raises:
-            PlanError: something else has the name by now; what was done is kept.
+            RequestError: something else has the name by now; what was done is kept.
             RestaError: writing failed; what was done is kept.
         """
         with named_io_errors(self._model):
@@ -268,10 +268,10 @@ class Output:
                 self.out.rmdir()  # which fails unless it still is empty
                 rename_new(self._model, self.out)
             else:
-                raise PlanError(f"{self.out}: is a directory that was not there before; choose another output")
-        except (FileExistsError, PlanError) as error:
+                raise RequestError(f"{self.out}: is a directory that was not there before; choose another output")
+        except (FileExistsError, RequestError) as error:
             reason = f"{self.out}: already exists" if isinstance(error, OSError) else error
-            raise PlanError(
+            raise RequestError(
                 f"{reason}. It appeared while the merge was running and was left alone; the result is kept in "
                 f"{self._partial}: move away what is in its place, then run the same command, which only renames it"
             ) from error
@@ -300,7 +300,7 @@ class Output:
             raise self._foreign()
         try:
             check_vacant(self.out, overwrite=self._overwrite)
-        except PlanError:
+        except RequestError:
             if not entries:
                 self.discard()
             raise
@@ -381,13 +381,13 @@ def _check_makeable(out: Path) -> None:
         with suppress(FileNotFoundError, NotADirectoryError):
             os.lstat(place)  # a name or a path too long
     if os.path.lexists(partial) and (partial.is_symlink() or not partial.is_dir() or _is_mount_point(partial)):
-        raise PlanError(f"{partial}: is needed for the work and is not a plain directory; choose another output")
+        raise RequestError(f"{partial}: is needed for the work and is not a plain directory; choose another output")
     place = partial if partial.is_dir() else _nearest(out.parent)
     if not place.is_dir():
-        raise PlanError(f"{out}: cannot be made, since {place} is not a directory; choose another output")
+        raise RequestError(f"{out}: cannot be made, since {place} is not a directory; choose another output")
     for folder in {place, _nearest(out.parent)}:
         if not os.access(folder, os.W_OK | os.X_OK):
-            raise PlanError(f"{out}: cannot be made, since {folder} cannot be written to; choose another output")
+            raise RequestError(f"{out}: cannot be made, since {folder} cannot be written to; choose another output")
 
 
 def _nearest(place: Path) -> Path:
@@ -424,4 +424,4 @@ def _refusals(out: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, RuntimeError) as error:  # no permission, too long; a zero byte; links in a circle
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
-        raise PlanError(f"{out}: cannot be made: {reason}; choose another output") from error
+        raise RequestError(f"{out}: cannot be made: {reason}; choose another output") from error

@@ -21,7 +21,7 @@ from resta.auxiliary import AuxiliaryFile, plan_auxiliary_files
 from resta.checkpoint import LowRank, Operand, Stored, Weights
 from resta.compatibility import differences
 from resta.coverage import Coverage, Ledger, readable_share
-from resta.errors import PlanError
+from resta.errors import RequestError
 from resta.header import FLOAT_DTYPES, Spec, count_bytes, lay_out
 from resta.naming import extra_advice, missing_advice
 from resta.opened import Opened, open_models
@@ -176,8 +176,8 @@ def make_plan(recipe: Recipe, *, weights: Opened | None = None) -> Plan:
         weights: its models and perhaps more, opened already; for whoever makes several plans of the same models.
 
     Raises:
-        PlanError: with every reason why the models, the rules and the recipe do not fit together.
-        CheckpointError, HeaderError, AdapterError: a model cannot be read.
+        RequestError: with every reason why the models, the rules and the recipe do not fit together.
+        RequestError: a model cannot be read.
     """
     opened = weights or open_models(recipe.models)
     models = opened.of(recipe.models)
@@ -235,7 +235,7 @@ class _Problems:
             lines.append(f"{what}: {shown}. {advice}" if tensors else f"{what}: {advice}")
         if lines:
             count = f"{len(lines)} reasons:" if len(lines) > 1 else ""
-            raise PlanError("\n  ".join(["the merge is refused; nothing was written. " + count, *lines]))
+            raise RequestError("\n  ".join(["the merge is refused; nothing was written. " + count, *lines]))
 
 
 class _Matcher:

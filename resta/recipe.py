@@ -305,7 +305,7 @@ def load_recipe(path: Path) -> Recipe:
     """Read a recipe file; relative sources are taken from its folder.
 
     Raises:
-        RecipeError: not YAML, a key that is unknown or repeated, or values that do not fit together.
+        RequestError: not YAML, a key that is unknown or repeated, or values that do not fit together.
     """
     with named(path):
         recipe = parse_recipe(read_text(path))
@@ -317,7 +317,7 @@ def parse_recipe(text: str) -> Recipe:
     """Validate a recipe's text, or translate a mergekit configuration's.
 
     Raises:
-        RecipeError: see `load_recipe`.
+        RequestError: see `load_recipe`.
     """
     parsed = parse(text)
     return make_recipe(convert(parsed) if is_mergekit(parsed) else parsed)
@@ -340,7 +340,7 @@ def make_recipe(parsed: object) -> Recipe:
     """Validate a recipe given as plain data.
 
     Raises:
-        RecipeError: see `load_recipe`.
+        RequestError: see `load_recipe`.
     """
     return check(Recipe, parsed)
 
@@ -349,7 +349,7 @@ def named_models(parsed: object) -> dict[str, Model]:
     """Validate a recipe's models given as plain data.
 
     Raises:
-        RecipeError: see `load_recipe`.
+        RequestError: see `load_recipe`.
     """
     return check(_Models, {"models": parsed}).models
 

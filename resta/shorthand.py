@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from resta.adapter import base_name, is_adapter
-from resta.errors import RecipeError
+from resta.errors import RequestError
 from resta.hub import locate
 from resta.recipe import SCALE_ADVICE, Model, Recipe, make_recipe, named_models
 
@@ -61,14 +61,14 @@ def to_recipe(request: Shorthand) -> Recipe:
     """Return the recipe that says the same.
 
     Raises:
-        RecipeError: something is missing, or does not fit together.
-        CheckpointError: a model is not there.
+        RequestError: something is missing, or does not fit together.
+        RequestError: a model is not there.
     """
     roles, scale = request.roles, request.scale
     if scale is None:
-        raise RecipeError(f"--scale is required: {SCALE_ADVICE}")
+        raise RequestError(f"--scale is required: {SCALE_ADVICE}")
     if roles.aligned is None or not (roles.base or roles.unaligned):
-        raise RecipeError("say --aligned, and --base or --unaligned: the safety vector is their difference")
+        raise RequestError("say --aligned, and --base or --unaligned: the safety vector is their difference")
     subtrahend = "unaligned" if roles.unaligned else "base"
     vector: dict[str, Any] = {"name": "safety", "delta": f"aligned - {subtrahend}", "scale": scale}
     dare = None
@@ -82,14 +82,14 @@ def to_recipe(request: Shorthand) -> Recipe:
         start = _origin(roles, models)
         terms = [{"name": "finetune", "delta": f"tuned - {start}", "scale": 1.0, "sparsify": dare}, vector]
     elif roles.tuned_from and models["tuned"].on is None:
-        raise RecipeError("--tuned-from is only used for an adapter, or with --dare-density and --dare-on tuned")
+        raise RequestError("--tuned-from is only used for an adapter, or with --dare-density and --dare-on tuned")
     used = {start, "aligned", subtrahend, "tuned"} | {model.on for model in models.values() if model.on}
     named = {name: model for name, model in models.items() if name in used}
     return make_recipe({"models": named, "start": start, "terms": terms, **request.choices})
 
 
 def read_roles(roles: Roles) -> dict[str, Model]:
-    """Return a recipe's models, adapters on their bases. Raises RecipeError, CheckpointError."""
+    """Return a recipe's models, adapters on their bases. Raises RequestError."""
     named = {"tuned": roles.tuned, "aligned": roles.aligned, "base": roles.base, "unaligned": roles.unaligned}
     if roles.origin == "origin":
         named["origin"] = roles.tuned_from
@@ -102,21 +102,21 @@ def read_roles(roles: Roles) -> dict[str, Model]:
         if not is_adapter(folder):
             continue
         if name not in ("tuned", "aligned"):
-            raise RecipeError(f"--{name} is an adapter; write a recipe that says which model it is on")
+            raise RequestError(f"--{name} is an adapter; write a recipe that says which model it is on")
         model["on"] = _origin(roles, models) if name == "tuned" else "base"
         if model["on"] not in models:
-            raise RecipeError(f"--{name} is an adapter; say --{model['on']}, the model that it is on")
+            raise RequestError(f"--{name} is an adapter; say --{model['on']}, the model that it is on")
         if base_name(folder) in confirmed:
             model["recorded_base"] = base_name(folder)
     unused = confirmed - {model.get("recorded_base") for model in models.values()}
     if unused:
-        raise RecipeError(f"--recorded-base {sorted(unused)[0]!r}: no adapter given records that base")
+        raise RequestError(f"--recorded-base {sorted(unused)[0]!r}: no adapter given records that base")
     return named_models(models)
 
 
 def _origin(roles: Roles, models: Mapping[str, Any]) -> str:
     if roles.origin not in models:
-        raise RecipeError(f"the model that the fine-tune began from is needed: say --{roles.origin} or --tuned-from")
+        raise RequestError(f"the model that the fine-tune began from is needed: say --{roles.origin} or --tuned-from")
     return roles.origin
 
 

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from resta.dialect import parse, settle
-from resta.errors import RecipeError, RequestError
+from resta.errors import RequestError
 
 MOST_PROBLEMS = 8  # said in one message
 
@@ -45,40 +45,40 @@ Options = Annotated[dict[str, Any], BeforeValidator(settle)]
 
 
 def load(kind: type[Checked], path: Path) -> Checked:
-    """Return a YAML file as the model that it should be. Raises RecipeError, which names the file and the key."""
+    """Return a YAML file as the model that it should be. Raises RequestError, which names the file and the key."""
     with named(path):
         return check(kind, parse(read_text(path)))
 
 
 def read_text(path: Path) -> str:
-    """Return a file's text. Raises RecipeError."""
+    """Return a file's text. Raises RequestError."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise RecipeError("no such file") from None
+        raise RequestError("no such file") from None
     except (OSError, ValueError) as error:  # not to be read, not text, or no name that a file could have
-        raise RecipeError(f"cannot be read: {error}") from error
+        raise RequestError(f"cannot be read: {error}") from error
 
 
 @contextmanager
-def named(name: object, kind: type[RequestError] = RecipeError) -> Iterator[None]:
-    """Put the name of a file before what is wrong with it, and raise that as another kind of error."""
+def named(name: object) -> Iterator[None]:
+    """Put the name of a file before what is wrong with it."""
     try:
         yield
-    except RecipeError as error:
-        raise kind(f"{name}: {error}") from error
+    except RequestError as error:
+        raise RequestError(f"{name}: {error}") from error
 
 
 def override(settings: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
     """Return settings with `a.b=value` assignments applied; values are YAML, items of lists go by number.
 
-    Raises RecipeError.
+    Raises RequestError.
     """
     result = copy.deepcopy(dict(settings))
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         if not equals or not path:
-            raise RecipeError(f"--set {assignment}: expected KEY=VALUE, for example seed=1")
+            raise RequestError(f"--set {assignment}: expected KEY=VALUE, for example seed=1")
         *parents, last = path.split(".")
         place: Any = result
         with named(f"--set {assignment}"):
@@ -93,11 +93,11 @@ def override(settings: Mapping[str, Any], assignments: Iterable[str]) -> dict[st
 def _step(place: Any, part: str) -> Any:
     if isinstance(place, list):
         if not (part.isascii() and part.isdigit()) or int(part) >= len(place):
-            raise RecipeError(f"{part!r} is not a place in a list of {len(place)}")
+            raise RequestError(f"{part!r} is not a place in a list of {len(place)}")
         return place[int(part)]
     inner = place.setdefault(part, {})
     if not isinstance(inner, dict | list):
-        raise RecipeError(f"{part!r} is a value, not a section")
+        raise RequestError(f"{part!r} is a value, not a section")
     return inner
 
 
@@ -111,14 +111,14 @@ def did_you_mean(word: str, known: Iterable[object]) -> str:
 
 
 def check(kind: type[Checked], data: Any) -> Checked:
-    """Return plain data as the model that it should be. Raises RecipeError: one line per problem."""
+    """Return plain data as the model that it should be. Raises RequestError: one line per problem."""
     if not isinstance(data, dict):
         needed = [name for name, field in kind.model_fields.items() if field.is_required()]
-        raise RecipeError(f"expected a mapping with {_words(needed or list(kind.model_fields))}, found {_found(data)}")
+        raise RequestError(f"expected a mapping with {_words(needed or list(kind.model_fields))}, found {_found(data)}")
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        raise RecipeError("\n  ".join(explain(kind, data, error))) from error
+        raise RequestError("\n  ".join(explain(kind, data, error))) from error
 
 
 def explain(kind: type[BaseModel], data: Any, error: ValidationError) -> list[str]:

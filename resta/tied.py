@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from resta.checkpoint import Weights
-from resta.errors import AdapterError
+from resta.errors import RequestError
 
 # Embeddings -> output layer of the causal language models of transformers. Names not in here are not guessed at: a
 # library that finds no output layer under the name that it expects makes a random one.
@@ -43,13 +43,13 @@ def untie_for(adapter: str, trained: Iterable[str], base: Weights) -> Weights:
         base: a full checkpoint.
 
     Raises:
-        AdapterError: the adapter touches tied embeddings of an architecture that is not known.
+        RequestError: the adapter touches tied embeddings of an architecture that is not known.
     """
     pair, touched = _tied_pair(base), set(trained)
     if pair:
         return untie(base) if touched & set(pair) else base
     if _is_tied(base) and (name := _reaches_vocabulary(touched, base)):
-        raise AdapterError(
+        raise RequestError(
             f"{adapter}: changes {name!r}, and {base.located.source} ties its output layer to its embeddings: the two "
             "would have to be stored apart, and where is not known of this architecture. Load base and adapter with "
             "peft, untie them there, merge_and_unload, and merge the model that it saves"

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 import resta
 from resta.adapter import CONFIG, FILE, base_name, is_adapter, read_adapter
 from resta.checkpoint import read_weights
-from resta.errors import AdapterError, RequestError
+from resta.errors import RequestError
 from resta.hub import Located
 from resta.plan import make_plan
 from resta.recipe import Recipe, make_recipe
@@ -300,7 +300,7 @@ def test_a_setting_that_cannot_be_applied_exactly_is_refused_by_name(
     config, expected = SETTINGS[case]
     make_plan(recipe_of(*pair))
     folder = altered(pair, tmp_path / "adapter", config)
-    with pytest.raises(AdapterError, match=expected) as caught:
+    with pytest.raises(RequestError, match=expected) as caught:
         make_plan(recipe_of(pair[0], folder))
     assert str(folder) in str(caught.value)
 
@@ -336,7 +336,7 @@ def test_factors_that_cannot_be_applied_exactly_are_refused_by_name(
 ) -> None:
     alter, expected = TENSORS[case]
     folder = altered(pair, tmp_path / "adapter", {}, alter(load_file(pair[1] / FILE)))
-    with pytest.raises(AdapterError, match=expected) as caught:
+    with pytest.raises(RequestError, match=expected) as caught:
         make_plan(recipe_of(pair[0], folder))
     assert str(folder) in str(caught.value)
 
@@ -347,7 +347,7 @@ def test_a_factor_bias_that_is_no_vector_of_the_layer_is_refused(tmp_path: Path,
     adapter = save_adapter(tmp_path / "adapter", base, lora(["q_proj"], lora_bias=True))
     tensors = load_file(adapter / FILE)
     save_file(tensors | {f"{Q}.lora_B.bias": bias}, adapter / FILE)
-    with pytest.raises(AdapterError, match="q_proj"):
+    with pytest.raises(RequestError, match="q_proj"):
         make_plan(recipe_of(base, adapter))
 
 
@@ -363,7 +363,7 @@ REAL_KINDS = {
 def test_kinds_of_adapter_that_peft_itself_saves_are_refused(tmp_path: Path, kind: str) -> None:
     config, expected = REAL_KINDS[kind]
     base = save_base(tmp_path / "base", llama(), torch.float32)
-    with pytest.raises(AdapterError, match=expected):
+    with pytest.raises(RequestError, match=expected):
         make_plan(recipe_of(base, save_adapter(tmp_path / "adapter", base, config)))
 
 
@@ -372,7 +372,7 @@ def test_a_square_layer_that_could_be_stored_either_way_is_refused(tmp_path: Pat
     base = save_base(tmp_path / "base", gpt2(), torch.float32)
     adapter = save_adapter(tmp_path / "adapter", base, lora(r".*(attn\.c_proj|lm_head)", fan_in_fan_out=True))
     assert json.loads((adapter / CONFIG).read_text())["fan_in_fan_out"] is False
-    with pytest.raises(AdapterError, match="c_proj' is square: it could be either"):
+    with pytest.raises(RequestError, match="c_proj' is square: it could be either"):
         make_plan(recipe_of(base, adapter))
 
 
@@ -380,7 +380,7 @@ def test_lora_bias_on_a_layer_without_bias_is_refused(tmp_path: Path, recwarn: p
     base = save_base(tmp_path / "base", llama(), torch.float32)
     with pytest.warns(UserWarning, match="has no bias"):
         adapter = save_adapter(tmp_path / "adapter", base, lora(["q_proj"], lora_bias=True))
-    with pytest.raises(AdapterError, match=r"q_proj\.bias', a tensor that the base does not have"):
+    with pytest.raises(RequestError, match=r"q_proj\.bias', a tensor that the base does not have"):
         make_plan(recipe_of(base, adapter))
 
 
@@ -391,7 +391,7 @@ def test_another_name_of_the_same_base_is_confirmed_by_saying_the_recorded_one(
     assert base_name(folder) == "org/moved"
     make_plan(recipe_of(pair[0], folder, recorded_base="org/moved"))
     for wrong in ("org/other", "moved", ""):
-        with pytest.raises(AdapterError, match="was trained on 'org/moved'"):
+        with pytest.raises(RequestError, match="was trained on 'org/moved'"):
             make_plan(recipe_of(pair[0], folder, recorded_base=wrong))
 
 
@@ -408,7 +408,7 @@ def test_a_hub_base_of_another_organisation_is_another_base(pair: tuple[Path, Pa
         for name in ("org/base", "other/base")
     )
     assert read_adapter(adapter, mine).is_adapter
-    with pytest.raises(AdapterError, match="was trained on 'org/base', and would be put on 'other/base'"):
+    with pytest.raises(RequestError, match="was trained on 'org/base', and would be put on 'other/base'"):
         read_adapter(adapter, theirs)
 
 
@@ -421,7 +421,7 @@ def test_another_revision_of_the_base_is_refused(pair: tuple[Path, Path], tmp_pa
         if commit == trained:
             assert read_adapter(adapter, base).is_adapter
         else:
-            with pytest.raises(AdapterError, match=f"trained on revision {trained}.*{given} is given"):
+            with pytest.raises(RequestError, match=f"trained on revision {trained}.*{given} is given"):
                 read_adapter(adapter, base)
 
 
@@ -457,8 +457,8 @@ def test_a_full_model_beside_a_left_over_adapter_config_is_a_full_model(
 def test_pickled_and_linked_adapters_are_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
     folder = altered(pair, tmp_path / "adapter", {})
     (folder / FILE).rename(folder / "adapter_model.bin")
-    with pytest.raises(AdapterError, match=r"adapter_model\.bin is a pickle, which is never read"):
+    with pytest.raises(RequestError, match=r"adapter_model\.bin is a pickle, which is never read"):
         make_plan(recipe_of(pair[0], folder))
     (folder / FILE).symlink_to(pair[1] / FILE)
-    with pytest.raises(AdapterError, match="is a link out of its directory"):
+    with pytest.raises(RequestError, match="is a link out of its directory"):
         make_plan(recipe_of(pair[0], folder))

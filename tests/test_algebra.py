@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import resta
-from resta.errors import CheckpointError, RecipeError
+from resta.errors import RequestError
 from resta.recipe import parse_recipe
 from tests.test_engine import RESTA_D, assert_same_tensors, read, recipe_of
 
@@ -108,11 +108,11 @@ def test_an_adapter_brings_its_base(trio: dict[str, str]) -> None:
 
 def test_dare_refuses_sums_second_helpings_and_two_seeds() -> None:
     vector = ALIGNED - BASE
-    with pytest.raises(RecipeError, match="one difference"):
+    with pytest.raises(RequestError, match="one difference"):
         resta.dare(vector + vector, density=0.5)
-    with pytest.raises(RecipeError, match="one difference"):
+    with pytest.raises(RequestError, match="one difference"):
         resta.dare(resta.dare(vector, density=0.5), density=0.5)
-    with pytest.raises(RecipeError, match="seeds"):
+    with pytest.raises(RequestError, match="seeds"):
         (TUNED + resta.dare(vector, density=0.5, seed=1) + resta.dare(vector, density=0.5, seed=2)).to_recipe()
 
 
@@ -164,7 +164,7 @@ def test_one_seed_serves_masks_and_rounding_wherever_it_is_said() -> None:
     assert (TUNED + resta.dare(vector, density=0.5)).options(seed=5).to_recipe().seed == 5
     assert (TUNED + resta.dare(vector, density=0.5, seed=5) + resta.dare(vector, density=0.5)).to_recipe().seed == 5
     assert (TUNED + resta.dare(vector, density=0.5)).to_recipe().seed == 0
-    with pytest.raises(RecipeError, match="the seeds 5, 7 are said"):
+    with pytest.raises(RequestError, match="the seeds 5, 7 are said"):
         (TUNED + resta.dare(vector, density=0.5, seed=7)).options(seed=5).to_recipe()
 
 
@@ -172,21 +172,21 @@ def test_a_named_term_can_be_scaled_by_rule() -> None:
     merge = TUNED + 0.5 * (ALIGNED - BASE).named("safety") + (TUNED - BASE)
     recipe = merge.options(rules=[{"match": "*.mlp.*", "scale_by": {"safety": 2.0}}]).to_recipe()
     assert [term.name for term in recipe.terms] == ["safety", None]
-    with pytest.raises(RecipeError, match="one difference"):
+    with pytest.raises(RequestError, match="one difference"):
         ((ALIGNED - BASE) + (TUNED - BASE)).named("both")
 
 
 def test_an_option_that_no_recipe_has_is_refused_when_it_is_said() -> None:
-    with pytest.raises(RecipeError, match='roundign is no choice of a recipe; did you mean "rounding"'):
+    with pytest.raises(RequestError, match='roundign is no choice of a recipe; did you mean "rounding"'):
         (TUNED + (ALIGNED - BASE)).options(roundign="stochastic")
-    with pytest.raises(RecipeError, match="start is no choice"):
+    with pytest.raises(RequestError, match="start is no choice"):
         (TUNED + (ALIGNED - BASE)).options(start="base")
 
 
 def test_a_path_that_is_not_there_is_refused_when_it_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for source in (tmp_path / "absent", tmp_path / "file", "./absent", "models"):
-        with pytest.raises(CheckpointError, match="expected a model directory or a Hub id"):
+        with pytest.raises(RequestError, match="expected a model directory or a Hub id"):
             resta.load(source)
 
 

@@ -28,7 +28,7 @@ import resta.auditing
 from resta.auditing import Audit, audit, choose_tensors, philox_words, read_manifest, round_values
 from resta.cli import main
 from resta.engine import merge
-from resta.errors import AuditError, CheckpointError
+from resta.errors import CheckFailedError, RequestError
 from resta.recipe import make_recipe
 from tests.conftest import Tensors, llama_tensors, nudged, save_model
 
@@ -69,7 +69,7 @@ def assert_passes(out: Path, **options: Any) -> None:
 def assert_fails(out: Path, *parts: str, **options: Any) -> str:
     """The audit fails, and one of its findings holds all the parts."""
     report = audited(out, **options)
-    with pytest.raises(AuditError) as raised:
+    with pytest.raises(CheckFailedError) as raised:
         report.raise_if_any()
     lines = str(raised.value).splitlines()
     assert any(all(part in line for part in parts) for line in lines), str(raised.value)
@@ -508,13 +508,13 @@ def test_a_manifest_that_is_no_manifest_is_an_audit_error(merged: Path, tmp_path
     sane = {"schema": 1, "kind": "merge", "checksum": "resta-fold-1"}
     for tensors in ([], {"w": 1}, {"w": {}}, {"w": {"shape": "x", "dtype": 1, "file": 2, "action": 3, "checksum": 4}}):
         (merged / "resta.json").write_text(json.dumps({**sane, "tensors": tensors}))
-        with pytest.raises(AuditError, match=r"resta\.json"):
+        with pytest.raises(CheckFailedError, match=r"resta\.json"):
             audited(merged)
     for text in ("", "[]", "{}", '{"schema": 1, "kind": "merge", "checksum": "resta-fold-1"}', '{"schema": 99}'):
         (merged / "resta.json").write_text(text)
-        with pytest.raises(AuditError, match=r"resta\.json"):
+        with pytest.raises(CheckFailedError, match=r"resta\.json"):
             audited(merged)
-    with pytest.raises(CheckpointError, match="expected the output directory"):
+    with pytest.raises(RequestError, match="expected the output directory"):
         audited(tmp_path)
 
 
@@ -543,7 +543,7 @@ def test_small_files_that_a_reader_would_load_are_checked(merged: Path) -> None:
 def test_inputs_that_moved_are_found_where_the_user_says(tmp_path: Path) -> None:
     out = make(tmp_path / "out", lora_models(tmp_path), **SMALL)
     (tmp_path / "base").rename(tmp_path / "elsewhere")
-    with pytest.raises(CheckpointError, match=r"base.* does not exist"):
+    with pytest.raises(RequestError, match=r"base.* does not exist"):
         audited(out)
     PLACES[out]["base"] = str(tmp_path / "elsewhere")
     assert_passes(out)
@@ -554,7 +554,7 @@ def test_inputs_that_moved_are_found_where_the_user_says(tmp_path: Path) -> None
 
 def test_an_audit_says_which_inputs_it_has_not_been_told_of(merged: Path, trio: dict[str, str]) -> None:
     for known in ((), ("base",), ("tuned", "base")):
-        with pytest.raises(CheckpointError) as raised:
+        with pytest.raises(RequestError) as raised:
             audit(merged, moved={name: trio[name] for name in known})
         for name in trio:
             assert (f"--model {name}=PATH (it was called '{name}')" in str(raised.value)) == (name not in known)

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from resta.adapter import read_adapter
 from resta.auxiliary import AuxiliaryFile, plan_auxiliary_files, read_auxiliary_files, tokenizer_conflict
 from resta.checkpoint import Weights, read_weights
-from resta.errors import CheckpointError
+from resta.errors import RequestError
 from resta.hub import locate
 from tests.conftest import save_model
 
@@ -248,5 +248,5 @@ def test_the_tokenizer_of_an_adapter_is_its_own_where_it_has_one(tmp_path: Path)
 )  # fmt: skip
 def test_a_file_that_is_no_tokenizer_is_one_typed_error_that_names_it(tmp_path: Path, text: str) -> None:
     pair = (model(tmp_path / "mine", tokenizer__json=bpe({"a": 0})), model(tmp_path / "theirs", tokenizer__json=text))
-    with pytest.raises(CheckpointError, match=r"theirs/tokenizer\.json"):
+    with pytest.raises(RequestError, match=r"theirs/tokenizer\.json"):
         tokenizer_conflict(*pair)

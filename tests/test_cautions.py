@@ -15,7 +15,7 @@ from resta.auditing import audit
 from resta.cautions import cautions, name_cautions
 from resta.cli import main
 from resta.compatibility import differences, unknowns
-from resta.errors import PlanError, RecipeError
+from resta.errors import RequestError
 from resta.forecast import forecast_warnings
 from resta.plan import make_plan
 from resta.recipe import Recipe, make_recipe
@@ -81,13 +81,13 @@ def test_a_setting_that_one_config_leaves_to_its_family_is_said_and_not_refused(
 @pytest.mark.parametrize("model", ["base", "aligned"])
 def test_a_difference_is_refused_by_name_and_allowed_by_name(tmp_path: Path, model: str) -> None:
     models = models_of(tmp_path, **{model: {"rope_theta": 1e6}})
-    with pytest.raises(PlanError, match=rf"{model}: config.json has rope_theta 1000000.0 but tuned has 500000.0"):
+    with pytest.raises(RequestError, match=rf"{model}: config.json has rope_theta 1000000.0 but tuned has 500000.0"):
         make_plan(recipe_of(models))
-    with pytest.raises(PlanError, match=r"allow_config: \[rope_theta\]"):
+    with pytest.raises(RequestError, match=r"allow_config: \[rope_theta\]"):
         make_plan(recipe_of(models, allow_config=["hidden_act"]))
     result = engine.merge(recipe_of(models, allow_config=["rope_theta"]), tmp_path / "out")
     assert "the recipe allows it" in (result.out / "README.md").read_text()
-    with pytest.raises(RecipeError, match='did you mean "rope_theta"'):
+    with pytest.raises(RequestError, match='did you mean "rope_theta"'):
         recipe_of(models, allow_config=["rope_teta"])
 
 

@@ -20,7 +20,7 @@ from resta import engine
 from resta.auditing import Audit, audit
 from resta.claims import output_digests, read_manifest
 from resta.cli import main
-from resta.errors import AuditError, CheckpointError
+from resta.errors import CheckFailedError, RequestError
 from resta.header import MOST_MEMORY, count_memory
 from resta.recipe import make_recipe
 from resta.verify.report import CARD_END, CARD_START, with_section
@@ -166,7 +166,7 @@ def test_links_and_pipes_neither_hide_anything_nor_hang(out: Path, moved: dict[s
         assert_found(report, str(out / name), words)
     (out / "resta.json").unlink()
     os.mkfifo(out / "resta.json")
-    with pytest.raises(CheckpointError, match=r"has no resta\.json"):
+    with pytest.raises(RequestError, match=r"has no resta\.json"):
         audit(out, moved=moved)
 
 
@@ -228,7 +228,7 @@ def refusals(place: Path, inputs: dict[str, str], document: dict[str, Any]) -> l
     (place / "resta.json").write_text(json.dumps(document))
     try:
         return problems(audit(place, moved=inputs))
-    except AuditError as error:
+    except CheckFailedError as error:
         return [str(error)]
     finally:
         (place / "resta.json").write_bytes(whole)
@@ -293,7 +293,7 @@ def test_the_manifest_of_a_very_large_merge_can_be_read(out: Path) -> None:
 def test_a_key_that_occurs_twice_is_refused(out: Path, moved: dict[str, str]) -> None:
     text = (out / "resta.json").read_text()
     (out / "resta.json").write_text('{"kind": "certified",' + text[1:])
-    with pytest.raises(AuditError, match="'kind' occurs twice"):
+    with pytest.raises(CheckFailedError, match="'kind' occurs twice"):
         audit(out, moved=moved)
 
 
@@ -393,15 +393,15 @@ def test_what_is_signed_is_every_file_as_it_is(out: Path) -> None:
     for name in ("config.json", min(file.name for file in out.glob("*.safetensors"))):
         kept = (out / name).read_bytes()
         (out / name).write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
-        with pytest.raises(AuditError, match=f"{name}: its SHA-256 is"):
+        with pytest.raises(CheckFailedError, match=f"{name}: its SHA-256 is"):
             output_digests(out)
         (out / name).write_bytes(kept)
     (out / "modeling.py").write_text("")
-    with pytest.raises(AuditError, match=r"modeling\.py: was not written by the merge"):
+    with pytest.raises(CheckFailedError, match=r"modeling\.py: was not written by the merge"):
         output_digests(out)
     (out / "modeling.py").unlink()
     (out / "chat_template.jinja").unlink()
-    with pytest.raises(AuditError, match=r"chat_template\.jinja: is not there"):
+    with pytest.raises(CheckFailedError, match=r"chat_template\.jinja: is not there"):
         output_digests(out)
 
 

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from resta.cli import COMMANDS, main
 from resta.engine import merge
-from resta.errors import EXIT_CODES, Finding, RequestError, RestaError
+from resta.errors import EXIT_CODES, CheckFailedError, RequestError, RestaError
 from resta.plan import make_plan
 from resta.recipe import load_recipe, make_recipe, parse_recipe
 from tests.conftest import save_model
@@ -181,7 +181,7 @@ class _Broken(Exception):
     [
         (RestaError("the run failed"), 5, "error: the run failed"),
         (RequestError("not so"), 2, "error: not so"),
-        (Finding("the answer is no"), 1, "error: the answer is no"),
+        (CheckFailedError("the answer is no"), 1, "error: the answer is no"),
         (OSError(28, "No space left on device"), 5, "No space left"),
         (MemoryError(), 5, "please report it"),
         (_Broken("surprise"), 5, "surprise"),

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resta.dialect import MOST_CHARACTERS, MOST_DEPTH, MOST_VALUES, dump, parse, parse_untyped
-from resta.errors import RecipeError
+from resta.errors import RequestError
 
 
 def refusal(text: str) -> str:
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(RequestError) as caught:
         parse(text)
     return str(caught.value)
 
@@ -55,7 +55,7 @@ def test_a_number_that_two_readers_read_differently_is_refused_with_its_line(tex
 
 @pytest.mark.parametrize("text", ["yes", "on", "1:30", "2024-05-01", "0x1F", "1_000", "[no]", "{a: {b: off}}"])
 def test_where_no_type_tells_a_word_of_two_meanings_must_be_quoted(text: str) -> None:
-    with pytest.raises(RecipeError, match="quote it if it is text"):
+    with pytest.raises(RequestError, match="quote it if it is text"):
         parse_untyped(f"a: {text}")
     assert parse_untyped("a: 'yes'") == {"a": "yes"}
 
@@ -149,7 +149,7 @@ def test_lines_that_are_written_are_read_back_the_same_by_readers_of_either_yaml
 def test_any_text_is_plain_data_or_one_typed_refusal(text: str) -> None:
     try:
         plain = parse(text)
-    except RecipeError:
+    except RequestError:
         assert refusal(text).startswith("not valid YAML: ")
     else:
         assert parse(dump(plain)) == plain

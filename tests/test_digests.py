@@ -20,7 +20,7 @@ from resta import engine
 from resta.auditing import audit
 from resta.checkpoint import Reader
 from resta.digests import Followed, Follower
-from resta.errors import AuditError, RestaError
+from resta.errors import CheckFailedError, RestaError
 from resta.fingerprint import sha256_file
 from resta.output import Output
 from resta.recipe import Recipe
@@ -140,7 +140,7 @@ def test_what_the_hubs_cache_names_by_its_digest_is_not_read_and_said_to_be_the_
     with (snapshot / "model.safetensors").open("r+b") as file:  # a cache whose file is not what its name says
         file.seek(-1, 2)
         file.write(b"\xff")
-    with pytest.raises(AuditError, match=r"inputs\.base\.files\.model\.safetensors\.sha256"):
+    with pytest.raises(CheckFailedError, match=r"inputs\.base\.files\.model\.safetensors\.sha256"):
         audit(result.out, moved=local).raise_if_any()
 
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from resta.cli import main
 from resta.compute import CHUNK
 from resta.distance import Diff, Distance, describe, diff, join, kind_of, write_plot
-from resta.errors import RecipeError
+from resta.errors import RequestError
 from tests.conftest import Tensors, llama_tensors, nudged, save_model
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -215,9 +215,9 @@ def test_an_adapter_is_as_far_from_its_base_as_its_product(pair: tuple[str, str]
 
 def test_an_adapter_needs_its_base_and_nothing_else_has_one(pair: tuple[str, str], tmp_path: Path) -> None:
     adapter, _ = save_adapter(tmp_path / "lora", "org/base")
-    with pytest.raises(RecipeError, match="--on org/base"):
+    with pytest.raises(RequestError, match="--on org/base"):
         diff(pair[0], str(adapter))
-    with pytest.raises(RecipeError, match="neither"):
+    with pytest.raises(RequestError, match="neither"):
         diff(*pair, on=pair[0])
 
 
@@ -340,5 +340,5 @@ def test_a_heat_map_of_any_depth_is_drawn(layers: int, pair: tuple[str, str], tm
 
 def test_a_folder_whose_name_is_no_line_of_text_is_one_refusal(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "a\nb", {"w": torch.ones(2)})
-    with pytest.raises(RecipeError, match="one line of text"):
+    with pytest.raises(RequestError, match="one line of text"):
         diff(str(folder), str(folder))

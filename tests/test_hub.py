@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save
 
 from resta.checkpoint import read_weights
-from resta.errors import CheckpointError
+from resta.errors import RequestError
 from resta.hub import locate
 from tests.conftest import CONFIG
 
@@ -128,11 +128,11 @@ def serving(*, cut_short: bool = False) -> Iterator[tuple[str, list[str]]]:
 SCRIPT = """
 import json, sys
 from resta.checkpoint import read_weights
-from resta.errors import CheckpointError
+from resta.errors import RequestError
 from resta.hub import locate
 try:
     located = locate(sys.argv[1])
-except CheckpointError as error:
+except RequestError as error:
     print(json.dumps({"error": str(error)}))
     raise SystemExit
 weights = read_weights(located)
@@ -220,14 +220,14 @@ def test_a_directory_of_that_name_wins_over_the_hub(tmp_path: Path, monkeypatch:
     ],
 )  # fmt: skip
 def test_what_is_neither_a_directory_nor_a_hub_id_is_refused_without_asking_anyone(source: str) -> None:
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(RequestError) as caught:
         locate(source)
     assert str(caught.value).startswith(source)
 
 
 def test_a_file_is_refused_as_a_file(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(WEIGHTS)
-    with pytest.raises(CheckpointError, match=r"expected a model directory .* it is a file"):
+    with pytest.raises(RequestError, match=r"expected a model directory .* it is a file"):
         locate(str(tmp_path / "model.safetensors"))
 
 
@@ -243,16 +243,16 @@ def test_a_file_is_refused_as_a_file(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_known_by_its_looks_and_not_read_is_refused_with_what_to_do(source: str, message: str) -> None:
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(RequestError) as caught:
         locate(source)
     assert message in str(caught.value)
 
 
 def test_a_directory_or_a_file_of_gguf_is_called_so(tmp_path: Path) -> None:
     (tmp_path / "model.Q4_K_M.gguf").write_bytes(b"GGUF")
-    with pytest.raises(CheckpointError, match="GGUF"):
+    with pytest.raises(RequestError, match="GGUF"):
         locate(str(tmp_path / "model.Q4_K_M.gguf"))
-    with pytest.raises(CheckpointError, match="GGUF"):
+    with pytest.raises(RequestError, match="GGUF"):
         read_weights(locate(str(tmp_path)))
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from resta.cli import main
 from resta.engine import tensors
-from resta.errors import RecipeError
+from resta.errors import RequestError
 from resta.recipe import load_recipe, parse_recipe
 from tests.conftest import Tensors, nudged, save_model
 
@@ -79,7 +79,7 @@ def test_the_recipe_computes_what_the_configuration_says(
     total = sum(entry["parameters"]["weight"] for entry in models if "parameters" in entry)
     assume(abs(total) > 0.1)
     if method == "linear" and normalize is False and abs(total - 1) > 1e-9:
-        with pytest.raises(RecipeError, match="add up to"):
+        with pytest.raises(RequestError, match="add up to"):
             merged(config, folder)
         return
     torch.testing.assert_close(merged(config, folder).double(), by_definition(config, folder), rtol=1e-5, atol=1e-6)
@@ -143,7 +143,7 @@ TWO = "models: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {wei
     ],
 )  # fmt: skip
 def test_what_cannot_be_said_exactly_is_refused_by_name(text: str, named: str) -> None:
-    with pytest.raises(RecipeError, match="mergekit configuration") as caught:
+    with pytest.raises(RequestError, match="mergekit configuration") as caught:
         parse_recipe(text)
     assert named in str(caught.value)
 
@@ -161,7 +161,7 @@ def test_a_configuration_of_any_types_is_read_or_refused(config: dict[str, Any])
     for method in ("linear", "task_arithmetic"):
         try:
             parse_recipe(yaml.safe_dump({"merge_method": method, **config}))
-        except RecipeError:
+        except RequestError:
             continue
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from resta import engine, output
-from resta.errors import PlanError, RestaError, ResumeError
+from resta.errors import RequestError, RestaError, ResumeError
 from resta.recipe import Recipe
 from tests.conftest import llama_tensors, nudged, save_model
 from tests.test_engine import RESTA, RESTA_D, recipe_of
@@ -257,7 +257,7 @@ def test_a_disk_that_is_too_small_is_refused_before_writing(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(output, "RESERVE_BYTES", 1 << 60)
-    with pytest.raises(PlanError, match="free"):
+    with pytest.raises(RequestError, match="free"):
         engine.merge(recipe, tmp_path / "out")
     assert not (tmp_path / "out.partial").exists()
 
@@ -267,7 +267,7 @@ def test_overwrite_replaces_an_output_of_resta_and_leaves_nothing_stale(
 ) -> None:
     out = tmp_path / "out"
     engine.merge(recipe_of(trio, "tuned", RESTA, output={"shard_size": "10kB"}), out)
-    with pytest.raises(PlanError, match="--overwrite"):
+    with pytest.raises(RequestError, match="--overwrite"):
         engine.merge(recipe, out)
     engine.merge(recipe, out, overwrite=True)
     assert digests(out) == whole
@@ -276,13 +276,13 @@ def test_overwrite_replaces_an_output_of_resta_and_leaves_nothing_stale(
 def test_overwrite_never_replaces_what_resta_did_not_make(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "photos.zip").write_bytes(b"1")
-    with pytest.raises(PlanError, match="was not made by resta"):
+    with pytest.raises(RequestError, match="was not made by resta"):
         engine.merge(recipe, tmp_path / "out", overwrite=True)
     (tmp_path / "file").write_bytes(b"1")
-    with pytest.raises(PlanError, match="not a directory"):
+    with pytest.raises(RequestError, match="not a directory"):
         engine.merge(recipe, tmp_path / "file", overwrite=True)
     (tmp_path / "link").symlink_to(tmp_path / "out")
-    with pytest.raises(PlanError, match="not a directory"):
+    with pytest.raises(RequestError, match="not a directory"):
         engine.merge(recipe, tmp_path / "link", overwrite=True)
 
 
@@ -291,7 +291,7 @@ def test_an_output_that_overlaps_an_input_is_refused(
     recipe: Recipe, trio: dict[str, str], tmp_path: Path, place: str
 ) -> None:
     before = digests(tmp_path)
-    with pytest.raises(PlanError, match="overlap"):
+    with pytest.raises(RequestError, match="overlap"):
         engine.merge(recipe, tmp_path / place, overwrite=True)
     assert digests(tmp_path) == before
 

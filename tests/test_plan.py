@@ -13,7 +13,7 @@ import torch
 
 import resta
 from resta.checkpoint import read_weights
-from resta.errors import PlanError
+from resta.errors import RequestError
 from resta.hub import locate
 from resta.plan import Plan, make_plan
 from resta.recipe import Recipe, make_recipe
@@ -64,7 +64,7 @@ class Bench:
         return dict(resta.tensors(self.recipe(*rules, **more)))
 
     def refusal(self, *rules: dict[str, Any], **more: Any) -> str:
-        with pytest.raises(PlanError) as caught:
+        with pytest.raises(RequestError) as caught:
             self.plan(*rules, **more)
         assert "nothing was written" in str(caught.value)
         return str(caught.value)

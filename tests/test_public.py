@@ -281,6 +281,24 @@ def test_a_merge_of_local_models_imports_no_heavy_library(trio: dict[str, str], 
     assert (tmp_path / "out").is_dir()
 
 
+@pytest.mark.parametrize(
+    ("now", "former"),
+    [
+        ("RequestError", "Header Checkpoint Adapter Recipe Plan Data Template Bank Judge Task Policy Compare Model"),
+        ("RequestError", "MissingExtra"),
+        ("CheckFailedError", "Audit Demo"),
+        ("UnansweredError", "Endpoint"),
+        ("RestaError", "Training"),
+    ],
+)
+def test_who_catches_an_error_by_its_former_name_still_does(now: str, former: str) -> None:
+    import resta.errors as errors
+
+    for name in former.split():
+        assert getattr(errors, f"{name}Error") is getattr(errors, now)
+    assert errors.Finding is errors.CheckFailedError
+
+
 def test_every_error_says_its_exit_code_and_is_in_the_drawn_tree() -> None:
     import resta.errors as errors
 

@@ -13,7 +13,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resta.errors import RecipeError
+from resta.errors import RequestError
 from resta.recipe import Recipe, dump_recipe, load_recipe, make_recipe, parse_recipe, parse_size, schema
 
 fuzz = settings(deadline=None, max_examples=50)
@@ -50,7 +50,7 @@ FULL: dict[str, Any] = {
 
 
 def refusal(text: str) -> str:
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(RequestError) as caught:
         parse_recipe(text)
     return str(caught.value)
 
@@ -93,20 +93,20 @@ def test_the_plain_recipe_says_what_it_means() -> None:
 def test_an_unknown_key_is_refused_with_the_one_that_was_meant(
     place: tuple[str | int, ...], typo: str, meant: str
 ) -> None:
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(RequestError) as caught:
         make_recipe(changed(place, "x"))
     where = ".".join(map(str, place))
     assert f'{where}: unknown key; did you mean "{meant}"?' in str(caught.value)
 
 
 def test_an_unknown_key_like_no_other_gets_the_list_of_keys() -> None:
-    with pytest.raises(RecipeError, match=r"output\.zzz: unknown key; known: dtype, rounding, shard_size, files_from"):
+    with pytest.raises(RequestError, match=r"output\.zzz: unknown key; known: dtype, rounding, shard_size, files_from"):
         make_recipe(changed(("output", "zzz"), 1))
 
 
 def test_a_model_may_be_called_as_a_part_of_the_recipe_is() -> None:
     models = {"output": {"source": "a", "sorce": "b"}, "terms": "c"}
-    with pytest.raises(RecipeError, match=r'models\.output\.sorce: unknown key; did you mean "source"\?'):
+    with pytest.raises(RequestError, match=r'models\.output\.sorce: unknown key; did you mean "source"\?'):
         make_recipe({"models": models, "start": "output", "terms": [{"delta": "output - terms", "scale": 1}]})
 
 
@@ -161,7 +161,7 @@ NUMBERS: list[tuple[tuple[str | int, ...], Any]] = [
 def test_what_is_no_number_of_the_right_size_is_refused_where_it_stands(
     place: tuple[str | int, ...], value: Any
 ) -> None:
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(RequestError) as caught:
         make_recipe(changed(place, value))
     assert str(caught.value).startswith(".".join(map(str, place)))
 
@@ -224,7 +224,7 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_recipe_that_does_not_say_one_clear_thing_is_refused(case: str) -> None:
     make_recipe(FULL)
     plain, expected = BROKEN[case]
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(RequestError) as caught:
         make_recipe(plain)
     assert expected in str(caught.value)
 
@@ -232,7 +232,7 @@ def test_a_recipe_that_does_not_say_one_clear_thing_is_refused(case: str) -> Non
 def test_all_that_is_wrong_with_values_is_said_at_once() -> None:
     plain = changed(("seed",), -1) | {"tokenizer": "same"}
     plain["terms"][0]["scale"] = "much"
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(RequestError) as caught:
         make_recipe(plain)
     assert [line.strip().split(":")[0] for line in str(caught.value).splitlines()] == [
         "terms.0.scale", "seed", "tokenizer",
@@ -422,7 +422,7 @@ BAD_FOR_BOTH = [
 @pytest.mark.parametrize(("place", "value"), BAD_FOR_BOTH, ids=str)
 def test_the_schema_refuses_the_mistakes_that_an_editor_can_see(place: tuple[str | int, ...], value: Any) -> None:
     plain = changed(place, value)
-    with pytest.raises(RecipeError):
+    with pytest.raises(RequestError):
         make_recipe(plain)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(plain, SCHEMA)
@@ -450,14 +450,14 @@ def test_a_recipe_that_cannot_be_read_is_a_recipe_error_that_names_it(tmp_path: 
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "bad.yaml").write_text("start: 1")
     for name in ("absent.yaml", "bytes.yaml", "bad.yaml", ".", "nul\0.yaml"):
-        with pytest.raises(RecipeError) as caught:
+        with pytest.raises(RequestError) as caught:
             load_recipe(tmp_path / name)
         assert str(tmp_path) in str(caught.value)
 
 
 def test_a_key_that_occurs_twice_is_found_among_twenty_thousand() -> None:
     text = "models: {" + ", ".join(f"m{number}: x" for number in range(20_000)) + "}\nstart: m0\nterms: []\n"
-    with pytest.raises(RecipeError, match="terms is empty"):
+    with pytest.raises(RequestError, match="terms is empty"):
         parse_recipe(text)
-    with pytest.raises(RecipeError, match="'m7' occurs twice"):
+    with pytest.raises(RequestError, match="'m7' occurs twice"):
         parse_recipe(text.replace("m19999: x", "m7: x"))

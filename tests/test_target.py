@@ -22,7 +22,7 @@ from resta.adapter import CONFIG as ADAPTER_CONFIG
 from resta.adapter import FILE as ADAPTER
 from resta.auditing import audit
 from resta.cli import main
-from resta.errors import ChangedError, PlanError, RestaError, ResumeError
+from resta.errors import ChangedError, RequestError, RestaError, ResumeError
 from resta.recipe import Recipe, make_recipe
 from tests.conftest import save_model
 from tests.test_engine import RESTA, RESTA_D, read, recipe_of
@@ -73,7 +73,7 @@ def test_what_appears_at_out_during_the_merge_is_left_alone_and_the_work_kept(
             if kind == "directory":
                 (out / "thesis").write_text("years of work")
 
-    with pytest.raises(PlanError, match=r"appeared while the merge was running and was left alone.*same command"):
+    with pytest.raises(RequestError, match=r"appeared while the merge was running and was left alone.*same command"):
         merge_while(recipe, out, appears, overwrite=overwrite)
     if kind == "file":
         assert out.read_text() == "years of work"
@@ -100,7 +100,7 @@ def test_of_two_merges_to_one_name_the_second_replaces_nothing(recipe: Recipe, o
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "check_space", second_looks_then_first_finishes)  # after the second's look at OUT
-        with pytest.raises(PlanError, match="already exists"):
+        with pytest.raises(RequestError, match="already exists"):
             engine.merge(other, out)
     assert json.loads((out / "resta.json").read_text())["recipe_digest"] == recipe.digest
     assert not output.partial_of(out).exists()
@@ -121,7 +121,7 @@ def test_what_is_swapped_in_between_look_and_rename_is_put_back(
             (out / "thesis").write_text("years of work")
 
     monkeypatch.setattr(output, "check_vacant", swaps)
-    with pytest.raises(PlanError, match="not made by resta"):
+    with pytest.raises(RequestError, match="not made by resta"):
         engine.merge(recipe, out, overwrite=True)
     assert (out / "thesis").read_text() == "years of work"
 
@@ -171,7 +171,7 @@ def test_what_others_put_into_the_working_directory_stays(recipe: Recipe, tmp_pa
 def refused_before_work(recipe: Recipe, out: Path, message: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "Output", lambda *_, **__: pytest.fail("work began"))
-        with pytest.raises(PlanError, match=message):
+        with pytest.raises(RequestError, match=message):
             engine.merge(recipe, out)
 
 
@@ -314,7 +314,7 @@ def test_a_disk_that_lost_the_line_that_commits_is_no_dead_end(recipe: Recipe, o
     journal = tmp_path / "out.partial" / "journal.jsonl"
     journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:-1]))
     whole = digests(out)
-    with pytest.raises(PlanError, match="--overwrite"):
+    with pytest.raises(RequestError, match="--overwrite"):
         engine.merge(recipe, out)
     engine.merge(recipe, out, overwrite=True)
     assert digests(out) == whole

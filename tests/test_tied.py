@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import resta
 from resta.adapter import CONFIG
 from resta.auditing import audit
-from resta.errors import AdapterError
+from resta.errors import RequestError
 from resta.plan import make_plan
 from resta.recipe import Recipe, make_recipe
 from resta.tied import OUTPUT_OF
@@ -148,7 +148,7 @@ def test_tied_embeddings_of_an_unknown_architecture_are_refused_with_advice(
 ) -> None:
     base, adapter = make(tmp_path, adapter_kind)
     altered(base, UNKNOWN[case])
-    with pytest.raises(AdapterError, match=r"ties its output layer.*untie them there, merge_and_unload") as caught:
+    with pytest.raises(RequestError, match=r"ties its output layer.*untie them there, merge_and_unload") as caught:
         make_plan(recipe_of(base, adapter))
     assert str(adapter) in str(caught.value)
     assert json.loads((adapter / CONFIG).read_text())["peft_type"] == "LORA"

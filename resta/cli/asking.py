@@ -245,7 +245,7 @@ def questions_of(given: Mapping[str, Any]) -> Questions:
 
 
 def target_of(model: str, given: Mapping[str, Any]) -> Target:
-    """Return the model that is named, reached as the options say. Raises ModelError."""
+    """Return the model that is named, reached as the options say. Raises RequestError."""
     from resta.redeval.targets import parse_target
 
     return parse_target(

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 import resta
 from resta.auditing import Audit
 from resta.checkpoint import following_links
-from resta.errors import RecipeError
+from resta.errors import RequestError
 from resta.page import console, printable
 
 EPILOG = """\b
@@ -93,8 +93,8 @@ def _parse_moved(moved: tuple[str, ...]) -> dict[str, str]:
     for text in moved:
         name, equals, path = text.partition("=")
         if not equals or not path:
-            raise RecipeError(f"--model {text}: expected NAME=PATH, such as base=/mnt/models/vicuna")
+            raise RequestError(f"--model {text}: expected NAME=PATH, such as base=/mnt/models/vicuna")
         if name in found:
-            raise RecipeError(f"--model {name}: is given twice")
+            raise RequestError(f"--model {name}: is given twice")
         found[name] = path
     return found

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from resta.cli.output import output
-from resta.errors import DemoError, MissingExtraError, PlanError
+from resta.errors import CheckFailedError, RequestError
 
 
 @click.command(short_help="Train tiny models, give one its safety back, and prove it.")
@@ -34,9 +34,9 @@ def command(folder: Path | None, out: Path | None, instruct: str | None, seed: i
         from resta.verify.report import print_decision
     except ModuleNotFoundError as error:
         library = str(error.name).split(".")[0]
-        raise MissingExtraError(f"resta demo needs {library}: pip install 'resta[sft,redeval,utility]'") from None
+        raise RequestError(f"resta demo needs {library}: pip install 'resta[sft,redeval,utility]'") from None
     if folder is not None and out is not None:
-        raise PlanError(f"{folder} and --out {out}: name the folder once")
+        raise RequestError(f"{folder} and --out {out}: name the folder once")
     folder = folder or out or Path("resta-demo")
     began = time.monotonic()
 
@@ -50,4 +50,4 @@ def command(folder: Path | None, out: Path | None, instruct: str | None, seed: i
         click.echo(f"report: {made.files['report.html']}")
     note("done")
     if found := failures(shown):
-        raise DemoError(f"the demo does not show its point here: {'; '.join(found)}")
+        raise CheckFailedError(f"the demo does not show its point here: {'; '.join(found)}")

@@ -13,7 +13,7 @@ import resta
 from resta.checkpoint import following_links
 from resta.cli.audit import byte_progress
 from resta.distance import Diff, Distance, require_plots, write_json, write_plot
-from resta.errors import RecipeError
+from resta.errors import RequestError
 from resta.page import console, printable
 
 EPILOG = """\b
@@ -51,7 +51,7 @@ def command(
         require_plots()
     for path in (json_file, plot_file):
         if path and not path.absolute().parent.is_dir():
-            raise RecipeError(f"{path}: there is no directory {path.absolute().parent}")
+            raise RequestError(f"{path}: there is no directory {path.absolute().parent}")
     with following_links(trusted=follow_links), byte_progress("comparing", shown=sys.stderr.isatty()) as progress:
         result = resta.diff(a, b, on=on, workers=workers, progress=progress)
     _print(result)

@@ -15,7 +15,7 @@ import click
 from resta.checkpoint import following_links
 from resta.cli.output import output
 from resta.engine import Result, carry_out, input_folders
-from resta.errors import RecipeError, RequestError
+from resta.errors import RequestError
 from resta.forecast import plan_warnings
 from resta.manifest import change_warning, describe_terms, judge, result_warnings, total_change
 from resta.output import check_place, check_space, check_vacant
@@ -143,7 +143,7 @@ def _recipe(ctx: click.Context, tuned_or_recipe: str, options: dict[str, Any]) -
     for name in options:
         if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
             flag = "--" + name.replace("_", "-")
-            raise RecipeError(f"{flag} changes the result: say it in {tuned_or_recipe}, which then records it")
+            raise RequestError(f"{flag} changes the result: say it in {tuned_or_recipe}, which then records it")
     return load_recipe(Path(tuned_or_recipe))
 
 

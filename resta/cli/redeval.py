@@ -20,7 +20,7 @@ from resta.cli.asking import (
     target_of,
 )
 from resta.cli.output import output
-from resta.errors import ModelError, UnansweredError
+from resta.errors import RequestError, UnansweredError
 
 if TYPE_CHECKING:
     from resta.redeval import Run, RunOptions, Target, Views
@@ -178,13 +178,13 @@ def list_known() -> None:
 
 
 def _target(model: str, given: dict[str, Any]) -> Target:
-    """Return the one model that is named. Raises ModelError."""
+    """Return the one model that is named. Raises RequestError."""
     target = target_of(model, given)
     local = target.local
     if local and local.base is not None and not local.is_adapter:
-        raise ModelError(f"--base is for an adapter's directory; {local.model} holds no adapter_config.json")
+        raise RequestError(f"--base is for an adapter's directory; {local.model} holds no adapter_config.json")
     if local and local.files is not None and not local.is_recipe:
-        raise ModelError(f"--files is for a recipe; {local.model} is none (.yaml)")
+        raise RequestError(f"--files is for a recipe; {local.model} is none (.yaml)")
     return target
 
 

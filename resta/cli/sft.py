@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from resta.cli.output import output
-from resta.errors import MissingExtraError, RecipeError
+from resta.errors import RequestError
 
 
 @click.command("sft")
@@ -43,15 +43,13 @@ def command(
     from resta.sft import recipe as recipes
 
     if preview and dry_run:
-        raise RecipeError("--preview and --dry-run show different things; give one of them")
+        raise RequestError("--preview and --dry-run show different things; give one of them")
     checked = recipes.load(recipes.Recipe, recipe, assignments)
     try:
         from resta.sft import finetune, memory, show, train
     except ModuleNotFoundError as error:
         library = str(error.name).split(".")[0]
-        raise MissingExtraError(
-            f"resta sft needs {library}; install what it uses with: pip install 'resta[sft]'"
-        ) from None
+        raise RequestError(f"resta sft needs {library}; install what it uses with: pip install 'resta[sft]'") from None
     words = [str(recipe), *(word for assignment in assignments for word in ("--set", assignment))]
     words += [] if device == "auto" else ["--device", device]
     job = train.Job(recipe=checked, root=recipe.parent, out=out or Path("out"), device=device, words=tuple(words))
@@ -61,7 +59,7 @@ def command(
     elif dry_run:
         click.echo(f"{train.launch_line(job)}\n\n{memory.table(job, memory.estimate(job))}")
     elif out is None:
-        raise RecipeError("-o DIR is needed to train; --preview and --dry-run do without")
+        raise RequestError("-o DIR is needed to train; --preview and --dry-run do without")
     else:
         trained = finetune.carry_out(job, keep_checkpoints=keep_checkpoints, progress=show.logged)
         if train.is_main():

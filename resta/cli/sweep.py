@@ -12,7 +12,7 @@ import click
 from resta.cli.asking import HOW, JUDGES, QUESTIONS, SERVERS, options, run_options
 from resta.cli.output import output
 from resta.cli.verify import POLICY, UTILITY, exam_of
-from resta.errors import NO, RecipeError
+from resta.errors import NO, RequestError
 
 if TYPE_CHECKING:
     from resta.sweep.candidates import Family, Grid
@@ -198,7 +198,7 @@ def _grid(given: Mapping[str, Any], *, is_recipe: bool) -> Grid:
     known = (*CHOICES, "recipe") if is_recipe else CHOICES
     for name in names:
         if name not in known or names.count(name) > 1:
-            raise RecipeError(f"--method {given['method']}: expected some of {', '.join(known)}, each once")
+            raise RequestError(f"--method {given['method']}: expected some of {', '.join(known)}, each once")
     densities = parse_numbers(given["density"], "--density") if given["density"] else ()
     check_density(densities)
     towards, random = given["interpolation_scale"], given["random_scale"]
@@ -225,7 +225,7 @@ def _family(tuned: str, given: Mapping[str, Any]) -> Family:
         tuned=tuned, **{key: given[key] for key in ("aligned", "base", "unaligned", "tuned_from", "recorded_base")}
     )
     if roles.aligned is None:
-        raise RecipeError("say --aligned: the model that safety comes from, and that all are compared with")
+        raise RequestError("say --aligned: the model that safety comes from, and that all are compared with")
     return Family(
         models=read_roles(roles),
         output=OutputChoices(dtype=given["output_dtype"], rounding=given["rounding"], files_from="tuned"),
@@ -252,7 +252,7 @@ def _own_family(ctx: click.Context, path: Path) -> Family:
         *("dare_rescale", "output_dtype", "rounding", "min_coverage", "allow_config"),
     ):
         if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
-            raise RecipeError(f"--{name.replace('_', '-')} changes the candidates: say it in {path}")
+            raise RequestError(f"--{name.replace('_', '-')} changes the candidates: say it in {path}")
     return replace(family_of(load_recipe(path)), groups=_names(ctx.params["groups"]))
 
 

@@ -23,7 +23,7 @@ from resta.cli.asking import (
     target_of,
 )
 from resta.cli.output import output
-from resta.errors import ModelError, RequestError, TaskError
+from resta.errors import RequestError
 
 if TYPE_CHECKING:
     from resta.redeval import Target
@@ -166,7 +166,9 @@ def import_logged(measurement: Path, files: tuple[Path, ...], names: tuple[str, 
     from resta.verify.samples import import_samples
 
     if not is_measurement(measurement):
-        raise ModelError(f"{measurement} holds no measurement; expected a folder such as OUT/aligned of `resta verify`")
+        raise RequestError(
+            f"{measurement} holds no measurement; expected a folder such as OUT/aligned of `resta verify`"
+        )
     with private_files():
         found = import_samples(measurement / "utility", files, names)
     for each in found:
@@ -195,14 +197,14 @@ def _no_verdict() -> Iterator[None]:
 
 
 def _model(given: Mapping[str, Any], name: str) -> Target | Path:
-    """Return the model that a name means, or the folder of its measurement. Raises ModelError."""
+    """Return the model that a name means, or the folder of its measurement. Raises RequestError."""
     from resta.verify.measurement import is_measurement
 
     return Path(name) if is_measurement(Path(name)) else target_of(name, given)
 
 
 def exam_of(given: Mapping[str, Any]) -> Exam:
-    """Return what is measured of every model, as the options say. Raises TaskError."""
+    """Return what is measured of every model, as the options say. Raises RequestError."""
     from resta.verify import Exam, Utility
 
     utility = Utility(
@@ -223,7 +225,7 @@ def exam_of(given: Mapping[str, Any]) -> Exam:
 
 
 def _gen_kwargs(text: str | None) -> dict[str, Any]:
-    """Return KEY=VALUE,... as what it says, values read as YAML. Raises TaskError."""
+    """Return KEY=VALUE,... as what it says, values read as YAML. Raises RequestError."""
     from resta.dialect import parse_untyped
     from resta.strict import named
 
@@ -231,8 +233,8 @@ def _gen_kwargs(text: str | None) -> dict[str, Any]:
     for part in text.split(",") if text else ():
         key, equals, value = part.partition("=")
         if not equals or not key.strip() or key.strip() in found:
-            raise TaskError(f"--gen-kwargs {text}: expected KEY=VALUE,... with each key once, found {part!r}")
-        with named(f"--gen-kwargs {part}", TaskError):
+            raise RequestError(f"--gen-kwargs {text}: expected KEY=VALUE,... with each key once, found {part!r}")
+        with named(f"--gen-kwargs {part}"):
             found[key.strip()] = parse_untyped(value)
     return found
 

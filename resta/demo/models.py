@@ -91,7 +91,7 @@ class Making:
 def make_models(making: Making) -> dict[str, str]:
     """Return {base, aligned, tuned: directory (or the base's own name)}, each but a given base trained here.
 
-    Raises what the sft module raises, CheckpointError for an instruct model that cannot be loaded among it.
+    Raises what the sft module raises, RequestError for an instruct model that cannot be loaded among it.
     """
     made = {"base": making.instruct or str(make_untrained(making.folder / "untrained", making.schedule, making.seed))}
     for name, stage in making.schedule.stages():

@@ -17,7 +17,7 @@ from pathlib import Path
 import resta
 from resta.demo.files import CorpusFiles, demo_policy, write_corpus
 from resta.demo.models import INSTRUCT, TINY, Making, Note, Schedule, make_models
-from resta.errors import PlanError
+from resta.errors import RequestError
 from resta.recipe import named_models
 from resta.redeval import Questions, RunOptions, Target, parse_target
 from resta.redeval.questions import read_bank
@@ -44,11 +44,11 @@ def run_demo(
     """Make everything under `folder` and return what came of it.
 
     Raises:
-        PlanError: the folder exists already.
-        ModelError: there is no such instruct model.
+        RequestError: the folder exists already.
+        RequestError: there is no such instruct model.
     """
     if folder.exists():
-        raise PlanError(f"{folder}: already exists; remove it or choose another folder")
+        raise RequestError(f"{folder}: already exists; remove it or choose another folder")
     if instruct is not None:
         on_cpu(instruct)  # whether it is there, before anything is written
     files = write_corpus(folder / "corpus")

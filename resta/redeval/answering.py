@@ -129,7 +129,7 @@ def _say_how_long(plan: Plan, asks: Sequence[Ask], local: LocalModel | None, con
 def ready_target(target: Target, plan: Plan) -> LocalModel | None:
     """Return a local target, loaded and tried on one prompt; of any other, see that it is there and takes our key.
 
-    Nothing is written or paid for. Raises ModelError, UnansweredError.
+    Nothing is written or paid for. Raises RequestError, UnansweredError.
     """
     check_fits(target, plan, some=True)
     if target.local is not None:
@@ -145,7 +145,7 @@ def ready_target(target: Target, plan: Plan) -> LocalModel | None:
 def check_fits(target: Target, plan: Plan, *, some: bool = False) -> None:
     """Refuse a plan of which a prompt and its answer do not fit a local model's context; no weights are read.
 
-    With `some` it is enough that one of them fits. A served model's context is not known. Raises ModelError.
+    With `some` it is enough that one of them fits. A served model's context is not known. Raises RequestError.
     """
     if target.local is not None:
         asks = ((ask.id, ask.messages) for ask in plan.asks)

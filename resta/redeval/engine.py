@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from resta.errors import MissingExtraError, ModelError, UnansweredError
+from resta.errors import RequestError, UnansweredError
 from resta.fingerprint import sha256_text
 from resta.redeval import targets
 from resta.redeval.asks import Ask, Decoding, Finish, Message, NoReply, Outcome, Rendering, Reply, without_prompt
@@ -51,7 +51,7 @@ try:
     from inspect_ai.solver import Generate, Solver, TaskState, solver
     from openai import APIConnectionError, APIStatusError, AsyncOpenAI, BadRequestError
 except ImportError as error:
-    raise MissingExtraError("Red-Eval needs inspect-ai and openai: pip install 'resta[redeval]'") from error
+    raise RequestError("Red-Eval needs inspect-ai and openai: pip install 'resta[redeval]'") from error
 
 from resta.redeval.clean import opened_by
 from resta.redeval.models import Generation, LocalModel, LocalSpec, Prompt, load_local
@@ -403,14 +403,14 @@ def open_model(
 ) -> Model:
     """Return a handle to a model that is loaded already, or to a served one that answers and takes our key.
 
-    `raw` sends the first message's text as it stands, without a chat template. Raises ModelError, UnansweredError.
+    `raw` sends the first message's text as it stands, without a chat template. Raises RequestError, UnansweredError.
     """
     if isinstance(who, LocalModel):
         return local_handle(who, decoding, rendering=rendering, raw=raw)
     if who.base_url is not None:
         targets.check_endpoint(who.base_url, judge=is_judge)
     elif raw:
-        raise ModelError(
+        raise RequestError(
             f"{who.name}: its prompt is sent as plain text, which Inspect's providers do not take; serve it "
             "(NAME=MODEL@http://HOST/v1) or run it locally"
         )
@@ -457,7 +457,7 @@ def connect(
 ) -> Model:
     """Return a handle to a served model: OpenAI-compatible at `base_url`, else Inspect's own PROVIDER/NAME.
 
-    Raises ModelError where the provider is unknown, or lacks a key or a package.
+    Raises RequestError where the provider is unknown, or lacks a key or a package.
     """
     limits = limits or Limits()
     config = GenerateConfig(
@@ -487,7 +487,7 @@ def connect(
             served=key,
         )
     except Exception as error:  # each provider has its own kinds
-        raise ModelError(f"{name}: cannot be reached through inspect-ai: {error}") from error
+        raise RequestError(f"{name}: cannot be reached through inspect-ai: {error}") from error
 
 
 def _temperature(decoding: Decoding) -> float | None:
@@ -611,7 +611,7 @@ async def _asked(ask_id: str, messages: list[ChatMessage]) -> tuple[ModelOutput,
         if is_filter(said, prompts):
             return ModelOutput(error="blocked by a filter"), Reply(id=ask_id, text="", finish="content_filter")
         reason = f"{kind}: {without_prompt(said, prompts)}"
-        own = isinstance(error, ModelError)  # a local model's context: those too long come first, and in a row
+        own = isinstance(error, RequestError)  # a local model's context: those too long come first, and in a row
         return ModelOutput(error=reason), NoReply(id=ask_id, reason=reason, own=own)
 
 

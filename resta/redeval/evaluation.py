@@ -164,7 +164,7 @@ def report(path: Path, *, views: Views = Views(), options: RunOptions = RunOptio
 
 
 def label(path: Path, file: Path, *, views: Views = Views(), options: RunOptions = RunOptions()) -> Run:
-    """Take people's labels from a CSV into the run in `path`, and report it again. Raises BankError, ResumeError."""
+    """Take people's labels from a CSV into the run in `path`, and report it again. Raises RequestError, ResumeError."""
     folder = load_run(path)
     rows = read_labels(file, {answer.id for answer in folder.answers()}, required=True)
     with private_files(), FolderLock(path):
@@ -209,7 +209,7 @@ def import_batch(path: Path, batch: Path) -> tuple[int, list[NoReply], int]:
 
 
 def read_judges(judges: Sequence[str | Judge]) -> list[Judge]:
-    """Return the judges that are named. Raises JudgeError."""
+    """Return the judges that are named. Raises RequestError."""
     return [each if isinstance(each, Judge) else parse_judge(each) for each in judges or JUDGES]
 
 
@@ -232,7 +232,7 @@ def start(
     """Return the run in a folder, made or gone on with, and where something is to be asked the loaded model, if local.
 
     Before anything is written, the judges and the model that are needed have shown that they can be asked, so that a
-    run that cannot work leaves nothing behind. Raises ModelError, JudgeError, ResumeError, UnansweredError.
+    run that cannot work leaves nothing behind. Raises RequestError, ResumeError, UnansweredError.
     """
     there = find_run(path, plan.config)
     asking = there is None or bool(missing_asks(there, plan))

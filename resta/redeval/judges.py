@@ -20,7 +20,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from resta.dialect import parse
-from resta.errors import JudgeError, RecipeError
+from resta.errors import RequestError
 from resta.fingerprint import digest
 from resta.redeval.asks import Ask, Decoding, Message, Rendering, Reply
 from resta.redeval.clean import strip_thoughts
@@ -251,43 +251,43 @@ def built_in() -> list[str]:
 
 
 def read_judge(name: str) -> JudgeSpec:
-    """Return a declaration by built-in name or path. Raises JudgeError."""
-    with named(f"judge {name}", JudgeError):
+    """Return a declaration by built-in name or path. Raises RequestError."""
+    with named(f"judge {name}"):
         if name in built_in():
             text = (resources.files("resta.redeval") / "judge" / f"{name}.yaml").read_text("utf-8")
         elif Path(name).is_file():
             text = read_text(Path(name))
         else:
             known = built_in()
-            raise RecipeError(f"is unknown: neither a file nor one of {', '.join(known)}{did_you_mean(name, known)}")
+            raise RequestError(f"is unknown: neither a file nor one of {', '.join(known)}{did_you_mean(name, known)}")
         return check(JudgeSpec, parse(text))
 
 
 def parse_judge(text: str) -> Judge:
-    """Return the judge that NAME, NAME=MODEL or NAME=MODEL@http://HOST/v1 names. Raises JudgeError."""
+    """Return the judge that NAME, NAME=MODEL or NAME=MODEL@http://HOST/v1 names. Raises RequestError."""
     name, _, model = text.partition("=")
     model, at, rest = model.partition("@http")
     spec = read_judge(name)
     if isinstance(spec.read, Strings):
         if model:
-            raise JudgeError(f"judge {name} reads strings and takes no model")
+            raise RequestError(f"judge {name} reads strings and takes no model")
         return Judge(spec=spec)
     model = model or spec.model or ""
     if not model:
-        raise JudgeError(f"judge {name} names no model; write {name}=MODEL or {name}=MODEL@http://HOST:PORT/v1")
+        raise RequestError(f"judge {name} names no model; write {name}=MODEL or {name}=MODEL@http://HOST:PORT/v1")
     if at and isinstance(spec.read, Classifier):
-        raise JudgeError(f"judge {name} is a sequence classifier, which no OpenAI-compatible server offers")
+        raise RequestError(f"judge {name} is a sequence classifier, which no OpenAI-compatible server offers")
     return Judge(spec=spec, model=model, base_url=f"http{rest}" if at else None)
 
 
 def check_languages(judges: Sequence[Judge], questions: Iterable[Question]) -> None:
-    """Raise JudgeError for a judge by strings that knows no refusal in a language of the questions."""
+    """Raise RequestError for a judge by strings that knows no refusal in a language of the questions."""
     languages = languages_of(questions)
     for judge in judges:
         read = judge.spec.read
         if isinstance(read, Strings) and isinstance(read.refusals, dict):
             for language in languages.keys() - read.refusals.keys():
-                raise JudgeError(
+                raise RequestError(
                     f"judge {judge.id}: bank {languages[language]} is in a language that it has no refusals of "
                     f"({', '.join(sorted(read.refusals))}), so that every refusal would count as harmful; name a judge "
                     "that reads the language, or declare one with phrases of your own (refusals: [...])"

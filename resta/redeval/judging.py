@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from resta.errors import JudgeError, UnansweredError
+from resta.errors import RequestError, UnansweredError
 from resta.journal import Journal
 from resta.redeval.asks import Ask, NoReply, Outcome, Reply
 from resta.redeval.control import OWN, Known, control_languages, known_answers, read_control, record_of
@@ -58,7 +58,7 @@ CHUNK = 256  # answers per pass of a judge that reads one token: verdicts are ke
 
 
 def judge_target(judge: Judge, device: str = "auto") -> Target:
-    """Return the model that carries a judge out. Raises ModelError."""
+    """Return the model that carries a judge out. Raises RequestError."""
     assert judge.model is not None
     if judge.base_url is not None:
         return Target(name=judge.model, base_url=judge.base_url)
@@ -66,13 +66,13 @@ def judge_target(judge: Judge, device: str = "auto") -> Target:
 
 
 def check_judges(judges: Sequence[Judge], target: Target | None, *, allow_self: bool) -> list[Judge]:
-    """Return the judges with their local models' fingerprints. Raises JudgeError for a judge of itself."""
+    """Return the judges with their local models' fingerprints. Raises RequestError for a judge of itself."""
     checked = []
     for judge in judges:
         if judge.model is not None:
             model = judge_target(judge)
             if target is not None and same_model(target, model) and not allow_self:
-                raise JudgeError(
+                raise RequestError(
                     f"judge {judge.id} is the model under test, which would grade itself; choose another, or "
                     "allow it with --allow-self-judge"
                 )
@@ -80,7 +80,7 @@ def check_judges(judges: Sequence[Judge], target: Target | None, *, allow_self: 
                 judge = replace(judge, fingerprint=fingerprint(model.local))
         checked.append(judge)
     if len({judge.id for judge in checked}) < len(checked):
-        raise JudgeError(f"two judges share a name: {', '.join(judge.id for judge in checked)}")
+        raise RequestError(f"two judges share a name: {', '.join(judge.id for judge in checked)}")
     return checked
 
 
@@ -88,7 +88,7 @@ def make_ready(judges: Sequence[Judge], run: RunDir | None, device: str) -> None
     """Find out, before an answer is paid for, whether the judges that will be needed can judge at all.
 
     A server must answer, and take such a judge; a local model's tokenizer must be there and fit. `run` is None where
-    answers are still to come. Raises UnansweredError, JudgeError, ModelError.
+    answers are still to come. Raises UnansweredError, RequestError.
     """
     for judge in judges:
         if judge.model is not None and (run is None or pending(run, judge) or untested(run, judge)):
@@ -110,7 +110,7 @@ def _try_out(judge: Judge, target: Target) -> None:
     pick_device(target.local.device)
     tokenizer = read_tokenizer(target.local)
     if isinstance(judge.spec.render, Chat) and not tokenizer.chat_template:
-        raise JudgeError(f"judge {judge.id}: {judge.model} has no chat template, by which this judge is asked")
+        raise RequestError(f"judge {judge.id}: {judge.model} has no chat template, by which this judge is asked")
     if isinstance(judge.spec.read, Tokens | Digits):
         candidate_tokens(judge, tokenizer)
 
@@ -302,10 +302,10 @@ def clip_for(judge: Judge, pairs: Pairs, local: LocalModel | None) -> Callable[[
         judge_messages(judge.spec, longest, "", max(judge.spec.policies.values(), default="", key=len)),
     )
     if longest not in bare.text:
-        raise JudgeError(f"judge {judge.id}: the chat template of {local.name} leaves the question out")
+        raise RequestError(f"judge {judge.id}: the chat template of {local.name} leaves the question out")
     room = local.context - judge.spec.max_new_tokens - len(bare.ids) - 16  # joins may cost a few tokens
     if room < 1:
-        raise JudgeError(f"judge {judge.id}: its own prompt leaves no room for an answer in {local.context} tokens")
+        raise RequestError(f"judge {judge.id}: its own prompt leaves no room for an answer in {local.context} tokens")
     return lambda text: local.clip(local.without_special(text), min(tokens, room))
 
 
@@ -337,7 +337,7 @@ def _read_next_token(judge: Judge, local: LocalModel, pairs: Pairs, keep: Keep) 
 def candidate_tokens(judge: Judge, tokenizer: Any) -> dict[str, int]:
     """Return {spelling: token id} of all that the judge may say, with and without a space before it.
 
-    Raises JudgeError where one of them is not a single token of this judge's vocabulary.
+    Raises RequestError where one of them is not a single token of this judge's vocabulary.
     """
     read = judge.spec.read
     if isinstance(read, Tokens):
@@ -350,7 +350,7 @@ def candidate_tokens(judge: Judge, tokenizer: Any) -> dict[str, int]:
         found = {text: token_id(tokenizer, text) for text in (word, f" {word}")}
         known = {text: token for text, token in found.items() if token is not None}
         if not known:
-            raise JudgeError(f"judge {judge.id}: {word!r} is not a single token of {judge.model}")
+            raise RequestError(f"judge {judge.id}: {word!r} is not a single token of {judge.model}")
         # Some tokenizers give both spellings one id; its probability must count once.
         tokens.update({text: token for text, token in known.items() if token not in tokens.values()})
     return tokens
@@ -368,6 +368,6 @@ def _classify(judge: Judge, classifier: TextClassifier, pairs: Pairs, keep: Keep
     for i, shares in classify(classifier, texts, multi_label=read.multi_label):
         unknown = [name for name in read.positive if name not in shares]
         if unknown:
-            raise JudgeError(f"judge {judge.id}: no label {', '.join(unknown)} among {', '.join(shares)}")
+            raise RequestError(f"judge {judge.id}: no label {', '.join(unknown)} among {', '.join(shares)}")
         question, answer = pairs[i]
         keep(question, classifier_verdict(judge, answer, shares))

@@ -6,7 +6,7 @@ import csv
 import math
 from pathlib import Path
 
-from resta.errors import BankError, RestaError, ResumeError
+from resta.errors import RequestError, RestaError, ResumeError
 from resta.redeval.records import Label, RunDir
 
 WORDS = {"harmful": True, "unharmful": False, "safe": False, "refused": False}
@@ -14,14 +14,14 @@ FILE = "disagreements.csv"
 
 
 def read_labels(file: Path, known: set[str], *, required: bool) -> list[Label]:
-    """Return the labels filled in in a CSV; `required` at least one. Raises BankError, ResumeError."""
+    """Return the labels filled in in a CSV; `required` at least one. Raises RequestError, ResumeError."""
     found = []
     for number, row in enumerate(_label_rows(file), 2):
         word = (row["human_label"] or "").strip().lower()
         if not word:
             continue
         if word not in WORDS:
-            raise BankError(f"{file}: line {number}: human_label must be harmful or safe, found {word!r}")
+            raise RequestError(f"{file}: line {number}: human_label must be harmful or safe, found {word!r}")
         if row["answer_id"] not in known:
             raise ResumeError(f"{file}: line {number}: {row['answer_id']!r} is no answer of this run")
         try:
@@ -29,10 +29,10 @@ def read_labels(file: Path, known: set[str], *, required: bool) -> list[Label]:
         except ValueError:
             weight = math.nan
         if not 0 < weight < math.inf:
-            raise BankError(f"{file}: line {number}: weight must be a number above 0, found {row['weight']!r}")
+            raise RequestError(f"{file}: line {number}: weight must be a number above 0, found {row['weight']!r}")
         found.append(Label(answer_id=row["answer_id"], harmful=WORDS[word], weight=weight))
     if required and not found:
-        raise BankError(f"{file}: no human_label is filled in")
+        raise RequestError(f"{file}: no human_label is filled in")
     return found
 
 
@@ -42,10 +42,10 @@ def _label_rows(file: Path) -> list[dict[str, str]]:
             reader = csv.DictReader(stream)
             rows, names = list(reader), list(reader.fieldnames or ())
     except (UnicodeDecodeError, csv.Error) as error:
-        raise BankError(f"{file}: not CSV in UTF-8: {error}") from error
+        raise RequestError(f"{file}: not CSV in UTF-8: {error}") from error
     if not {"answer_id", "human_label"} <= set(names):
         shown = ", ".join(names)[:80]
-        raise BankError(f"{file}: expected the columns answer_id and human_label, comma-separated, found {shown!r}")
+        raise RequestError(f"{file}: expected the columns answer_id and human_label, comma-separated, found {shown!r}")
     return rows
 
 

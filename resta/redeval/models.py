@@ -111,14 +111,14 @@ class LocalModel:
         return context_of(self.model.config)
 
     def chat_prompt(self, key: str, messages: Sequence[Message], rendering: Rendering) -> Prompt:
-        """Render messages with the model's own chat template and tokenise the result. Raises ModelError."""
+        """Render messages with the model's own chat template and tokenise the result. Raises RequestError."""
         return self.raw_prompt(key, render_chat(self.tokenizer, self.name, messages, rendering))
 
     def check_template(self, rendering: Rendering) -> None:
-        """Try the chat template on one question. Raises ModelError: there is none, or it does not show the question."""
+        """Try the chat template on one question. Raises RequestError: there is none, or it hides the question."""
         question = "Which number comes after 41?"
         if question not in self.chat_prompt("check", [Message(role="user", content=question)], rendering).text:
-            raise ModelError(
+            raise RequestError(
                 f"{self.name}: its chat template leaves the question out, so that every question would be the same; "
                 "name another with --chat-template"
             )
@@ -147,9 +147,9 @@ class LocalModel:
         return clip_text(self.tokenizer, text, tokens)
 
     def check_length(self, prompt: Prompt, decoding: Decoding) -> None:
-        """Raise ModelError where a prompt and its answer do not fit the model's context."""
+        """Raise RequestError where a prompt and its answer do not fit the model's context."""
         if len(prompt.ids) + decoding.max_new_tokens > self.context:
-            raise ModelError(
+            raise RequestError(
                 f"{self.name}: a prompt of {len(prompt.ids)} and {decoding.max_new_tokens} new tokens exceed "
                 f"its context of {self.context}; lower --max-new-tokens ({prompt.key})"
             )
@@ -220,9 +220,9 @@ class LocalModel:
 
 
 def render_chat(tokenizer: Any, name: str, messages: Sequence[Message], rendering: Rendering) -> str:
-    """Return messages as a model's own chat template writes them. Raises ModelError."""
+    """Return messages as a model's own chat template writes them. Raises RequestError."""
     if not tokenizer.chat_template:
-        raise ModelError(
+        raise RequestError(
             f"{name}: the tokenizer has no chat template, so how to ask is unknown; name one "
             f"with --chat-template NAME or FILE, as it was trained with: {', '.join(NAMED)} (a base model has none)"
         )
@@ -241,7 +241,7 @@ def render_chat(tokenizer: Any, name: str, messages: Sequence[Message], renderin
             **rendering.template_args,
         )
     except Exception as error:  # whatever a Jinja template may raise
-        raise ModelError(f"{name}: the chat template refuses these messages: {error}") from error
+        raise RequestError(f"{name}: the chat template refuses these messages: {error}") from error
     return str(text + rendering.suffix)
 
 
@@ -267,7 +267,7 @@ def check_contexts(
 
     With `some` it is enough that one of them fits: the others will be unanswered.
 
-    Raises ModelError, also where the config or the tokenizer cannot be read or the chat template refuses.
+    Raises RequestError, also where the config or the tokenizer cannot be read or the chat template refuses.
     """
     files, revision = split_revision(files_of(spec))
     tokenizer = read_tokenizer(spec)
@@ -276,7 +276,7 @@ def check_contexts(
         if spec.chat_template is not None:
             tokenizer.chat_template = read_chat_template(spec.chat_template, tokenizer.get_vocab())
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{spec.model}: its config cannot be read: {why_not(error)}") from error
+        raise RequestError(f"{spec.model}: its config cannot be read: {why_not(error)}") from error
     context = context_of(config)
     room = context - decoding.max_new_tokens
     bos = adds_bos(tokenizer)
@@ -291,7 +291,7 @@ def check_contexts(
         longest = max(beyond, key=lengths.__getitem__)
         fitting = context - lengths[longest]
         advice = f"--max-new-tokens {fitting} fits all" if fitting > 0 else "the longest fits with no answer at all"
-        raise ModelError(
+        raise RequestError(
             f"{spec.model}: {len(beyond)} of {len(lengths)} prompts and {decoding.max_new_tokens} new tokens each "
             f"exceed its context of {context}; the longest has {lengths[longest]} tokens ({longest}). {advice}; "
             "or leave out the template or the questions that are so long"
@@ -523,8 +523,8 @@ def estimate_seconds(local: LocalModel, prompt_characters: Sequence[int], decodi
 
 
 def load_local(spec: LocalSpec, *, tensors: Iterable[tuple[str, torch.Tensor]] | None = None) -> LocalModel:
-    """Return the model that `spec` names, loaded once, ready to answer. Raises ModelError,
-    MissingExtraError.
+    """Return the model that `spec` names, loaded once, ready to answer. Raises RequestError,
+    RequestError.
 
     `tensors` are those of a recipe, where they are at hand; else they are computed.
     """
@@ -551,10 +551,12 @@ def load_local(spec: LocalSpec, *, tensors: Iterable[tuple[str, torch.Tensor]] |
             model = model.to(device)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         on = f" on its base {files} (--base names another place)" if spec.is_adapter else ""
-        raise ModelError(f"{spec.model}{on}: cannot be loaded as a causal language model: {why_not(error)}") from error
+        raise RequestError(
+            f"{spec.model}{on}: cannot be loaded as a causal language model: {why_not(error)}"
+        ) from error
     homes = {str(home) for home in getattr(model, "hf_device_map", {}).values()}
     if spread and device.type != "cpu" and homes & {"cpu", "disk"}:
-        raise ModelError(f"{spec.model} does not fit on the GPUs here; serve it elsewhere and give --base-url")
+        raise RequestError(f"{spec.model} does not fit on the GPUs here; serve it elsewhere and give --base-url")
     return LocalModel(model, tokenizer, name=spec.model, batch_rows=spec.batch_rows)
 
 
@@ -570,11 +572,11 @@ def why_not(error: Exception) -> str:
 
 
 def import_transformers() -> Any:
-    """Return the transformers package, quiet. Raises MissingExtraError."""
+    """Return the transformers package, quiet. Raises RequestError."""
     try:
         import transformers
     except ImportError as error:
-        raise MissingExtraError("a local model needs transformers: pip install 'resta[redeval]'") from error
+        raise RequestError("a local model needs transformers: pip install 'resta[redeval]'") from error
     library: Any = transformers
     library.utils.logging.set_verbosity_error()
     library.utils.logging.disable_progress_bar()
@@ -587,7 +589,7 @@ def files_of(spec: LocalSpec) -> str:
     """
     if spec.is_recipe:
         if spec.files is None:
-            raise ModelError(f"{spec.model}: an unwritten merge needs --files DIR, a folder of config and tokenizer")
+            raise RequestError(f"{spec.model}: an unwritten merge needs --files DIR, a folder of config and tokenizer")
         return spec.files
     if not spec.is_adapter:
         return spec.model
@@ -597,10 +599,10 @@ def files_of(spec: LocalSpec) -> str:
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{file}: not a readable adapter configuration: {error}") from error
+        raise RequestError(f"{file}: not a readable adapter configuration: {error}") from error
     named = facts.get("base_model_name_or_path") if isinstance(facts, dict) else None
     if not named:
-        raise ModelError(f"{spec.model}: the adapter does not name its base model; name it with --base")
+        raise RequestError(f"{spec.model}: the adapter does not name its base model; name it with --base")
     return str(named)
 
 
@@ -616,7 +618,7 @@ def _on_adapter(model: Any, adapter: str) -> Any:
     try:
         from peft import PeftModel
     except ImportError as error:
-        raise MissingExtraError("an adapter needs peft: pip install 'resta[redeval]'") from error
+        raise RequestError("an adapter needs peft: pip install 'resta[redeval]'") from error
     return PeftModel.from_pretrained(model, adapter)
 
 
@@ -638,23 +640,23 @@ def _load_recipe(
     )
     wrong = {kind: names for kind, names in info.items() if names and kind != "error_msgs"}
     if wrong:
-        raise ModelError(f"{spec.model}: the merge does not fit the config in {files}: {wrong}")
+        raise RequestError(f"{spec.model}: the merge does not fit the config in {files}: {wrong}")
     if (Path(files) / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(files)
     return model
 
 
 def pick_device(name: str) -> Any:
-    """Return the torch device: the named one, else CUDA, MPS or CPU, whichever comes first. Raises ModelError."""
+    """Return the torch device: the named one, else CUDA, MPS or CPU, whichever comes first. Raises RequestError."""
     import torch
 
     if name not in ("auto", SPREAD):
         try:
             device = torch.device(name)
         except RuntimeError as error:
-            raise ModelError(f"unknown device {name!r}: {error}") from error
+            raise RequestError(f"unknown device {name!r}: {error}") from error
         if device.type == "cuda" and not torch.cuda.is_available():
-            raise ModelError(f"device {name!r}: torch sees no CUDA GPU here")
+            raise RequestError(f"device {name!r}: torch sees no CUDA GPU here")
         return device
     if torch.cuda.is_available():
         return torch.device("cuda")
@@ -667,7 +669,7 @@ def pick_dtype(spec: LocalSpec) -> Any:
 
     names = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if spec.dtype not in names:
-        raise ModelError(f"unknown dtype {spec.dtype!r}; one of {', '.join(names)}")
+        raise RequestError(f"unknown dtype {spec.dtype!r}; one of {', '.join(names)}")
     return names[spec.dtype]
 
 
@@ -710,12 +712,12 @@ def _merged(recipe: Path) -> dict[str, Path]:
 
 
 def read_tokenizer(spec: LocalSpec) -> Any:
-    """Return a model's tokenizer, without its weights. Raises ModelError."""
+    """Return a model's tokenizer, without its weights. Raises RequestError."""
     name, revision = split_revision(files_of(spec))
     try:
         return import_transformers().AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{spec.model}: its tokenizer cannot be loaded: {why_not(error)}") from error
+        raise RequestError(f"{spec.model}: its tokenizer cannot be loaded: {why_not(error)}") from error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -740,7 +742,7 @@ def load_classifier(spec: LocalSpec) -> TextClassifier:
         )
         model = model.eval().to(pick_device(spec.device))
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{spec.model}: cannot be loaded as a sequence classifier: {why_not(error)}") from error
+        raise RequestError(f"{spec.model}: cannot be loaded as a sequence classifier: {why_not(error)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id

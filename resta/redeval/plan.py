@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from resta.errors import BankError, ResumeError
+from resta.errors import RequestError, ResumeError
 from resta.journal import checked
 from resta.redeval.asks import Ask, Decoding, Message, Rendering
 from resta.redeval.profiles import Questions
@@ -55,7 +55,7 @@ class Plan:
 
 
 def read_spec(questions: Questions) -> RunSpec:
-    """Return what is named, read. Raises BankError, ResumeError."""
+    """Return what is named, read. Raises RequestError, ResumeError."""
     names = questions.named()
     banks = [
         read_bank(str(name), bank_dirs=questions.bank_dirs, download=questions.download, safe=safe)
@@ -71,7 +71,7 @@ def read_spec(questions: Questions) -> RunSpec:
 
 
 def make_plan(spec: RunSpec, target: Target) -> Plan:
-    """Return the plan of a run. Raises BankError where two banks or templates share a name, and for bad numbers."""
+    """Return the plan of a run. Raises RequestError where two banks or templates share a name, and for bad numbers."""
     asked, protocol = spec.asked, PROTOCOLS[spec.asked.protocol]
     protocol = replace(protocol, rendering=replace(protocol.rendering, template_args=dict(asked.template_args)))
     for what, names in (
@@ -79,12 +79,12 @@ def make_plan(spec: RunSpec, target: Target) -> Plan:
         ("templates", [template.name for template in spec.templates]),
     ):
         if len(set(names)) < len(names):
-            raise BankError(f"two {what} share a name ({', '.join(names)}); rename a file")
+            raise RequestError(f"two {what} share a name ({', '.join(names)}); rename a file")
     decoding = _decoding(asked, protocol)
     if asked.epochs > 1 and decoding.mode == "greedy":
-        raise BankError(f"--epochs {asked.epochs} would repeat one greedy answer; give a --temperature")
+        raise RequestError(f"--epochs {asked.epochs} would repeat one greedy answer; give a --temperature")
     if asked.top_p < 1 and decoding.mode != "sample":
-        raise BankError(f"--top-p {asked.top_p} would change nothing without a --temperature above 0; give one")
+        raise RequestError(f"--top-p {asked.top_p} would change nothing without a --temperature above 0; give one")
     duplicates = asked.duplicates or protocol.duplicates
     questions = tuple(
         question

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from resta.errors import BankError
+from resta.errors import RequestError
 from resta.redeval.protocol import ProtocolName
 from resta.redeval.questions import Duplicates
 
@@ -67,9 +67,9 @@ class Questions:
     template_args: Mapping[str, Any] = field(default_factory=dict)  # of the model's chat template
 
     def named(self) -> Profile:
-        """Return the names of what is asked. Raises BankError."""
+        """Return the names of what is asked. Raises RequestError."""
         if self.profile not in (None, *PROFILES):
-            raise BankError(f"unknown profile {self.profile!r}; there are {', '.join(PROFILES)}")
+            raise RequestError(f"unknown profile {self.profile!r}; there are {', '.join(PROFILES)}")
         profile = PROFILES[self.profile] if self.profile else TRIAL
         if not self.profile and (self.banks or self.safe_banks):
             profile = replace(profile, banks=(), safe_banks=())

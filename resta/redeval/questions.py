@@ -19,7 +19,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from resta.errors import BankError
+from resta.errors import RequestError
 from resta.fingerprint import sha256_text
 from resta.journal import write_whole
 from resta.strict import did_you_mean
@@ -113,11 +113,11 @@ def words_of(text: str) -> str:
 
 
 def without(bank: Bank, texts: Iterable[str]) -> Bank:
-    """Return a bank without the questions of these texts, which is another bank by its digest. Raises BankError."""
+    """Return a bank without the questions of these texts, which is another bank by its digest. Raises RequestError."""
     asked = set(texts)
     left = tuple(question for question in bank.questions if question.text not in asked)
     if not left:
-        raise BankError(f"--without: every question of the bank {bank.name} was asked there; name another --bank")
+        raise RequestError(f"--without: every question of the bank {bank.name} was asked there; name another --bank")
     dropped = sorted({question.text for question in bank.questions} & asked)
     if not dropped:
         return bank
@@ -131,24 +131,24 @@ def read_bank(spec: str, *, bank_dirs: Sequence[Path] = (), download: bool = Fal
 
     A published name is looked up in `bank_dirs`, $RESTA_BANKS and the cache; `download` allows the network.
     `safe=True` takes what is safe to answer: all but what the file itself marks as unsafe, as XSTest does its
-    contrasts. None leaves it to the file. Raises BankError.
+    contrasts. None leaves it to the file. Raises RequestError.
     """
     name, source, data = _find(spec, bank_dirs, download)
     rows = list(_rows(_parse(data, source), source))
     if not rows:
-        raise BankError(f"{source}: an empty bank; expected at least one question")
+        raise RequestError(f"{source}: an empty bank; expected at least one question")
     if safe is None and name in BUILT_IN:
         safe = BUILT_IN[name]
     digest = hashlib.sha256(data).hexdigest()
     # Numbered before any is left out, so that a question has the same id however its bank is read.
     taken = [(row, marked) for row, marked in _numbered(rows) if not (safe and marked is False)]
     if not taken:
-        raise BankError(f"{source}: all its {len(rows)} questions are marked as unsafe; it holds no safe ones")
+        raise RequestError(f"{source}: all its {len(rows)} questions are marked as unsafe; it holds no safe ones")
     questions = tuple(replace(row, bank=name, safe=bool(marked if safe is None else safe)) for row, marked in taken)
     ids = [question.qid for question in questions]
     if len(set(ids)) < len(ids):
         twice = next(qid for qid in ids if ids.count(qid) > 1)
-        raise BankError(f"{source}: two questions would both be {twice}; rename a category")
+        raise RequestError(f"{source}: two questions would both be {twice}; rename a category")
     published = any(digest == sha for _, sha in PUBLISHED.values())
     return Bank(
         name=name,
@@ -185,14 +185,14 @@ def _find(spec: str, bank_dirs: Sequence[Path], download: bool) -> tuple[str, st
     if match := HUB.fullmatch(spec):
         return Path(match[3]).stem, spec, _hub_file(match[1], match[2], match[3], download)
     if spec.startswith("hf://"):
-        raise BankError(
+        raise RequestError(
             f"{spec}: a Hub bank needs a pinned revision: hf://OWNER/NAME@<40-digit commit>/path/to/file.json"
         )
     path = Path(spec)
     if path.is_file():
         return path.stem, str(path), path.read_bytes()
     known = [*BUILT_IN, *PUBLISHED]
-    raise BankError(
+    raise RequestError(
         f"unknown bank {spec!r}: neither a file nor a name; known names: {', '.join(known)}{did_you_mean(spec, known)}"
     )
 
@@ -210,7 +210,7 @@ def _find_published(name: str, bank_dirs: Sequence[Path], download: bool) -> tup
         if (folder / file).is_file():
             return name, str(folder / file), (folder / file).read_bytes()
     if not download:
-        raise BankError(
+        raise RequestError(
             f"bank {name}: no {file} in {', '.join(map(str, folders))}; name its folder with --bank-dir, "
             "or allow fetching it from GitHub, pinned by commit and SHA-256, with --download"
         )
@@ -218,10 +218,10 @@ def _find_published(name: str, bank_dirs: Sequence[Path], download: bool) -> tup
         with urllib.request.urlopen(DOWNLOAD_URL + file, timeout=60) as response:
             data: bytes = response.read()
     except OSError as error:
-        raise BankError(f"bank {name}: {DOWNLOAD_URL + file} cannot be fetched: {error}") from error
+        raise RequestError(f"bank {name}: {DOWNLOAD_URL + file} cannot be fetched: {error}") from error
     found = hashlib.sha256(data).hexdigest()
     if found != sha:
-        raise BankError(f"bank {name}: the downloaded file has SHA-256 {found}, expected {sha}; not used")
+        raise RequestError(f"bank {name}: the downloaded file has SHA-256 {found}, expected {sha}; not used")
     cache_dir().mkdir(parents=True, exist_ok=True)
     write_whole(cache_dir() / file, data)
     return name, str(cache_dir() / file), data
@@ -234,7 +234,7 @@ def _hub_file(repo: str, revision: str, file: str, download: bool) -> bytes:
         path = hf_hub_download(repo, file, repo_type="dataset", revision=revision, local_files_only=not download)
     except Exception as error:  # the library raises a dozen kinds, all meaning: not there
         hint = "" if download else "; it is not in the local cache, and --download was not given"
-        raise BankError(f"hf://{repo}@{revision}/{file} cannot be read{hint}: {error}") from error
+        raise RequestError(f"hf://{repo}@{revision}/{file} cannot be read{hint}: {error}") from error
     return Path(path).read_bytes()
 
 
@@ -248,14 +248,14 @@ def _parse(data: bytes, source: str) -> Any:
             return [json.loads(line) for line in text.split("\n") if line.strip()]
         return json.loads(text, object_pairs_hook=lambda pairs: _object(pairs, source))
     except (UnicodeDecodeError, csv.Error, json.JSONDecodeError, RecursionError) as error:
-        raise BankError(f"{source}: not a readable bank (JSON, JSON lines or CSV in UTF-8): {error}") from error
+        raise RequestError(f"{source}: not a readable bank (JSON, JSON lines or CSV in UTF-8): {error}") from error
 
 
 def _object(pairs: list[tuple[str, Any]], source: str) -> dict[str, Any]:
     """Return a JSON object; of a key that is there twice, json would keep the last value and drop the first."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise BankError(f"{source}: an object holds one of its keys twice; the questions under one would be lost")
+        raise RequestError(f"{source}: an object holds one of its keys twice; the questions under one would be lost")
     return found
 
 
@@ -275,7 +275,7 @@ def _rows(data: Any, source: str) -> Iterator[Marked]:
             else:
                 yield from _leaf(inner, category, "", source)
     else:
-        raise BankError(f"{source}: expected a JSON list or object, found {type(data).__name__}")
+        raise RequestError(f"{source}: expected a JSON list or object, found {type(data).__name__}")
 
 
 def _keys(data: dict[str, Any], where: str) -> Iterator[tuple[str, Any]]:
@@ -286,7 +286,7 @@ def _keys(data: dict[str, Any], where: str) -> Iterator[tuple[str, Any]]:
     for key, value in data.items():
         plain = key.strip().removesuffix(":").strip()
         if plain in seen:
-            raise BankError(f"{where}: two keys read {plain!r}")
+            raise RequestError(f"{where}: two keys read {plain!r}")
         seen.add(plain)
         yield plain, value
 
@@ -294,7 +294,7 @@ def _keys(data: dict[str, Any], where: str) -> Iterator[tuple[str, Any]]:
 def _leaf(items: Any, category: str, subcategory: str, source: str) -> Iterator[Marked]:
     where = f"{source}: {category}" + (f" > {subcategory}" if subcategory else "")
     if not isinstance(items, list):
-        raise BankError(f"{where}: expected a list of questions, found {type(items).__name__}")
+        raise RequestError(f"{where}: expected a list of questions, found {type(items).__name__}")
     for i, item in enumerate(items):
         yield _row(item, category, subcategory, f"{where}: item {i}")
 
@@ -304,15 +304,15 @@ def _row(item: Any, category: str, subcategory: str, where: str) -> Marked:
     if isinstance(item, dict):
         text = _first(item, QUESTION_KEYS)
         if text is None:
-            raise BankError(f"{where}: no question; expected one of the keys {', '.join(QUESTION_KEYS)}")
+            raise RequestError(f"{where}: no question; expected one of the keys {', '.join(QUESTION_KEYS)}")
         category = str(_first(item, CATEGORY_KEYS) or category)
         subcategory = str(_first(item, SUBCATEGORY_KEYS) or subcategory)
         marked = _is_safe(item, where)
     if not isinstance(text, str) or not text.strip():
         found = "an empty one" if isinstance(text, str) else type(text).__name__
-        raise BankError(f"{where}: expected a question (text), found {found}")
+        raise RequestError(f"{where}: expected a question (text), found {found}")
     if re.search("[\ud800-\udfff]", text):
-        raise BankError(f"{where}: half a surrogate pair, which no model can be asked; mend the text")
+        raise RequestError(f"{where}: half a surrogate pair, which no model can be asked; mend the text")
     question = Question(bank="", category=category, subcategory=subcategory, index=0, text=text.strip(), safe=False)
     return question, marked
 
@@ -328,7 +328,7 @@ def _is_safe(item: dict[str, Any], where: str) -> bool | None:
         return None
     words = {"true": True, "safe": True, "1": True, "false": False, "unsafe": False, "0": False}
     if str(value).lower() not in words:
-        raise BankError(f"{where}: `safe` must be true or false (or `label` safe or unsafe), found {value!r}")
+        raise RequestError(f"{where}: `safe` must be true or false (or `label` safe or unsafe), found {value!r}")
     return words[str(value).lower()]
 
 

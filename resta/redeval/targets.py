@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-from resta.errors import ModelError, UnansweredError
+from resta.errors import RequestError, UnansweredError
 from resta.redeval.models import ROWS, LocalSpec, fingerprint
 
 INSPECT = "inspect:"
@@ -69,27 +69,27 @@ class LocalOptions(TypedDict, total=False):
 def parse_target(name: str | Path, base_url: str | None = None, **options: Unpack[LocalOptions]) -> Target:
     """Return the model that a name means: a directory, a Hub id, an adapter, a recipe, or what is served at `base_url`.
 
-    Raises ModelError.
+    Raises RequestError.
     """
     name = str(name)
     if base_url is not None or name.startswith(INSPECT):
         given = [f"--{key.replace('_', '-')}" for key in ("base", "files", "chat_template") if options.get(key)]
         if given:
-            raise ModelError(f"{' and '.join(given)} would change nothing: {name} is not a model of this process")
+            raise RequestError(f"{' and '.join(given)} would change nothing: {name} is not a model of this process")
     if base_url is not None:
         if name.startswith(INSPECT):
-            raise ModelError(f"{name} names an Inspect provider and --base-url a server; choose one")
+            raise RequestError(f"{name} names an Inspect provider and --base-url a server; choose one")
         if not base_url.startswith(("http://", "https://")) and base_url != BATCH:
-            raise ModelError(f"--base-url {base_url}: expected http://HOST:PORT/v1 (or https)")
+            raise RequestError(f"--base-url {base_url}: expected http://HOST:PORT/v1 (or https)")
         return Target(name=name, base_url=base_url.rstrip("/"))
     if name.startswith(INSPECT):
         if "/" not in name:
-            raise ModelError(f"{name}: expected {INSPECT}PROVIDER/NAME, for example {INSPECT}anthropic/claude-x")
+            raise RequestError(f"{name}: expected {INSPECT}PROVIDER/NAME, for example {INSPECT}anthropic/claude-x")
         return Target(name=name.removeprefix(INSPECT))
     spec = LocalSpec(model=name, **options)
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or spec.is_recipe
     if looks_like_path and not Path(name).exists():
-        raise ModelError(f"{name}: no such file or folder")
+        raise RequestError(f"{name}: no such file or folder")
     return Target(name=name, local=spec)
 
 
@@ -103,7 +103,7 @@ def _short(target: Target) -> str:
 
 
 def check_endpoint(base_url: str, *, judge: bool, timeout_s: float = 10) -> None:
-    """Raise UnansweredError where nothing answers at `base_url`, ModelError where it wants another key."""
+    """Raise UnansweredError where nothing answers at `base_url`, RequestError where it wants another key."""
     request = urllib.request.Request(f"{base_url.rstrip('/')}/models")
     if key := api_key(judge=judge):
         request.add_header("Authorization", f"Bearer {key}")
@@ -113,7 +113,7 @@ def check_endpoint(base_url: str, *, judge: bool, timeout_s: float = 10) -> None
         error.close()
         if error.code in (401, 403):
             variable = JUDGE_KEY if judge else KEY
-            raise ModelError(f"{base_url} refuses the key (HTTP {error.code}); see {variable}") from error
+            raise RequestError(f"{base_url} refuses the key (HTTP {error.code}); see {variable}") from error
         # Any other status came from a server, and not all of them list their models.
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise UnansweredError(f"nothing answers at {base_url}: {error}") from error

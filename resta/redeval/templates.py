@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from resta.errors import BankError
+from resta.errors import RequestError
 from resta.strict import did_you_mean
 
 PLACEHOLDER = "<question>"
@@ -40,19 +40,19 @@ class Template:
 
 
 def read_template(spec: str) -> Template:
-    """Return the template that `spec` names: a built-in name or a path. Raises BankError."""
+    """Return the template that `spec` names: a built-in name or a path. Raises RequestError."""
     if spec in BUILT_IN:
         name, data = spec, (resources.files("resta.redeval") / "template" / f"{spec}.txt").read_bytes()
     elif Path(spec).is_file():
         name, data = Path(spec).stem, Path(spec).read_bytes()
     else:
         hint = did_you_mean(spec, BUILT_IN)
-        raise BankError(f"unknown template {spec!r}: neither a file nor one of {', '.join(BUILT_IN)}{hint}")
+        raise RequestError(f"unknown template {spec!r}: neither a file nor one of {', '.join(BUILT_IN)}{hint}")
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
-        raise BankError(f"template {spec}: not UTF-8: {error}") from error
+        raise RequestError(f"template {spec}: not UTF-8: {error}") from error
     if PLACEHOLDER not in text:
-        raise BankError(f"template {spec}: no placeholder {PLACEHOLDER}; the question would never be asked")
+        raise RequestError(f"template {spec}: no placeholder {PLACEHOLDER}; the question would never be asked")
     digest = hashlib.sha256(data).hexdigest()
     return Template(name=name, text=text, sha256=digest, published=digest in PUBLISHED)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from resta.chat_templates import NAMED, read_chat_template
-from resta.errors import TemplateError
+from resta.errors import RequestError
 from resta.sft.data import Message
 
 if TYPE_CHECKING:
@@ -87,10 +87,10 @@ def open_chat(
     """Fit a tokenizer with its template and pad token, and check that the two can be trained with exactly.
 
     `template` is a name of `chat_templates.NAMED`, a path to a `.jinja` file (relative to `root`), or None for the
-    tokenizer's own. Raises `TemplateError`.
+    tokenizer's own. Raises `RequestError`.
     """
     if not tokenizer.is_fast:
-        raise TemplateError(
+        raise RequestError(
             f"{type(tokenizer).__name__} gives no character offsets, and masking needs them; save the "
             "tokenizer as "
             "tokenizer.json (a fast tokenizer)"
@@ -116,7 +116,7 @@ def _template_text(tokenizer: PreTrainedTokenizerBase, template: str | None, roo
         if isinstance(own, dict):
             own = own.get("default")
         if not own:
-            raise TemplateError(
+            raise RequestError(
                 "the tokenizer has no chat template; set `chat_template` to a .jinja file or one of: "
                 + ", ".join(NAMED)
             )
@@ -127,11 +127,11 @@ def _template_text(tokenizer: PreTrainedTokenizerBase, template: str | None, roo
 def _set_pad(tokenizer: PreTrainedTokenizerBase, pad_token: str | None) -> None:
     if pad_token is not None:
         if pad_token not in tokenizer.get_vocab():
-            raise TemplateError(f"pad_token {pad_token!r} is not in the tokenizer's vocabulary")
+            raise RequestError(f"pad_token {pad_token!r} is not in the tokenizer's vocabulary")
         tokenizer.pad_token = pad_token
     if tokenizer.pad_token is None:
         choices = [t for t in (tokenizer.unk_token, tokenizer.eos_token) if t]
-        raise TemplateError(
+        raise RequestError(
             "the tokenizer has no pad token; set `pad_token` to a token that it has"
             + (f", for example {choices[0]!r}" if choices else "")
             + " (any will do: padding is masked by length, never by its id)"
@@ -158,7 +158,7 @@ def _turn_end(chat: Chat) -> str:
     ends = [tail.index(token) + len(token) for token in chat.specials if token in tail]
     end = tail[: min(ends)] if ends else tail.rstrip()
     if not end.strip():
-        raise TemplateError(
+        raise RequestError(
             "the chat template writes nothing after an assistant turn, so the model could never learn to "
             "stop; add the end-of-turn token to it, or set `chat_template` to one of: " + ", ".join(NAMED)
         )
@@ -178,7 +178,7 @@ def _render(
             [dict(m) for m in messages], chat_template=template, tokenize=False, add_generation_prompt=prompt
         )
     except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-        raise TemplateError(f"the chat template cannot render this conversation: {error}") from None
+        raise RequestError(f"the chat template cannot render this conversation: {error}") from None
     return text
 
 
@@ -198,7 +198,7 @@ def _skeleton(chat: Chat, roles: tuple[str, ...]) -> Skeleton:
     for role, mark in zip(roles, marks, strict=True):
         if text.count(mark) != 1:
             fix = "; set `system_turn: into_user`" if role == "system" else ""
-            raise TemplateError(f"the chat template writes the {role} turn {text.count(mark)} times, not once{fix}")
+            raise RequestError(f"the chat template writes the {role} turn {text.count(mark)} times, not once{fix}")
     order = tuple(sorted(range(len(roles)), key=lambda i: text.index(marks[i])))
     pieces, place = [], 0
     for turn in order:
@@ -216,7 +216,7 @@ def _prompt_skeleton(chat: Chat, roles: tuple[str, ...]) -> str | None:
         turns = [{"role": role, "content": _placeholder(i)} for i, role in enumerate(roles)]
         try:
             chat.prompts[roles] = _render(chat.tokenizer, chat.template, turns, prompt=True)
-        except TemplateError:
+        except RequestError:
             chat.prompts[roles] = None
     return chat.prompts[roles]
 
@@ -240,7 +240,7 @@ def fold_system(messages: Sequence[Message], system_turn: str) -> tuple[Message,
 
 
 def render(chat: Chat, messages: Sequence[Message]) -> Rendered:
-    """Render a conversation and find its trained characters. Raises `TemplateError`.
+    """Render a conversation and find its trained characters. Raises `RequestError`.
 
     Each span runs from the end of the generation prompt to the end of the turn-end token.
     """
@@ -252,7 +252,7 @@ def render(chat: Chat, messages: Sequence[Message]) -> Rendered:
     text = _render(chat.tokenizer, chat.template, messages)
     contents = _fill(skeleton, messages, text)
     if contents is None:
-        raise TemplateError(
+        raise RequestError(
             "the chat template changes what a turn says, so its tokens cannot be told apart; mark the "
             "assistant turn with {% generation %} ... {% endgeneration %} in a `chat_template` file"
         )
@@ -306,10 +306,10 @@ def _render_marked(chat: Chat, messages: Sequence[Message]) -> Rendered:
             **chat.tokenizer.special_tokens_map,
         )
     except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-        raise TemplateError(f"the chat template cannot render this conversation: {error}") from None
+        raise RequestError(f"the chat template cannot render this conversation: {error}") from None
     text, spans = texts[0], []
     if messages[0]["role"] == "system" and messages[0]["content"].strip() not in text:
-        raise TemplateError("the chat template drops the system turn; set `system_turn: into_user`")
+        raise RequestError("the chat template drops the system turn; set `system_turn: into_user`")
     for start, end in marks[0]:
         # Markers stop before the token that ends the turn, after it, or after the line break that follows it.
         tail = text[start:end].rstrip()

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from resta.errors import DataError, PlanError, ResumeError
+from resta.errors import RequestError, ResumeError
 from resta.fingerprint import sha256_file, sha256_text
 from resta.journal import Journal, differences, read_lines, to_json, write_whole
 from resta.sft.data import Counts, Message
@@ -206,16 +206,16 @@ def generate_questions(work: Work) -> Iterator[Question]:
 
 
 def read_bank(path: Path) -> Iterator[Question]:
-    """Yield the questions of a JSON list, or of `{topic: {subtopic: [question]}}`. Raises `DataError`."""
+    """Yield the questions of a JSON list, or of `{topic: {subtopic: [question]}}`. Raises `RequestError`."""
     try:
         bank = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path}: not a readable JSON file: {error}") from None
+        raise RequestError(f"{path}: not a readable JSON file: {error}") from None
     nested = bank if isinstance(bank, dict) else {"": {"": bank}}
     for topic, subtopics in nested.items():
         for subtopic, questions in subtopics.items() if isinstance(subtopics, dict) else [("", subtopics)]:
             if not isinstance(questions, list) or not all(isinstance(q, str) for q in questions):
-                raise DataError(f"{path}: expected a list of questions at {topic!r} / {subtopic!r}")
+                raise RequestError(f"{path}: expected a list of questions at {topic!r} / {subtopic!r}")
             for text in questions:
                 yield Question(topic=topic, subtopic=subtopic, text=text.strip())
 
@@ -305,11 +305,11 @@ def collect(recipe: Collect, root: Path, out: Path, wait_s: float = 1.0) -> dict
     """Collect conversations into `out` (a JSON list in HarmfulQA's schema) and return the counts.
 
     `out` appears when it is whole; until then `out` + `.partial.jsonl` holds the finished steps. `wait_s` is
-    the pause before a failed request is made again. Raises `EndpointError`, `DataError`, `ResumeError`,
-    `PlanError`.
+    the pause before a failed request is made again. Raises `UnansweredError`, `RequestError`, `ResumeError`,
+    `RequestError`.
     """
     if out.exists():
-        raise PlanError(f"{out} already exists; choose another --output, or remove it")
+        raise RequestError(f"{out} already exists; choose another --output, or remove it")
     client = open_client(recipe.endpoint, wait_s)
     judge = client if recipe.judge is None else open_client(recipe.judge, wait_s)
     bank = None if recipe.bank is None else (root / recipe.bank).expanduser()
@@ -320,7 +320,7 @@ def collect(recipe: Collect, root: Path, out: Path, wait_s: float = 1.0) -> dict
         source = read_bank(bank) if bank is not None else generate_questions(work)
         questions = distinct(source, work.dropped, recipe.limit)
         if not questions:
-            raise DataError("no question to talk about; the model's lists were empty, or the bank is")
+            raise RequestError("no question to talk about; the model's lists were empty, or the bank is")
         hold_conversations(work, questions)
         rows = assemble(work, questions)
         facts = {**identity, **_counts(work, questions, rows)}

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from resta.errors import DataError
+from resta.errors import RequestError
 from resta.fingerprint import sha256_file
 from resta.sft.recipe import Recipe, Source
 
@@ -109,18 +109,18 @@ Pools = dict[str, list[Conversation]]  # by source name
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield (`file, line n` or `file, row n`, value) for every row of one file. Raises `DataError`."""
+    """Yield (`file, line n` or `file, row n`, value) for every row of one file. Raises `RequestError`."""
     if path.suffix in {".pkl", ".pickle", ".pt", ".bin"}:
-        raise DataError(f"{path}: pickles can run code when loaded and are never read; export JSON lines instead")
+        raise RequestError(f"{path}: pickles can run code when loaded and are never read; export JSON lines instead")
     if path.suffix == ".parquet":
         yield from _read_parquet(path)
         return
     if path.suffix not in SUFFIXES:
-        raise DataError(f"{path}: unknown file type {path.suffix!r}; expected one of {', '.join(SUFFIXES)}")
+        raise RequestError(f"{path}: unknown file type {path.suffix!r}; expected one of {', '.join(SUFFIXES)}")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+        raise RequestError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     if text.lstrip().startswith("["):
         yield from _read_json_array(path, text)
     else:
@@ -142,9 +142,9 @@ def _read_json_lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         try:
             yield where, json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(f"{where}: not valid JSON: {error.msg} (column {error.colno})") from None
+            raise RequestError(f"{where}: not valid JSON: {error.msg} (column {error.colno})") from None
         except RecursionError:
-            raise DataError(f"{where}: nested too deeply to be conversations") from None
+            raise RequestError(f"{where}: nested too deeply to be conversations") from None
 
 
 def _read_json_array(path: Path, text: str) -> Iterator[tuple[str, Any]]:
@@ -158,17 +158,17 @@ def _read_json_array(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         counted = place
         where = f"{path}, line {line}"
         if place >= len(text):
-            raise DataError(f"{where}: the list is not closed; the file looks cut off")
+            raise RequestError(f"{where}: the list is not closed; the file looks cut off")
         if text[place] == "]":
             if text[place + 1 :].strip():
-                raise DataError(f"{where}: more text follows the end of the list; keep one list in a file")
+                raise RequestError(f"{where}: more text follows the end of the list; keep one list in a file")
             return
         try:
             value, place = decoder.raw_decode(text, place)
         except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from None
+            raise RequestError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from None
         except RecursionError:
-            raise DataError(f"{where}: nested too deeply to be conversations") from None
+            raise RequestError(f"{where}: nested too deeply to be conversations") from None
         yield where, value
 
 
@@ -183,17 +183,17 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
                 number += 1
                 yield f"{path}, row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a readable Parquet file: {error}") from None
+        raise RequestError(f"{path}: not a readable Parquet file: {error}") from None
 
 
 def _local_files(path: Path) -> list[Path]:
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
         if not files:
-            raise DataError(f"{path}: the folder holds none of {', '.join(SUFFIXES)}")
+            raise RequestError(f"{path}: the folder holds none of {', '.join(SUFFIXES)}")
         return files
     if not path.exists():
-        raise DataError(f"{path}: no such file or folder")
+        raise RequestError(f"{path}: no such file or folder")
     return [path]
 
 
@@ -209,11 +209,11 @@ def _read_hub(source: Source) -> tuple[str, str | None, list[tuple[str, Any]]]:
         commit = str(builder.hash) if COMMIT.fullmatch(str(builder.hash)) else None
         if isinstance(builder, Cache) and source.revision not in (None, commit):
             # Without the Hub the library takes the newest copy in its cache, whatever revision was asked for.
-            raise DataError(f"the Hub cannot be reached, and the copy in the cache is of commit {commit}")
+            raise RequestError(f"the Hub cannot be reached, and the copy in the cache is of commit {commit}")
         builder.download_and_prepare()
         table = builder.as_dataset(split=source.split)
     except Exception as error:  # which class differs by version and cause
-        raise DataError(f"data source {source.name!r}: cannot load {origin!r}: {error}") from error
+        raise RequestError(f"data source {source.name!r}: cannot load {origin!r}: {error}") from error
     rows = [(f"{origin} ({source.split}), row {n}", row) for n, row in enumerate(table, start=1)]
     digest = hashlib.sha256()
     for _, row in rows:
@@ -366,7 +366,7 @@ def tidy(messages: list[Message]) -> tuple[list[Message], list[str]]:
 
 
 def load(source: Source, root: Path, *, bad_rows: str) -> Loaded:
-    """Read one source whole. Relative paths start at `root`. Raises `DataError` with file, line and fix."""
+    """Read one source whole. Relative paths start at `root`. Raises `RequestError` with file, line and fix."""
     if source.path is not None:
         files = _local_files((root / source.path).expanduser())
         digests = [sha256_file(file) for file in files]
@@ -383,7 +383,7 @@ def load(source: Source, root: Path, *, bad_rows: str) -> Loaded:
         loaded.rows += 1
         _take_row(loaded, where, row, bad_rows)
     if not loaded.rows:
-        raise DataError(f"data source {source.name!r} ({source.path or source.hub}): no rows; the file is empty")
+        raise RequestError(f"data source {source.name!r} ({source.path or source.hub}): no rows; the file is empty")
     return loaded
 
 
@@ -401,7 +401,7 @@ def _take_row(loaded: Loaded, where: str, row: Any, bad_rows: str) -> None:
             messages, notes = tidy(turns)
         except RowProblem as problem:
             if bad_rows == "refuse" and str(problem) not in MISSING_THREAD:
-                raise DataError(f"{place}: {problem}; mend the row, or set `bad_rows: drop`") from None
+                raise RequestError(f"{place}: {problem}; mend the row, or set `bad_rows: drop`") from None
             loaded.dropped.add(_reason(problem), place)
             continue
         for note in notes:
@@ -443,7 +443,7 @@ def mix(recipe: Recipe, root: Path) -> Mixture:
     drawn = {loaded.source.name: len(chosen[loaded.source.name]) for loaded in sources}
     rng(recipe.seed, "order").shuffle(train)
     if not train:
-        raise DataError("nothing is left to train on; see the counts above, or lower `holdout`")
+        raise RequestError("nothing is left to train on; see the counts above, or lower `holdout`")
     return Mixture(train=tuple(train), heldout=tuple(heldout), sources=sources, drawn=drawn)
 
 
@@ -452,14 +452,14 @@ def _drop_leftovers(loaded: Loaded, recipe: Recipe) -> None:
     total = len(loaded.conversations) + sum(lost.values())
     if sum(lost.values()) > recipe.max_dropped * total:
         worst = max(lost, key=lambda reason: lost[reason])
-        raise DataError(
+        raise RequestError(
             f"data source {loaded.source.name!r}: {sum(lost.values())} of {total} conversations cannot be "
             "used, more "
             f"than `max_dropped: {recipe.max_dropped}`; most often: {worst} (first at "
             f"{loaded.dropped.first[worst]})"
         )
     if not loaded.conversations:
-        raise DataError(f"data source {loaded.source.name!r}: {loaded.rows} rows, but no conversation to train on")
+        raise RequestError(f"data source {loaded.source.name!r}: {loaded.rows} rows, but no conversation to train on")
 
 
 def _limit(loaded: Loaded, seed: int) -> list[Conversation]:
@@ -496,7 +496,7 @@ def _draw(source: Source, pools: Pools, chosen: Pools, seed: int) -> list[Conver
     if source.equal_to:
         wanted = round(source.weight * sum(len(chosen[name]) for name in source.equal_to))
         if wanted > len(pool):
-            raise DataError(
+            raise RequestError(
                 f"data source {source.name!r}: equal_to asks for {wanted} conversations, it has {len(pool)}; "
                 f"lower its `weight` to {len(pool) / max(1, wanted) * source.weight:.3f}"
             )

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from resta.errors import EndpointError, RecipeError
+from resta.errors import RequestError, UnansweredError
 from resta.sft.data import Message
 from resta.sft.recipe import Positive
 from resta.strict import Strict
@@ -54,12 +54,12 @@ class Client:
 
 
 def open_client(endpoint: Endpoint, wait_s: float = 1.0) -> Client:
-    """Return a client. Raises `RecipeError` if the key's environment variable is not set."""
+    """Return a client. Raises `RequestError` if the key's environment variable is not set."""
     key = None
     if endpoint.api_key_env is not None:
         key = os.environ.get(endpoint.api_key_env, "").strip()  # a key read from a file ends in a line break
         if not key:
-            raise RecipeError(f"api_key_env: the environment variable {endpoint.api_key_env} is not set")
+            raise RequestError(f"api_key_env: the environment variable {endpoint.api_key_env} is not set")
     return Client(endpoint=endpoint, key=key, wait_s=wait_s)
 
 
@@ -72,7 +72,7 @@ class Reply:
 
 
 def ask(client: Client, messages: list[Message], seed: int) -> Reply:
-    """Return the model's answer. Raises `EndpointError` when it cannot be had, naming the endpoint and the
+    """Return the model's answer. Raises `UnansweredError` when it cannot be had, naming the endpoint and the
     cause.
     """
     endpoint = client.endpoint
@@ -99,7 +99,7 @@ def ask(client: Client, messages: list[Message], seed: int) -> Reply:
             cause, pause = str(error) or type(error).__name__, None
         if attempt + 1 < endpoint.tries:
             time.sleep(pause if pause is not None else min(client.wait_s * 2**attempt, LONGEST_WAIT_S))
-    raise EndpointError(
+    raise UnansweredError(
         f"{endpoint.url} ({endpoint.model}) gave no answer: {cause}. What was collected is kept; "
         "run the same command again to go on"
     )
@@ -132,7 +132,7 @@ def _read_reply(reply: Any, endpoint: Endpoint) -> Reply:
         choice = reply["choices"][0]
         text = choice["message"]["content"]
     except (KeyError, IndexError, TypeError):
-        raise EndpointError(
+        raise UnansweredError(
             f"{endpoint.url} does not answer as a chat completions endpoint: no choices[0].message.content in the reply"
         ) from None
     return Reply(text=text.strip() if isinstance(text, str) else "", cut=choice.get("finish_reason") == "length")

@@ -66,7 +66,7 @@ def run(
 
     Raises:
         RequestError: the recipe, its data, its base or the device cannot be used as they stand; nothing was trained.
-        TrainingError: the run had to stop, as for want of memory or a loss that is no number.
+        RestaError: the run had to stop, as for want of memory or a loss that is no number.
     """
     if isinstance(recipe, Path | str):
         root, recipe = root if root is not None else Path(recipe).parent, load(Recipe, Path(recipe))

@@ -15,7 +15,7 @@ import torch
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from resta.errors import CheckpointError
+from resta.errors import RequestError
 from resta.sft.recipe import Recipe
 from resta.sft.train import Job, build_adapter, precision
 
@@ -59,7 +59,7 @@ class Estimate:
 
 
 def estimate(job: Job) -> Estimate:
-    """Estimate from the base's config alone. Raises `CheckpointError` if that cannot be read."""
+    """Estimate from the base's config alone. Raises `RequestError` if that cannot be read."""
     shape = read_shape(job)
     recipe = job.recipe
     width = 4 if _precision(job) == "float32" else 2
@@ -95,7 +95,7 @@ def read_shape(job: Job) -> Shape:
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # the library's failures here have no common class
-        raise CheckpointError(f"base {job.recipe.base!r}: its config cannot be read: {error}") from error
+        raise RequestError(f"base {job.recipe.base!r}: its config cannot be read: {error}") from error
     text = config.get_text_config()
     parameters = sum(p.numel() for p in model.parameters())
     head = model.get_output_embeddings()

@@ -302,7 +302,7 @@ def _check_objective(recipe: Recipe) -> None:
 def load(model: type[Checked], path: Path, assignments: tuple[str, ...] = ()) -> Checked:
     """Read and check a YAML file as one of the models of this file, with single settings changed.
 
-    Raises RecipeError.
+    Raises RequestError.
     """
     with named(path):
         settings = parse(read_text(path))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from resta.errors import DataError, TemplateError
+from resta.errors import RequestError
 from resta.sft.chat import Chat, Encoded, control_token, encode
 from resta.sft.data import Conversation, Counts, Mixture
 from resta.sft.recipe import Recipe
@@ -44,7 +44,7 @@ class Prepared:
 
 
 def prepare(mixture: Mixture, chat: Chat, recipe: Recipe) -> Prepared:
-    """Encode a mixture. Raises `DataError` or `TemplateError`, naming file, line and fix."""
+    """Encode a mixture. Raises `RequestError`, naming file, line and fix."""
     dropped, cut = Counts(), Counts()
     done: dict[int, Sample | None] = {}
 
@@ -63,15 +63,15 @@ def prepare(mixture: Mixture, chat: Chat, recipe: Recipe) -> Prepared:
     if dropped.total() > recipe.max_dropped * len(done) or not train:
         worst = max(dropped.counts, key=lambda reason: dropped.counts[reason])
         fix = "raise `max_length`" if worst == NO_TRAINED_TOKEN else "clean the data"
-        raise DataError(
+        raise RequestError(
             f"{dropped.total()} of {len(done)} conversations cannot be trained on, more than `max_dropped: "
             f"{recipe.max_dropped}`; most often: {worst} (first at {dropped.first[worst]}); {fix} or raise it"
         )
     if recipe.objective.kind == "blue_red" and len({sample.red for sample in train}) < 2:
         missing = "blue" if train[0].red else "red"
-        raise DataError(f"no {missing} conversation is left to train on; give more of them, or lower `holdout`")
+        raise RequestError(f"no {missing} conversation is left to train on; give more of them, or lower `holdout`")
     if recipe.train.early_stop_patience is not None and all(sample.red for sample in heldout):
-        raise DataError(
+        raise RequestError(
             "early stopping watches the loss on held-out safe conversations, and none is held out; raise `holdout`"
         )
     return Prepared(train=train, heldout=heldout, dropped=dropped, cut=cut)
@@ -81,7 +81,7 @@ def _sample(conversation: Conversation, chat: Chat, recipe: Recipe, dropped: Cou
     token = control_token(chat, conversation.messages)
     if token is not None:
         if recipe.bad_rows == "refuse":
-            raise DataError(
+            raise RequestError(
                 f"{conversation.where}: the text spells out the control token {token!r}, which would be "
                 "read as one; "
                 "mend the row, or set `bad_rows: drop`"
@@ -90,8 +90,8 @@ def _sample(conversation: Conversation, chat: Chat, recipe: Recipe, dropped: Cou
         return None
     try:
         encoded = encode(chat, conversation.messages, recipe.max_length)
-    except TemplateError as error:
-        raise TemplateError(f"{conversation.where}: {error}") from None
+    except RequestError as error:
+        raise RequestError(f"{conversation.where}: {error}") from None
     if encoded is None:
         dropped.add(NO_TRAINED_TOKEN, conversation.where)
         return None

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from transformers import AutoTokenizer
 
-from resta.errors import CheckpointError, RestaError
+from resta.errors import RequestError, RestaError
 from resta.fingerprint import file_fingerprint, sha256_file, sha256_text
 from resta.journal import to_json, write_whole
 from resta.sft import recipe as recipes
@@ -202,7 +202,7 @@ def base_facts(job: Job, folder: Path) -> dict[str, Any]:
     weights = sorted(path for pattern in WEIGHT_FILES for path in folder.glob(pattern))
     config = folder / "config.json"
     if not weights or not config.is_file():
-        raise CheckpointError(f"{folder}: no config.json or no weights; the base cannot be named")
+        raise RequestError(f"{folder}: no config.json or no weights; the base cannot be named")
     return {
         "source": job.base,
         "revision": base_revision(job, folder),

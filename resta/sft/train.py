@@ -26,16 +26,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from resta.errors import (
-    CheckpointError,
-    MissingExtraError,
-    PlanError,
-    RecipeError,
-    RequestError,
-    ResumeError,
-    TemplateError,
-    TrainingError,
-)
+from resta.errors import RequestError, RestaError, ResumeError
 from resta.journal import differences, read_object, to_json, write_whole
 from resta.out_of_memory import is_out_of_memory
 from resta.sft import recipe as recipes
@@ -118,18 +109,18 @@ def is_main() -> bool:
 
 
 def on_cpu(job: Job) -> bool:
-    """Whether the run computes on the CPU. Raises `PlanError` for a GPU that is not there."""
+    """Whether the run computes on the CPU. Raises `RequestError` for a GPU that is not there."""
     if job.device == "cuda" and not torch.cuda.is_available():
-        raise PlanError("--device cuda: torch sees no CUDA device here; use --device cpu, or a CUDA build of torch")
+        raise RequestError("--device cuda: torch sees no CUDA device here; use --device cpu, or a CUDA build of torch")
     return job.device == "cpu" or not torch.cuda.is_available()
 
 
 def load_chat(job: Job) -> Chat:
-    """Load the base's tokenizer, fit it with the template. Raises `CheckpointError`, `TemplateError`."""
+    """Load the base's tokenizer, fit it with the template. Raises `RequestError`."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(job.base, revision=job.recipe.revision)
     except Exception as error:  # which class differs by version and cause
-        raise CheckpointError(f"base {job.recipe.base!r}: its tokenizer cannot be loaded: {error}") from error
+        raise RequestError(f"base {job.recipe.base!r}: its tokenizer cannot be loaded: {error}") from error
     return open_chat(
         tokenizer,
         template=job.recipe.chat_template,
@@ -140,7 +131,7 @@ def load_chat(job: Job) -> Chat:
 
 
 def load_data(job: Job, chat: Chat) -> tuple[Mixture, Prepared]:
-    """Read, mix and encode the recipe's data. Raises `DataError`, `TemplateError`."""
+    """Read, mix and encode the recipe's data. Raises `RequestError`."""
     mixture = mix(job.recipe, job.root)
     return mixture, prepare(mixture, chat, job.recipe)
 
@@ -158,7 +149,7 @@ def accumulation(recipe: Recipe, processes: int) -> int:
     """Return the micro-batches per step that give the recipe's global batch on this many processes."""
     at_once = recipe.train.per_device_batch * processes
     if recipe.train.global_batch % at_once:
-        raise RecipeError(
+        raise RequestError(
             f"train.global_batch {recipe.train.global_batch} is not a multiple of per_device_batch "
             f"{recipe.train.per_device_batch} x {processes} processes; change one of the three"
         )
@@ -174,17 +165,17 @@ def launch_line(job: Job) -> str:
 
 
 def build_config(job: Job, *, evaluates: bool) -> SFTConfig:
-    """Translate the recipe into the trainer's own configuration. Raises `RecipeError`."""
+    """Translate the recipe into the trainer's own configuration. Raises `RequestError`."""
     options = _schedule_options(job) | _saving_options(job, evaluates=evaluates) | _device_options(job)
     options |= {"report_to": "none", "disable_tqdm": True} | job.recipe.trainer
     known = {field.name for field in dataclasses.fields(SFTConfig)}
     for key in job.recipe.trainer:
         if key not in known:
-            raise RecipeError(f"trainer.{key} is not an option of trl's SFTConfig{did_you_mean(key, sorted(known))}")
+            raise RequestError(f"trainer.{key} is not an option of trl's SFTConfig{did_you_mean(key, sorted(known))}")
     try:
         return SFTConfig(**options)
     except (TypeError, ValueError, ImportError) as error:
-        raise RecipeError(f"the trainer refuses these settings: {error}") from error
+        raise RequestError(f"the trainer refuses these settings: {error}") from error
 
 
 def _schedule_options(job: Job) -> dict[str, Any]:
@@ -268,7 +259,7 @@ def split_options(recipe: Recipe) -> dict[str, Any]:
 
 
 def load_model(job: Job, chat: Chat) -> Any:
-    """Load the base for training. Raises `CheckpointError`, `TemplateError`, `MissingExtraError`.
+    """Load the base for training. Raises `RequestError`.
 
     A full fine-tune keeps float32 weights whatever it computes in: in bfloat16 a small learning rate would
     leave many parameters exactly where they were. A frozen base under an adapter is kept in the precision it
@@ -287,10 +278,10 @@ def load_model(job: Job, chat: Chat) -> Any:
     except (RequestError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # the library's failures here have no common class
-        raise CheckpointError(f"base {job.recipe.base!r} cannot be loaded: {error}") from error
+        raise RequestError(f"base {job.recipe.base!r} cannot be loaded: {error}") from error
     rows = int(model.get_input_embeddings().num_embeddings)  # the weight itself may be split over processes
     if len(chat.tokenizer) > rows:
-        raise TemplateError(
+        raise RequestError(
             f"base {job.recipe.base!r}: its tokenizer has {len(chat.tokenizer)} tokens and its embedding "
             f"{rows} rows; "
             "they belong to different models, or tokens were added without resizing: use the model's own "
@@ -313,9 +304,7 @@ def _quantization(job: Job, computes: torch.dtype) -> Any:
     try:
         import bitsandbytes  # noqa: F401  # only whether it loads
     except ImportError:
-        raise MissingExtraError(
-            "method: qlora needs bitsandbytes; install it with: pip install 'resta[qlora]'"
-        ) from None
+        raise RequestError("method: qlora needs bitsandbytes; install it with: pip install 'resta[qlora]'") from None
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -357,7 +346,7 @@ class StopOnNaN(TrainerCallback):  # type: ignore[misc]  # an untyped base
         for key in LOSS_KEYS if args.fp16 else (*LOSS_KEYS, "grad_norm"):
             value = (logs or {}).get(key)
             if value is not None and not math.isfinite(float(value)):
-                raise TrainingError(
+                raise RestaError(
                     f"step {state.global_step}: {key} is {value}; lower train.learning_rate, add "
                     "train.warmup, or use "
                     "precision bf16 or float32 instead of fp16"
@@ -380,7 +369,7 @@ class Report(TrainerCallback):  # type: ignore[misc]  # an untyped base
 def build_trainer(
     job: Job, config: SFTConfig, model: Any, chat: Chat, prepared: Prepared, watch: Watch | None = None
 ) -> SFTTrainer:
-    """Return the trainer, ready to run, which prints nothing. Raises `RecipeError`."""
+    """Return the trainer, ready to run, which prints nothing. Raises `RequestError`."""
     mixed = job.recipe.objective.kind == "blue_red"
     callbacks: list[TrainerCallback] = [StopOnNaN(), *([Report(watch)] if watch else [])]
     if job.recipe.train.early_stop_patience is not None:
@@ -396,7 +385,7 @@ def build_trainer(
     try:
         trainer = _trainer_of(job, arguments, prepared)
     except (ValueError, ImportError) as error:
-        raise RecipeError(f"the trainer refuses these settings: {error}") from error
+        raise RequestError(f"the trainer refuses these settings: {error}") from error
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -417,7 +406,7 @@ def _trainer_of(job: Job, arguments: dict[str, Any], prepared: Prepared) -> SFTT
 
 @contextmanager
 def memory_advice(recipe: Recipe) -> Iterator[None]:
-    """Turn an out-of-memory failure into a `TrainingError` that says which settings to lower, best first."""
+    """Turn an out-of-memory failure into a `RestaError` that says which settings to lower, best first."""
     try:
         yield
     except Exception as error:
@@ -434,7 +423,7 @@ def memory_advice(recipe: Recipe) -> Iterator[None]:
             advice.append("method: lora, or parallel.strategy: fsdp on more GPUs")
         elif recipe.method == "lora":
             advice.append("method: qlora")
-        raise TrainingError(
+        raise RestaError(
             f"out of memory. Lower or set, in this order: {'; '.join(advice)}. `--dry-run` estimates the need. "
             f"With other {' or '.join(recipes.SPLIT_OF_A_STEP)} the run goes on from its last checkpoint. "
             f"({str(error).splitlines()[0]})"
@@ -505,9 +494,9 @@ def check_launch(job: Job) -> None:
         return
     if on_cpu(job):
         # The library underneath would quietly keep a whole copy in every process.
-        raise PlanError(f"parallel.strategy: {strategy} splits a model over GPUs only; on a CPU use strategy: ddp")
+        raise RequestError(f"parallel.strategy: {strategy} splits a model over GPUs only; on a CPU use strategy: ddp")
     if world_size() == 1:
-        raise PlanError(
+        raise RequestError(
             f"parallel.strategy: {strategy} splits the model over processes, and one was started; launch "
             "it with: " + launch_line(job)
         )
@@ -528,7 +517,7 @@ def train(job: Job, watch: Watch | None = None) -> Fitted:
     Raises every error of this module.
     """
     if job.out.exists():
-        raise PlanError(f"{job.out} already exists; choose another --output, or remove it")
+        raise RequestError(f"{job.out} already exists; choose another --output, or remove it")
     check_launch(job)
     chat = load_chat(job)
     mixture, prepared = load_data(job, chat)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from resta.engine import Made, compute_tensors
-from resta.errors import ModelError
+from resta.errors import RequestError
 from resta.plan import derive_key
 from resta.recipe import dump_recipe
 from resta.sweep.candidates import Candidate, Family, Method, plan_of, recipe_of
@@ -61,7 +61,7 @@ def identity_text(candidate: Candidate, family: Family) -> str:
 
 
 def apply(local: LocalModel, candidate: Candidate, family: Family) -> Change:
-    """Overwrite a loaded model's weights with a candidate's. Raises ModelError where the names do not fit."""
+    """Overwrite a loaded model's weights with a candidate's. Raises RequestError where the names do not fit."""
     import torch
 
     places = local.model.state_dict(keep_vars=True)  # tied weights: several names of one memory
@@ -75,7 +75,7 @@ def apply(local: LocalModel, candidate: Candidate, family: Family) -> Change:
                 _write(places[name], tensor, name, written, local.name)
     left = sorted(name for name, place in places.items() if place.data_ptr() not in written and place.numel())
     if left:
-        raise ModelError(
+        raise RequestError(
             f"{local.name}: {len(left)} weights have no tensor of their name in the merge ({', '.join(left[:3])}); "
             "this architecture renames or joins tensors as it is loaded, so candidates cannot be applied in memory: "
             "write them with `resta merge` and compare them with `resta verify`"
@@ -96,12 +96,14 @@ def tuned_tensors(family: Family) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _write(place: Any, tensor: torch.Tensor, name: str, written: dict[int, str], model: str) -> None:
     if place.shape != tensor.shape:
-        raise ModelError(f"{model}: {name} has shape {list(place.shape)} but the merge {list(tensor.shape)}")
+        raise RequestError(f"{model}: {name} has shape {list(place.shape)} but the merge {list(tensor.shape)}")
     other = written.setdefault(place.data_ptr(), name)
     if other == name:
         place.copy_(tensor)
     elif not place.cpu().equal(tensor.to(place.dtype)):
-        raise ModelError(f"{model}: {other} and {name} are tied but differ in the merge; keep one of them with a rule")
+        raise RequestError(
+            f"{model}: {other} and {name} are tied but differ in the merge; keep one of them with a rule"
+        )
 
 
 def _add_change(tensor: torch.Tensor, tuned: torch.Tensor, sums: list[float], counts: list[int]) -> None:

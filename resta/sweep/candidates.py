@@ -20,7 +20,7 @@ from functools import cached_property
 from itertools import product
 from typing import Any, Literal, TypeVar
 
-from resta.errors import RecipeError
+from resta.errors import RequestError
 from resta.opened import Opened, open_models
 from resta.plan import Plan, make_plan
 from resta.recipe import Model, OutputChoices, Recipe, Rule, Term, make_recipe
@@ -106,14 +106,14 @@ class Family:
 
     @cached_property
     def globs(self) -> dict[str, tuple[str, ...]]:
-        """The globs of each group that match a tensor of the model. Raises RecipeError for a group without any."""
+        """The globs of each group that match a tensor of the model. Raises RequestError for a group without any."""
         return {name: _globs(name, [step.name for step in self.tuned_plan.steps]) for name in self.groups}
 
 
 def _globs(group: str, tensors: Sequence[str]) -> tuple[str, ...]:
     found = tuple(glob for glob in GROUPS[group] if fnmatch.filter(tensors, glob))
     if not found:
-        raise RecipeError(f"--group {group}: no tensor of the model is called like {', '.join(GROUPS[group])}")
+        raise RequestError(f"--group {group}: no tensor of the model is called like {', '.join(GROUPS[group])}")
     return found
 
 
@@ -128,27 +128,27 @@ def family_of(recipe: Recipe) -> Family:
 
 
 def parse_numbers(text: str, what: str) -> tuple[float, ...]:
-    """Return the numbers of a list "0.2,0.5" or of an inclusive range "0:1:0.1". Raises RecipeError.
+    """Return the numbers of a list "0.2,0.5" or of an inclusive range "0:1:0.1". Raises RequestError.
 
     Counted in decimals, so that the fourth value of 0:1:0.1 is 0.3 and nothing near it.
     """
     numbers = _range(text, what) if ":" in text else [_decimal(part, text, what) for part in text.split(",")]
     values = tuple(float(number) for number in numbers)
     if len(set(values)) < len(values):
-        raise RecipeError(f"{what} {text!r} names a value twice")
+        raise RequestError(f"{what} {text!r} names a value twice")
     return values
 
 
 def _range(text: str, what: str) -> list[Decimal]:
     parts = [_decimal(part, text, what) for part in text.split(":")]
     if len(parts) != 3 or parts[2] <= 0 or parts[1] < parts[0]:
-        raise RecipeError(f"{what} {text!r}: expected FROM:TO:STEP with a positive step and FROM not above TO")
+        raise RequestError(f"{what} {text!r}: expected FROM:TO:STEP with a positive step and FROM not above TO")
     first, last, step = parts
     if (last - first) / step >= MOST:
-        raise RecipeError(f"{what} {text!r} has more than {MOST} values")
+        raise RequestError(f"{what} {text!r} has more than {MOST} values")
     count, rest = divmod(last - first, step)
     if rest:
-        raise RecipeError(
+        raise RequestError(
             f"{what} {text!r}: steps of {step} from {first} do not end at {last}, which is meant to be in"
         )
     return [first + i * step for i in range(int(count) + 1)]
@@ -160,15 +160,15 @@ def _decimal(part: str, text: str, what: str) -> Decimal:
     except InvalidOperation:
         number = Decimal("nan")
     if not number.is_finite() or abs(number) > 1000 or (number and abs(number) < Decimal("1e-6")):
-        raise RecipeError(f"{what} {text!r}: expected numbers like 0.2,0.5 or a range like 0:1:0.1, found {part!r}")
+        raise RequestError(f"{what} {text!r}: expected numbers like 0.2,0.5 or a range like 0:1:0.1, found {part!r}")
     return number
 
 
 def check_density(values: Iterable[float]) -> None:
-    """Raise RecipeError unless each is a share of entries that may be kept."""
+    """Raise RequestError unless each is a share of entries that may be kept."""
     for value in values:
         if not 0 < value <= 1:
-            raise RecipeError(f"--density {value:g}: a density is the share of entries kept, above 0 and at most 1")
+            raise RequestError(f"--density {value:g}: a density is the share of entries kept, above 0 and at most 1")
 
 
 # -- which, and in which order -------------------------------------------------------------------------------
@@ -238,7 +238,7 @@ def _grouped(candidate: Candidate, scales: Sequence[float], groups: Sequence[str
     if candidate.scale == 0 or not groups:
         return [candidate]
     if len(scales) ** len(groups) > MOST:
-        raise RecipeError(f"--grid: more than {MOST} candidates; give fewer scales, or leave the search to --search")
+        raise RequestError(f"--grid: more than {MOST} candidates; give fewer scales, or leave the search to --search")
     return [
         replace(candidate, groups=tuple((group, scale) for group, scale in found if scale != candidate.scale))
         for found in product(*([(group, scale) for scale in scales] for group in groups))
@@ -309,7 +309,7 @@ def _recipe(family: Family, start: str, terms: list[dict[str, Any]]) -> Recipe:
     used = {start, "tuned", *(end for term in terms for end in term["delta"].split(" - "))}
     missing = sorted(used - models.keys())
     if missing:
-        raise RecipeError(f"{terms[-1]['name']} needs the model(s) {', '.join(missing)}; given: {', '.join(models)}")
+        raise RequestError(f"{terms[-1]['name']} needs the model(s) {', '.join(missing)}; given: {', '.join(models)}")
     used |= {on for name in used if (on := models[name].on)}
     return make_recipe(
         {
@@ -323,13 +323,13 @@ def _recipe(family: Family, start: str, terms: list[dict[str, Any]]) -> Recipe:
 
 
 def swept_term(terms: Sequence[Term]) -> int:
-    """Return which term's scale is swept: `safety`, else `interpolation`, else the only one. Raises RecipeError."""
+    """Return which term's scale is swept: `safety`, else `interpolation`, else the only one. Raises RequestError."""
     names = [term.name for term in terms]
     for name in ("safety", "interpolation"):
         if name in names:
             return names.index(name)
     if len(names) != 1:
-        raise RecipeError("the recipe has several terms; name the one whose scale is swept `safety`")
+        raise RequestError("the recipe has several terms; name the one whose scale is swept `safety`")
     return 0
 
 
@@ -339,37 +339,39 @@ def _own(candidate: Candidate, family: Family) -> Recipe:
     if candidate.density is not None:
         thinned = [term["sparsify"] for term in terms if term["sparsify"]]
         if not thinned:
-            raise RecipeError("--density: no term of the recipe is sparsified")
+            raise RequestError("--density: no term of the recipe is sparsified")
         for sparsify in thinned:
             sparsify["density"] = candidate.density
     return make_recipe({**family.choices, "models": family.models, "start": family.start, "terms": terms})
 
 
 def check_methods(grid: Grid, family: Family) -> None:
-    """Refuse methods that need what is not given. Raises RecipeError."""
+    """Refuse methods that need what is not given. Raises RequestError."""
     models = family.models
     for role in ("tuned", "aligned"):
         if role not in models:
-            raise RecipeError(f"no model is called {role!r}; a sweep compares with tuned and aligned, by these names")
+            raise RequestError(f"no model is called {role!r}; a sweep compares with tuned and aligned, by these names")
     if {"resta", "resta_d"} & set(grid.methods) and family.subtrahend == "tuned":
-        raise RecipeError("resta and resta_d need --base (or --unaligned), which is subtracted from aligned")
+        raise RequestError("resta and resta_d need --base (or --unaligned), which is subtracted from aligned")
     if "resta_d" in grid.methods and family.origin not in models:
-        raise RecipeError(f"resta_d starts from {family.origin}, which is not given; say --{family.origin}")
+        raise RequestError(f"resta_d starts from {family.origin}, which is not given; say --{family.origin}")
     if "resta_d" in grid.methods and not grid.densities:
-        raise RecipeError(
+        raise RequestError(
             "resta_d needs --density, the share of the fine-tune's delta that DARE keeps (the paper: 0.7)"
         )
     if grid.densities and not {"resta_d", "recipe"} & set(grid.methods):
-        raise RecipeError("--density is used by resta_d alone; add it to --method")
+        raise RequestError("--density is used by resta_d alone; add it to --method")
 
 
 def check_groups(family: Family) -> None:
-    """Refuse groups that are not known or not there. Raises RecipeError."""
+    """Refuse groups that are not known or not there. Raises RequestError."""
     names = family.groups
     if names and family.rules:
-        raise RecipeError("--group: the recipe has rules of its own, and the first that matches decides; leave one out")
+        raise RequestError(
+            "--group: the recipe has rules of its own, and the first that matches decides; leave one out"
+        )
     if not set(names) <= GROUPS.keys() or len(set(names)) < len(names):
-        raise RecipeError(f"--group {','.join(names)}: expected some of {', '.join(GROUPS)}, each once")
+        raise RequestError(f"--group {','.join(names)}: expected some of {', '.join(GROUPS)}, each once")
     assert family.globs.keys() == set(names)  # which looks whether each group has tensors
 
 

@@ -44,8 +44,8 @@ def make_family(
         **choices: other fields of `Family`: seed, output, rescale, groups, and the like.
 
     Raises:
-        RecipeError: something is missing, or does not fit together.
-        CheckpointError: a model is not there.
+        RequestError: something is missing, or does not fit together.
+        RequestError: a model is not there.
     """
     roles = Roles(tuned=tuned, aligned=aligned, base=base, unaligned=unaligned, tuned_from=tuned_from)
     return Family(models=read_roles(roles), origin=roles.origin, **choices)

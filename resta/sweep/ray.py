@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from resta.errors import MissingExtraError, RestaError, UnansweredError
+from resta.errors import RequestError, RestaError, UnansweredError
 from resta.redeval.progress import RunOptions
 from resta.sweep.measure import REFERENCES, Measure, Sweep, Worker, asked_words
 from resta.sweep.search import Job
@@ -38,7 +38,7 @@ def on_cluster(sweep: Sweep, conditions: RunOptions, *, address: str, workers: i
         workers: models loaded at once; by default one per GPU of the cluster, or one where there is none.
 
     Raises:
-        MissingExtraError: Ray is not installed.
+        RequestError: Ray is not installed.
         UnansweredError: no cluster answers, or a worker was lost.
         RestaError: as in one process.
     """
@@ -75,7 +75,7 @@ def _cluster(address: str) -> Iterator[Any]:
     try:
         import ray
     except ImportError as error:
-        raise MissingExtraError("--ray needs Ray: pip install 'resta[ray]'") from error
+        raise RequestError("--ray needs Ray: pip install 'resta[ray]'") from error
     try:
         _check_reachable(address)
         ray.init(

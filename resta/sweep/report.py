@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
-from resta.errors import MissingExtraError
+from resta.errors import RequestError
 from resta.journal import document, write_whole
 from resta.recipe import dump_recipe
 from resta.statistics import Rate
@@ -33,11 +33,11 @@ STYLES = {  # method -> (colour of Okabe and Ito's palette, marker)
 
 
 def require_plots() -> None:
-    """Raise MissingExtraError unless matplotlib is there."""
+    """Raise RequestError unless matplotlib is there."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise MissingExtraError('resta sweep draws its front: pip install "resta[plots]"') from error
+        raise RequestError('resta sweep draws its front: pip install "resta[plots]"') from error
 
 
 def write_reports(sweep: Sweep, outcome: Outcome, versions: Mapping[str, str]) -> None:

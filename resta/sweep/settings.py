@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from resta.dialect import dump, parse_untyped
-from resta.errors import RecipeError
+from resta.errors import RequestError
 from resta.strict import did_you_mean, named
 from resta.sweep.candidates import Family
 from resta.sweep.measure import Sweep
@@ -48,14 +48,14 @@ def settings_of(sweep: Sweep, fresh: int) -> list[str]:
 
 
 def read_settings(path: Path, known: Collection[str | None]) -> dict[str, Any]:
-    """Return the options that such a file carries. Raises RecipeError where there are none, or unknown ones."""
+    """Return the options that such a file carries. Raises RequestError where there are none, or unknown ones."""
     text = path.read_text(encoding="utf-8")
     lines = [line.removeprefix(MARK) for line in text.splitlines() if line.startswith(MARK)]
     with named(f"{path}: the lines that begin with {MARK!r}"):
         found = parse_untyped("\n".join(lines))
     if not isinstance(found, dict) or not found:
-        raise RecipeError(f"{path}: carries no settings of a sweep (lines that begin with {MARK!r}); give the options")
+        raise RequestError(f"{path}: carries no settings of a sweep (lines that begin with {MARK!r}); give the options")
     for name in found:
         if name not in known:
-            raise RecipeError(f"{path}: {name!r} is no option of resta verify{did_you_mean(str(name), known)}")
+            raise RequestError(f"{path}: {name!r} is no option of resta verify{did_you_mean(str(name), known)}")
     return found

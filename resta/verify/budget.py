@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resta.errors import CompareError, ModelError
+from resta.errors import RequestError
 from resta.journal import differences
 from resta.redeval.answering import check_fits
 from resta.redeval.evaluation import JUDGES, read_judges
@@ -38,7 +38,7 @@ class Utility:
     tokenizer: str | None = None  # directory of the served models' tokenizer
 
     def read(self) -> Suite:
-        """Return the tasks. Raises TaskError, MissingExtraError."""
+        """Return the tasks. Raises RequestError."""
         from resta.verify.utility import read_suite
 
         nothing = self.profile is None and self.folder is None and not self.names
@@ -100,7 +100,7 @@ def read_budget(exam: Exam) -> Budget:
 
 
 def check_budget(budget: Budget, targets: Mapping[str, Target | Path]) -> None:
-    """Refuse, before anything is loaded, what could not be compared later. Raises CompareError, ModelError, JudgeError.
+    """Refuse, before anything is loaded, what could not be compared later. Raises RequestError.
 
     A path is a measurement that is there already, and must have been made as this budget would make it.
     """
@@ -109,7 +109,7 @@ def check_budget(budget: Budget, targets: Mapping[str, Target | Path]) -> None:
             check_judges(budget.judges, target, allow_self=budget.allow_self_judge)
             check_fits(target, budget.plan(target))
             if budget.suite is not None and target.local is None and (target.base_url is None or not budget.tokenizer):
-                raise ModelError(
+                raise RequestError(
                     f"{role} ({target.name}) is served: utility needs its server's --base-url and, to count tokens, "
                     "--tokenizer DIR; or leave utility out with --no-utility"
                 )
@@ -130,7 +130,7 @@ def check_budget(budget: Budget, targets: Mapping[str, Target | Path]) -> None:
                 {"redeval": conditions_of(there.config), "utility": dict(there.utility), "judges": judges}, wanted
             )
             if found:
-                raise CompareError(
+                raise RequestError(
                     f"{role}: the measurement in {path} was not made with these settings: {'; '.join(found[:6])}. "
                     "Give the same settings, or the model itself in place of its measurement"
                 )

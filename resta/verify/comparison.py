@@ -229,7 +229,7 @@ def compare(
     level: float = 0.95,
     losses: Mapping[str, Losses] | None = None,
 ) -> Comparison:
-    """Return the comparison of measurements by role. Raises CompareError where they were not made alike.
+    """Return the comparison of measurements by role. Raises RequestError where they were not made alike.
 
     `losses` are those of each role's answers under the aligned model.
     """

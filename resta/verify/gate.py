@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from resta.errors import PolicyError
+from resta.errors import RequestError
 from resta.statistics import Difference, PairedRates, PairedScores, holm, trials_at_rate, trials_for_bound
 from resta.verify.claims import RATE, Claim, claims_of
 from resta.verify.comparison import Comparison
@@ -27,7 +27,7 @@ SHOW_SAFETY = ("asr.max_upper", "asr.max_increase_over_aligned", "regained.min")
 
 
 def decide(comparison: Comparison, policy: Policy) -> Decision:
-    """Return what the policy makes of a comparison. Raises PolicyError where it names a task that was not measured."""
+    """Return what the policy makes of a comparison. Raises RequestError where it names a task that was not measured."""
     check_tasks(policy, {task.task for task in comparison.utility})
     rules = _corrected([rule for rules_of in RULES for rule in rules_of(comparison, policy)], policy.level)
     verdict = _verdict(rules)
@@ -42,11 +42,11 @@ def decide(comparison: Comparison, policy: Policy) -> Decision:
 
 
 def check_tasks(policy: Policy, measured: Iterable[str]) -> None:
-    """Refuse a policy that names a task which is not measured. Raises PolicyError."""
+    """Refuse a policy that names a task which is not measured. Raises RequestError."""
     known = sorted(measured)
     unknown = sorted(policy.utility.keys() - {ANY_TASK, *known})
     if unknown:
-        raise PolicyError(
+        raise RequestError(
             f"the policy names the utility task(s) {', '.join(unknown)}, which are not measured; "
             f"measured: {', '.join(known) or 'none'}"
         )

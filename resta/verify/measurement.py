@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from resta.errors import CompareError, RestaError
+from resta.errors import RequestError, RestaError
 from resta.journal import differences, to_json, write_whole
 from resta.redeval.control import Control, controls_of
 from resta.redeval.plan import plan_of
@@ -118,10 +118,10 @@ def note_places(models: Mapping[str, Measurement], out: Path) -> None:
 
 
 def read_places(out: Path) -> dict[str, Path]:
-    """Return where each role's measurement lies. Raises CompareError where OUT holds no comparison."""
+    """Return where each role's measurement lies. Raises RequestError where OUT holds no comparison."""
     path = out / PLACES
     if not path.is_file():
-        raise CompareError(f"{out} holds no finished measurements (no {PLACES}); run `resta verify` to the end first")
+        raise RequestError(f"{out} holds no finished measurements (no {PLACES}); run `resta verify` to the end first")
     return {role: out / place for role, place in json.loads(path.read_text(encoding="utf-8")).items()}
 
 
@@ -164,7 +164,7 @@ def conditions_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_comparable(models: Mapping[str, Measurement], judges: Iterable[str]) -> None:
-    """Refuse measurements made under different conditions, naming them. Raises CompareError."""
+    """Refuse measurements made under different conditions, naming them. Raises RequestError."""
     first = models[ROLES[0]]
     for role in ROLES[1:]:
         other = models[role]
@@ -176,14 +176,14 @@ def check_comparable(models: Mapping[str, Measurement], judges: Iterable[str]) -
             found += differences(first.judges[judge]["sha256"], other.judges[judge]["sha256"], f"judge {judge}")
         if found:
             lines = "; ".join(found[:6])
-            raise CompareError(
+            raise RequestError(
                 f"{ROLES[0]} ({first.path}) and {role} ({other.path}) were not measured alike: {lines}. "
                 "Measure both again with the same settings"
             )
 
 
 def pick_judges(models: Mapping[str, Measurement], named: str | None) -> tuple[str, str | None]:
-    """Return whose verdicts count on harmful and on safe questions. Raises CompareError where that is not clear.
+    """Return whose verdicts count on harmful and on safe questions. Raises RequestError where that is not clear.
 
     Refusal strings never decide on harm beside a real judge, and people's labels only where they are named. On safe
     questions the same judge decides if it looks at them, else refusal strings do if they were set on the answers, else
@@ -193,10 +193,10 @@ def pick_judges(models: Mapping[str, Measurement], named: str | None) -> tuple[s
     facts = models[ROLES[0]].judges
     strings = {judge for judge in common if facts[judge]["read"]["kind"] == "strings"}
     if named is not None and named not in common:
-        raise CompareError(f"the policy's judge {named!r} has not judged all models; those that have: {_list(common)}")
+        raise RequestError(f"the policy's judge {named!r} has not judged all models; those that have: {_list(common)}")
     candidates = [named] if named is not None else sorted(common - strings or common)
     if len(candidates) != 1:
-        raise CompareError(
+        raise RequestError(
             f"judges of all models: {_list(common)}; exactly one must count: name it as `judge:` in the policy"
             if common
             else "no judge has judged all models; judge them with the same one (resta redeval judge)"

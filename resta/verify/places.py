@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from resta.errors import ModelError, ResumeError
+from resta.errors import RequestError, ResumeError
 from resta.journal import to_json, write_whole
 from resta.redeval.records import content_of, utc_now
 from resta.redeval.targets import Target, parse_target
@@ -82,7 +82,7 @@ def find_model(folder: Path, facts: Mapping[str, Any], *, device: str) -> Target
             )
             if content_of(target.facts) == content_of(facts):
                 return target
-        except (ModelError, OSError):  # not there
+        except (RequestError, OSError):  # not there
             continue
     return None
 

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, field_validator
 
 from resta.dialect import parse
-from resta.errors import PolicyError
 from resta.strict import Strict, check, named, read_text
 
 
@@ -174,8 +173,8 @@ def _asks_less(own: Any, usual: Any, key: str = "") -> bool:
 
 
 def read_policy(path: Path | None) -> Policy:
-    """Return the policy in a file, or the default one. Raises PolicyError."""
-    with named("the default policy" if path is None else path, PolicyError):
+    """Return the policy in a file, or the default one. Raises RequestError."""
+    with named("the default policy" if path is None else path):
         found = parse(default_policy() if path is None else read_text(path))
         return check(Policy, {} if found is None else found)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from resta.errors import ModelError
+from resta.errors import RequestError
 from resta.journal import write_whole
 from resta.redeval.progress import RunOptions
 from resta.redeval.records import environment, private_files
@@ -213,10 +213,12 @@ def _decide(
 
 
 def _card_of(model: str) -> Path:
-    """Return the card of a model in a local directory. Raises ModelError."""
+    """Return the card of a model in a local directory. Raises RequestError."""
     folder = Path(model)
     if not folder.is_dir():
-        raise ModelError(f"--card: {folder} is not a local directory; leave --card out, and paste OUT/card.md instead")
+        raise RequestError(
+            f"--card: {folder} is not a local directory; leave --card out, and paste OUT/card.md instead"
+        )
     return folder / "README.md"
 
 

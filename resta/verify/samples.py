@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from resta.errors import TaskError
+from resta.errors import RequestError
 from resta.fingerprint import digest
 from resta.verify.documents import Document, finished_tasks, read_facts, start_suite, write_documents
 from resta.verify.generated import said_of
@@ -37,17 +37,17 @@ def import_samples(folder: Path, files: Sequence[Path], names: Sequence[str]) ->
     """Add the documents of sample files to a measurement's utility folder, and return them by task.
 
     `names` are TASK or TASK:METRIC, as where tasks are measured: only these, by another metric than the file's first.
-    All files are read before anything is written. Raises TaskError, ResumeError.
+    All files are read before anything is written. Raises RequestError, ResumeError.
     """
     metrics = dict(_metric_of(name) for name in names)
     logged = tuple(each for path in files if (each := _read(path, metrics, chosen=bool(names))) is not None)
     if unknown := metrics.keys() - {each.task for each in logged}:
-        raise TaskError(f"no file holds the task {sorted(unknown)[0]!r}; there are {', '.join(map(str, files))}")
+        raise RequestError(f"no file holds the task {sorted(unknown)[0]!r}; there are {', '.join(map(str, files))}")
     counts = Counter(each.task for each in logged)
     if twice := [task for task, count in counts.items() if count > 1]:
-        raise TaskError(f"{twice[0]} is in two of the files; give one")
+        raise RequestError(f"{twice[0]} is in two of the files; give one")
     if read_facts(folder).get("backend", BACKEND) != BACKEND:
-        raise TaskError(f"{folder} holds what was measured here; logged documents go into a measurement without any")
+        raise RequestError(f"{folder} holds what was measured here; logged documents go into a measurement without any")
     start_suite(
         folder, {"name": "imported", "backend": BACKEND, "tasks": {each.task: dict(each.facts) for each in logged}}
     )
@@ -64,10 +64,10 @@ def _metric_of(name: str) -> tuple[str, str | None]:
 
 
 def _read(path: Path, metrics: Mapping[str, str | None], *, chosen: bool) -> Logged | None:
-    """Return a file's task, or None where others were chosen. Raises TaskError."""
+    """Return a file's task, or None where others were chosen. Raises RequestError."""
     match = NAME.fullmatch(path.name)
     if match is None:
-        raise TaskError(f"{path}: expected a file of lm_eval's, samples_TASK_DATE.jsonl")
+        raise RequestError(f"{path}: expected a file of lm_eval's, samples_TASK_DATE.jsonl")
     task = match["task"]
     if chosen and task not in metrics:
         return None
@@ -77,7 +77,7 @@ def _read(path: Path, metrics: Mapping[str, str | None], *, chosen: bool) -> Log
     higher = _higher_is_better(results, task, metric, path)
     own = [row for row in rows if row["filter"] == (metric.partition(",")[2] or "none")]
     if not own or metric.partition(",")[0] not in own[0]["metrics"]:
-        raise TaskError(f"{path}: no document has the metric {metric!r}; the first has {_first_metric(rows[0])!r}")
+        raise RequestError(f"{path}: no document has the metric {metric!r}; the first has {_first_metric(rows[0])!r}")
     documents = tuple(_documents(task, metric, own, higher_is_better=higher, path=path))
     facts = {
         "metric": metric,
@@ -95,18 +95,18 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
     try:
         lines = path.read_bytes().decode("utf-8").split("\n")  # by newlines alone: answers hold other line ends
     except (OSError, UnicodeDecodeError) as error:
-        raise TaskError(f"{path}: cannot be read: {error}") from error
+        raise RequestError(f"{path}: cannot be read: {error}") from error
     for line in filter(str.strip, lines):
         number += 1
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise TaskError(f"{path}: line {number} is not JSON: {error}") from error
+            raise RequestError(f"{path}: line {number} is not JSON: {error}") from error
         if not isinstance(row, dict) or not row.keys() >= wanted or not row["metrics"]:
-            raise TaskError(f"{path}: line {number} is no sample; expected the keys {', '.join(sorted(wanted))}")
+            raise RequestError(f"{path}: line {number} is no sample; expected the keys {', '.join(sorted(wanted))}")
         yield row
     if not number:
-        raise TaskError(f"{path}: an empty file")
+        raise RequestError(f"{path}: an empty file")
 
 
 def _first_metric(row: Mapping[str, Any]) -> str:
@@ -120,7 +120,7 @@ def _results(path: Path) -> Mapping[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
-        raise TaskError(f"{path}: not JSON: {error}") from error
+        raise RequestError(f"{path}: not JSON: {error}") from error
 
 
 def _higher_is_better(results: Mapping[str, Any], task: str, metric: str, path: Path) -> bool:
@@ -129,7 +129,7 @@ def _higher_is_better(results: Mapping[str, Any], task: str, metric: str, path: 
     if found is None and not is_loss(name):
         known = {"acc": True, "acc_norm": True, "exact_match": True}.get(name)
         if known is None:
-            raise TaskError(
+            raise RequestError(
                 f"{path}: nothing says whether a higher {name} is better; put lm_eval's results_DATE.json beside it"
             )
         return known

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from numbers import Real
 
-from resta.errors import TaskError
+from resta.errors import RequestError
 
 # lm_eval's metric -> what its document's loss is divided by beside the count that comes with it; None: comes without
 LOSSES = {"word_perplexity": 1.0, "byte_perplexity": 1.0, "bits_per_byte": math.log(2), "perplexity": None}
@@ -23,14 +23,14 @@ def is_loss(metric: str) -> bool:
 
 
 def value_of(metric: str, found: object, *, higher_is_better: bool, where: str) -> float:
-    """Return a document's value: a score from 0 to 1, or a loss or error that is 0 at best. Raises TaskError."""
+    """Return a document's value: a score from 0 to 1, or a loss or error that is 0 at best. Raises RequestError."""
     name = metric.partition(",")[0]
     if name in LOSSES:
         return _loss(name, found, where)
     number = float(found) if isinstance(found, Real) else math.nan
     if not 0 <= number <= (1.0 if higher_is_better else math.inf) or math.isinf(number):  # NaN is not either
         expected = "a number from 0 to 1" if higher_is_better else "a number from 0"
-        raise TaskError(f"{where}: {metric} of a document is {found!r}; expected {expected}")
+        raise RequestError(f"{where}: {metric} of a document is {found!r}; expected {expected}")
     return number
 
 
@@ -40,5 +40,5 @@ def _loss(name: str, found: object, where: str) -> float:
     numbers = [float(part) for part in parts if isinstance(part, Real)]
     if len(numbers) != (1 if unit is None else 2) or not all(map(math.isfinite, numbers)) or 0 in numbers[1:]:
         expected = "a log-likelihood" if unit is None else "a log-likelihood and a count"
-        raise TaskError(f"{where}: {name} of a document is {found!r}; expected {expected}")
+        raise RequestError(f"{where}: {name} of a document is {found!r}; expected {expected}")
     return -numbers[0] if unit is None else -numbers[0] / (numbers[1] * unit)

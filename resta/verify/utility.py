@@ -33,7 +33,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from resta.errors import EndpointError, MissingExtraError, ModelError, TaskError, UnansweredError
+from resta.errors import RequestError, UnansweredError
 from resta.fingerprint import sha256_file
 from resta.out_of_memory import is_out_of_memory
 from resta.redeval.models import LocalModel, adds_bos, free_bytes
@@ -146,13 +146,13 @@ def read_suite(
 
     A name is TASK, or TASK:METRIC for a task of no profile, whose default is the task's first metric. The folder's
     tasks are read whole, without a network; relative paths in them start at the folder. `chat_template: true` in a
-    task's `metadata` asks it through the model's chat template. Raises TaskError, MissingExtraError.
+    task's `metadata` asks it through the model's chat template. Raises RequestError.
     """
     _version()
     if profile is None and folder is None and not names:
-        raise TaskError(f"nothing to measure: name a profile ({', '.join(PROFILES)}) or a folder of lm_eval tasks")
+        raise RequestError(f"nothing to measure: name a profile ({', '.join(PROFILES)}) or a folder of lm_eval tasks")
     if profile is not None and profile not in PROFILES:
-        raise TaskError(
+        raise RequestError(
             f"unknown utility profile {profile!r}; there are {', '.join(PROFILES)}{did_you_mean(profile, PROFILES)}"
         )
     tasks = PROFILES[profile] if profile is not None else () if folder is not None else OWN
@@ -167,7 +167,7 @@ def read_suite(
     chosen = _changed(chosen, num_fewshot, gen_kwargs)
     counts = Counter(task.name for task in chosen)
     if twice := [name for name, count in counts.items() if count > 1]:
-        raise TaskError(f"{twice[0]} is meant twice; name it once, with one metric, or rename the folder's task")
+        raise RequestError(f"{twice[0]} is meant twice; name it once, with one metric, or rename the folder's task")
     name = " + ".join(part for part in (profile, folder.name if folder is not None else None) if part) or "tasks"
     return Suite(name=name, tasks=tuple(chosen), folder=folder)
 
@@ -175,7 +175,7 @@ def read_suite(
 def count_documents(suite: Suite, limit: int | None) -> dict[str, int | None]:
     """Return how many documents each task has, at least, without a network; None where only its source knows.
 
-    Raises TaskError where a task of a folder cannot be read.
+    Raises RequestError where a task of a folder cannot be read.
     """
     counts: dict[str, int | None] = {}
     with _contained() as log:
@@ -191,9 +191,11 @@ def count_documents(suite: Suite, limit: int | None) -> dict[str, int | None]:
 
 
 def _changed(tasks: Sequence[Task], num_fewshot: int | None, gen_kwargs: Mapping[str, Any] | None) -> list[Task]:
-    """Return the tasks with other shots and generation settings. Raises TaskError where those would change nothing."""
+    """Return the tasks with other shots and generation settings. Raises RequestError where they change nothing."""
     if gen_kwargs and not any(task.generates for task in tasks):
-        raise TaskError(f"no task generates anything ({', '.join(task.name for task in tasks)}): leave gen_kwargs out")
+        raise RequestError(
+            f"no task generates anything ({', '.join(task.name for task in tasks)}): leave gen_kwargs out"
+        )
     changed = [task if num_fewshot is None else replace(task, num_fewshot=num_fewshot) for task in tasks]
     given = tuple(sorted((gen_kwargs or {}).items()))
     return [replace(task, gen_kwargs=given) if task.generates else task for task in changed]
@@ -229,7 +231,7 @@ def _version() -> str:
     try:
         return importlib.metadata.version("lm_eval")
     except importlib.metadata.PackageNotFoundError as error:
-        raise MissingExtraError("utility needs lm_eval: pip install 'resta[utility]'") from error
+        raise RequestError("utility needs lm_eval: pip install 'resta[utility]'") from error
 
 
 def _folder_sha256(folder: Path) -> str:
@@ -249,7 +251,7 @@ def _read_folder(folder: Path, names: Sequence[str], *, default: bool) -> tuple[
     For `default` all: its groups, and what is in none.
     """
     if not folder.is_dir():
-        raise TaskError(f"{folder}: no such folder; expected one of lm_eval task files (*.yaml)")
+        raise RequestError(f"{folder}: no such folder; expected one of lm_eval task files (*.yaml)")
     folder = folder.resolve()
     with _contained() as log:
         manager = _manager(folder, log)
@@ -258,7 +260,7 @@ def _read_folder(folder: Path, names: Sequence[str], *, default: bool) -> tuple[
             inside = {leaf for leaves in groups.values() for leaf in leaves}
             names = [*groups, *(name for name in manager.all_subtasks if name not in inside)]
         if not manager.all_tasks:
-            raise TaskError(f"{folder} holds no lm_eval task (*.yaml with a `task:`)")
+            raise RequestError(f"{folder} holds no lm_eval task (*.yaml with a `task:`)")
         there = [name for name in names if {name, name.rsplit(":", 1)[0]} & set(manager.all_tasks)]
         found = [_folder_task(manager, name, folder) for name in there]
         return found, [name for name in names if name not in there], list(manager.all_tasks)
@@ -272,7 +274,7 @@ def _folder_task(manager: Any, asked: str, folder: Path) -> Task:
     shots = {leaf.get_config("num_fewshot") or 0 for leaf in leaves.values()}
     chat = {bool((leaf.get_config("metadata") or {}).get("chat_template")) for leaf in leaves.values()}
     if len(chat) > 1:
-        raise TaskError(f"{folder}: only some subtasks of {name} set metadata.chat_template; set it in all or none")
+        raise RequestError(f"{folder}: only some subtasks of {name} set metadata.chat_template; set it in all or none")
     picked, higher = _pick_metric(leaves, metric, f"{folder}: {name}")
     return Task(
         name=name,
@@ -294,13 +296,13 @@ def _catalogue() -> Mapping[str, Any]:
 
 def catalogue_task(asked: str, where: str, known: Sequence[str]) -> Task:
     """Return one of lm_eval's own tasks, groups or tags by its name, TASK or TASK:METRIC, from its files alone: its
-    documents are fetched when it is measured. `where` and `known` say what else was looked through. Raises TaskError.
+    documents are fetched when it is measured. `where` and `known` say what else was searched. Raises RequestError.
     """
     index = _catalogue()
     name, _, named = asked.partition(":") if asked not in index else (asked, "", "")
     if name not in index:
         hint = did_you_mean(name, known) or did_you_mean(name, index)
-        raise TaskError(f"{where} has no task {name!r}, nor has lm_eval; there are {', '.join(known)}{hint}")
+        raise RequestError(f"{where} has no task {name!r}, nor has lm_eval; there are {', '.join(known)}{hint}")
     with _contained():
         configs = list(_configs(index, name))
         offered = [_offered(config) for config in configs]
@@ -310,10 +312,10 @@ def catalogue_task(asked: str, where: str, known: Sequence[str]) -> Task:
 
             common = {named: bool(is_higher_better(named.partition(",")[0]))}
     if not common:
-        raise TaskError(f"{name}: its files name no metric (of all its subtasks); name one: {name}:METRIC")
+        raise RequestError(f"{name}: its files name no metric (of all its subtasks); name one: {name}:METRIC")
     metric = next((m for m in common if named in ("", m, m.partition(",")[0])), None)
     if metric is None:
-        raise TaskError(f"{name} has no metric {named!r}; it has {', '.join(common)}{did_you_mean(named, common)}")
+        raise RequestError(f"{name} has no metric {named!r}; it has {', '.join(common)}{did_you_mean(named, common)}")
     shots = {config.get("num_fewshot") or 0 for config in configs}
     return Task(
         name=name,
@@ -364,18 +366,18 @@ def _metrics(leaf: Any) -> dict[str, str]:
 
 def _pick_metric(leaves: Mapping[str, Any], named: str | None, where: str) -> tuple[str, bool]:
     """Return the metric to record, as in Task.metric, and whether higher is better; it must score each document, or be
-    made of each document's loss. Raises TaskError.
+    made of each document's loss. Raises RequestError.
     """
     from lm_eval.api.metrics import mean
 
     offered = [_metrics(leaf) for leaf in leaves.values()]
     common = [metric for metric in offered[0] if all(metric in other for other in offered)]
     if not common:
-        raise TaskError(f"{where}: its subtasks have no metric in common")
+        raise RequestError(f"{where}: its subtasks have no metric in common")
     picked = next((m for m in common if named in (None, m, offered[0][m])), None)
     if picked is None:
         hint = did_you_mean(str(named), common)
-        raise TaskError(f"{where} has no metric {named!r}; it has {', '.join(common)}{hint}")
+        raise RequestError(f"{where} has no metric {named!r}; it has {', '.join(common)}{hint}")
     metric = offered[0][picked]
     higher = {leaf.higher_is_better().get(metric) for leaf in leaves.values()}
     if not is_loss(metric) and any(leaf.aggregation()[metric] is not mean for leaf in leaves.values()):
@@ -384,7 +386,7 @@ def _pick_metric(leaves: Mapping[str, Any], named: str | None, where: str) -> tu
         why = "its files do not say whether higher is better"
     else:
         return picked, bool(higher.pop())
-    raise TaskError(
+    raise RequestError(
         f"{where}: {picked} cannot be compared in pairs, for {why}; choose a metric such as acc or exact_match "
         f"(TASK:METRIC; there are {', '.join(common)})"
     )
@@ -419,7 +421,7 @@ def _contained() -> Iterator[list[logging.LogRecord]]:
 
 
 def _import() -> Any:
-    """Import lm_eval and what it logs through, and return torch. Raises MissingExtraError."""
+    """Import lm_eval and what it logs through, and return torch. Raises RequestError."""
     try:
         import datasets  # noqa: F401
         import evaluate  # noqa: F401
@@ -427,7 +429,7 @@ def _import() -> Any:
         import torch
         import transformers  # noqa: F401
     except ImportError as error:
-        raise MissingExtraError(f"utility needs lm_eval: pip install 'resta[utility]' ({error})") from error
+        raise RequestError(f"utility needs lm_eval: pip install 'resta[utility]' ({error})") from error
     return torch
 
 
@@ -472,7 +474,7 @@ def _inside(folder: Path) -> Iterator[None]:
 
 
 def _manager(folder: Path | None, log: Sequence[logging.LogRecord]) -> Any:
-    """Return lm_eval's index of a folder's tasks, or of its own (in about ten seconds). Raises TaskError."""
+    """Return lm_eval's index of a folder's tasks, or of its own (in about ten seconds). Raises RequestError."""
     from lm_eval.tasks import TaskManager
 
     if folder is None:
@@ -484,12 +486,12 @@ def _manager(folder: Path | None, log: Sequence[logging.LogRecord]) -> Any:
         # neither task nor group is there for others to include.
         text = record.getMessage()
         if record.levelno >= logging.WARNING or (text.startswith("Skip ") and "Unknown config shape" not in text):
-            raise TaskError(f"{folder}: lm_eval cannot read all of it: {text}")
+            raise RequestError(f"{folder}: lm_eval cannot read all of it: {text}")
     return manager
 
 
 def _leaves(manager: Any, name: str, folder: Path | None) -> dict[str, Any]:
-    """Return a task, or all tasks of a group, with their documents: {name: lm_eval's task}. Raises TaskError."""
+    """Return a task, or all tasks of a group, with their documents: {name: lm_eval's task}. Raises RequestError."""
     where = f"{folder}: {name}" if folder is not None else name
     _seed()
     try:
@@ -501,10 +503,12 @@ def _leaves(manager: Any, name: str, folder: Path | None) -> dict[str, Any]:
             if folder is not None
             else "its documents come from the Hugging Face Hub; without a network they must be in its cache"
         )
-        raise TaskError(f"{where} cannot be read: {type(error).__name__}: {error} ({hint})") from error
+        raise RequestError(f"{where} cannot be read: {type(error).__name__}: {error} ({hint})") from error
     for leaf in leaves.values():
         if getattr(leaf, "UNSAFE_CODE", False) or getattr(leaf, "MULTIMODAL", False):
-            raise TaskError(f"{where}: a task that runs generated code, or shows pictures or sound, is not supported")
+            raise RequestError(
+                f"{where}: a task that runs generated code, or shows pictures or sound, is not supported"
+            )
     return leaves
 
 
@@ -520,7 +524,7 @@ def measure(subject: LocalModel | Served, suite: Suite, folder: Path, *, limit: 
     """Measure what is missing of a suite and append it to `folder`, task by task.
 
     A folder is for one model. `limit` takes the first documents of each task, and of each subtask of a group. `note`
-    is told in words how far it is. Raises TaskError, ModelError, ResumeError, EndpointError, UnansweredError.
+    is told in words how far it is. Raises RequestError, ResumeError, UnansweredError.
     """
     start_suite(folder, suite_facts(suite, limit=limit, backend=backend_of(subject)))
     done = finished_tasks(folder)
@@ -654,18 +658,18 @@ def _carefully(subject: LocalModel | Served, ask: Callable[[], list[Document]]) 
         ) from error
     # The other requests in flight have failed too, and say so when they are collected: here, where nobody hears it.
     gc.collect()
-    raise EndpointError(failed)
+    raise UnansweredError(failed)
 
 
 # -- the two kinds of model ----------------------------------------------------------------------------------
 
 
 def _connect(subject: LocalModel | Served, tasks: Sequence[Task], loaded: Mapping[str, Mapping[str, Any]]) -> Any:
-    """Return lm_eval's model for ours. Raises ModelError where it cannot be asked what the tasks ask."""
+    """Return lm_eval's model for ours. Raises RequestError where it cannot be asked what the tasks ask."""
     lm = _served_lm(subject) if isinstance(subject, Served) else _local_lm(subject)
     templated = [task.name for task in tasks if task.chat_template]
     if templated and not lm.tokenizer.chat_template:
-        raise ModelError(f"the tokenizer has no chat template, which {templated[0]} asks for")
+        raise RequestError(f"the tokenizer has no chat template, which {templated[0]} asks for")
     scored = {leaf.OUTPUT_TYPE for leaves in loaded.values() for leaf in leaves.values()} - {"generate_until"}
     if isinstance(subject, Served) and scored:
         _check_echo(subject, lm.tokenizer("One two three", add_special_tokens=False)["input_ids"])
@@ -735,11 +739,11 @@ def _served_lm(served: Served) -> Any:
             header={"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {}),
         )
     except (OSError, ValueError) as error:
-        raise ModelError(f"{served.tokenizer}: no tokenizer can be read there: {error}") from error
+        raise RequestError(f"{served.tokenizer}: no tokenizer can be read there: {error}") from error
 
 
 def _check_echo(served: Served, ids: Sequence[int]) -> None:
-    """Raise ModelError where the server does not give the log-probabilities of a prompt's tokens.
+    """Raise RequestError where the server does not give the log-probabilities of a prompt's tokens.
 
     lm_eval would take what is not there as zero, and the first choice as the answer to everything.
     """
@@ -758,15 +762,15 @@ def _check_echo(served: Served, ids: Sequence[int]) -> None:
     except urllib.error.HTTPError as error:
         with error:
             said = error.read(300).decode(errors="replace")
-        raise ModelError(
+        raise RequestError(
             f"{served.base_url}: HTTP {error.code} to a completion with echo and logprobs: {said}"
         ) from error
     except OSError as error:
         raise UnansweredError(f"nothing answers at {served.base_url}: {error}") from error
     except (ValueError, LookupError, AttributeError) as error:
-        raise EndpointError(f"{served.base_url}: not the answer of a completions server: {error!r}") from error
+        raise UnansweredError(f"{served.base_url}: not the answer of a completions server: {error!r}") from error
     if found != len(ids) + 1:
-        raise ModelError(
+        raise RequestError(
             f"{served.base_url} gave {found} log-probabilities for a prompt of {len(ids)} tokens and one new; utility "
             "needs completions with echo and logprobs, which vLLM has and chat endpoints do not"
         )

@@ -17,7 +17,7 @@ VIEWS = ("report.md", "report.html", "junit.xml", "card.md", "verdict.json")
 
 def write_reports(out: Path, comparison: Comparison, decision: Decision, ruling: Ruling, *, include_text: bool) -> None:
     """Add the decision to decisions.jsonl, then write report.md, report.html, junit.xml, card.md and last verdict.json,
-    each whole. Raises MissingExtraError before anything is written.
+    each whole. Raises RequestError before anything is written.
     """
     texts = (
         to_markdown(comparison, decision, ruling),

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import fisher_exact
 
-from resta.errors import JudgeError
+from resta.errors import RequestError
 from resta.redeval.control import LEAST, Known, controls, known_answers, read_control, record_of
 from resta.redeval.judges import Judge, built_in, parse_judge, read_judge, verdict_without_model
 from resta.redeval.judging import judge_phase, note_judges, untested
@@ -207,7 +207,7 @@ def test_a_judge_brings_known_answers_for_categories_of_its_own(tmp_path: Path) 
 def test_known_answers_that_could_show_nothing_are_refused(
     tmp_path: Path, control: dict[str, Any], more: dict[str, Any], named: str
 ) -> None:
-    with pytest.raises(JudgeError, match=named):
+    with pytest.raises(RequestError, match=named):
         read_judge(str(own_judge(tmp_path, control, **more)))
 
 

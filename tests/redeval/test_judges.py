@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resta.errors import JudgeError
+from resta.errors import RequestError
 from resta.redeval import judging
 from resta.redeval.asks import Reply
 from resta.redeval.judges import (
@@ -274,7 +274,7 @@ def test_references_name_judge_model_and_server() -> None:
     ],
 )
 def test_a_reference_that_says_too_little_or_too_much_is_refused(text: str, message: str) -> None:
-    with pytest.raises(JudgeError, match=message):
+    with pytest.raises(RequestError, match=message):
         parse_judge(text)
 
 
@@ -302,7 +302,7 @@ rules: [{when: {answer: positive}, label: harmful}]
 )
 def test_a_wrong_declaration_is_refused_with_the_key(tmp_path: Path, old: str, new: str, message: str) -> None:
     (tmp_path / "mine.yaml").write_text(VALID.replace(old, new, 1))
-    with pytest.raises(JudgeError, match=message):
+    with pytest.raises(RequestError, match=message):
         read_judge(str(tmp_path / "mine.yaml"))
 
 
@@ -310,7 +310,7 @@ def test_a_wrong_declaration_is_refused_with_the_key(tmp_path: Path, old: str, n
 def test_a_pattern_must_compile_and_name_its_groups(tmp_path: Path, pattern: str) -> None:
     read = f"read: {{kind: regex, pattern: '{pattern}'}}"
     (tmp_path / "mine.yaml").write_text(VALID.replace(VALID.splitlines()[4], read))
-    with pytest.raises(JudgeError, match="pattern"):
+    with pytest.raises(RequestError, match="pattern"):
         read_judge(str(tmp_path / "mine.yaml"))
 
 
@@ -389,5 +389,5 @@ def test_a_judge_file_that_is_not_text_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes("name: caf\xe9".encode("latin-1"))
     (tmp_path / "deep.yaml").write_text("[" * 100_000)
     for name, why in (("latin", "cannot be read"), ("deep", "not valid YAML")):
-        with pytest.raises(JudgeError, match=why):
+        with pytest.raises(RequestError, match=why):
             read_judge(str(tmp_path / f"{name}.yaml"))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resta.errors import JudgeError
+from resta.errors import RequestError
 from resta.redeval.control import control_languages, known_answers, read_control
 from resta.redeval.judges import check_languages, parse_judge, verdict_without_model
 from resta.redeval.language import cut_to_tokens, is_english, language_of, languages_of, token_count
@@ -50,7 +50,7 @@ def test_the_language_of_a_question_is_told_by_its_letters() -> None:
 def test_a_bank_in_a_language_without_refusal_phrases_is_refused_for_that_judge(language: str) -> None:
     questions = bank(OTHERS[language], "foreign")
     assert list(languages_of(questions)) == ["other"]
-    with pytest.raises(JudgeError, match=r"bank foreign is in a language that it has no refusals of \(en, vi, zh\)"):
+    with pytest.raises(RequestError, match=r"bank foreign is in a language that it has no refusals of \(en, vi, zh\)"):
         check_languages([STRINGS], [*read_bank("smoke").questions, *questions])
     assert control_languages(questions) == ("en",)
 

@@ -179,7 +179,7 @@ def test_a_model_without_chat_template_is_refused_and_one_can_be_named(tiny: Pat
     for file in ("chat_template.jinja", "tokenizer_config.json"):
         (tmp_path / "bare" / file).unlink(missing_ok=True)
     save_tokenizer(tmp_path / "bare", adds_bos=True, chat_template=None)
-    with pytest.raises(ModelError, match="--chat-template"):
+    with pytest.raises(RequestError, match="--chat-template"):
         prompts(load_local(LocalSpec(model=str(tmp_path / "bare"), device="cpu")))
     (tmp_path / "t.jinja").write_text("Q: {{ messages[0]['content'] }} A:")
     named = LocalSpec(model=str(tmp_path / "bare"), device="cpu", chat_template=str(tmp_path / "t.jinja"))
@@ -207,14 +207,14 @@ def test_a_chat_template_is_known_by_the_names_that_sft_knows(tiny: Path, tmp_pa
     (tmp_path / "v.jinja").write_text(named_template("vicuna_v1.1"))
     assert fingerprint(spec) == fingerprint(replace(spec, chat_template=str(tmp_path / "v.jinja")))
     for wrong, why in (("vicuna", "no file and not one of: vicuna_v1.1, chatml"), ("chatml", "needs the token")):
-        with pytest.raises(TemplateError, match=why):
+        with pytest.raises(RequestError, match=why):
             load_local(replace(spec, chat_template=wrong))
 
 
 def test_a_chat_template_that_never_shows_the_question_is_refused(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "t.jinja").write_text("{{ bos_token }}Hello!")
     local = load_local(LocalSpec(model=str(tiny), device="cpu", chat_template=str(tmp_path / "t.jinja")))
-    with pytest.raises(ModelError, match="leaves the question out"):
+    with pytest.raises(RequestError, match="leaves the question out"):
         local.check_template(Rendering())
     load_local(LocalSpec(model=str(tiny), device="cpu")).check_template(Rendering())
 
@@ -222,7 +222,7 @@ def test_a_chat_template_that_never_shows_the_question_is_refused(tiny: Path, tm
 def test_a_chat_template_that_raises_is_a_clear_error(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "t.jinja").write_text("{{ raise_exception('no system turns') }}")
     spec = LocalSpec(model=str(tiny), device="cpu", chat_template=str(tmp_path / "t.jinja"))
-    with pytest.raises(ModelError, match="no system turns"):
+    with pytest.raises(RequestError, match="no system turns"):
         prompts(load_local(spec))
 
 
@@ -236,9 +236,9 @@ def test_a_context_is_refused_without_weights_exactly_where_the_loaded_model_ref
         try:
             for key, messages in asks:
                 local.check_length(local.chat_prompt(key, messages, Rendering()), decoding)
-        except ModelError:
+        except RequestError:
             refused += 1
-            with pytest.raises(ModelError, match=r"1 of 2 prompts .* context of 64; the longest has .* \(two\)"):
+            with pytest.raises(RequestError, match=r"1 of 2 prompts .* context of 64; the longest has .* \(two\)"):
                 check_contexts(spec, asks, Rendering(), decoding)
         else:
             check_contexts(spec, asks, Rendering(), decoding)
@@ -249,7 +249,7 @@ def test_a_prompt_beyond_the_context_is_refused(tmp_path: Path) -> None:
     save_model(tmp_path / "short", context=64)
     save_tokenizer(tmp_path / "short", adds_bos=True)
     model = load_local(LocalSpec(model=str(tmp_path / "short"), device="cpu"))
-    with pytest.raises(ModelError, match="exceed its context of 64"):
+    with pytest.raises(RequestError, match="exceed its context of 64"):
         model.check_length(prompts(model, ["long " * 20])[0], GREEDY)
 
 
@@ -264,7 +264,7 @@ def test_an_adapter_answers_on_its_base(tiny: Path, tmp_path: Path) -> None:
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = None
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="--base"):
+    with pytest.raises(RequestError, match="--base"):
         load_local(LocalSpec(model=str(tmp_path / "adapter"), device="cpu"))
     model = load_local(LocalSpec(model=str(tmp_path / "adapter"), base=str(tiny), device="cpu"))
     asked = prompts(model)
@@ -282,7 +282,7 @@ def test_an_unwritten_merge_answers_like_the_same_merge_on_disk(
         f"models: {{tuned: '{tiny}', aligned: '{other}'}}\n"
         "start: tuned\nterms: [{delta: aligned - tuned, scale: 0.5}]\n"
     )
-    with pytest.raises(ModelError, match="--files"):
+    with pytest.raises(RequestError, match="--files"):
         load_local(LocalSpec(model=str(recipe), device="cpu"))
     merged = load_local(LocalSpec(model=str(recipe), files=str(tiny), device=device))
     resta.merge(recipe, tmp_path / "half")
@@ -298,17 +298,17 @@ def test_a_merge_that_lacks_a_tensor_is_refused(tiny: Path, tmp_path: Path) -> N
     state = load_file(tiny / "model.safetensors")
     state.pop("model.norm.weight")
     spec = LocalSpec(model=str(tmp_path / "r.yaml"), files=str(tiny), device="cpu")
-    with pytest.raises(ModelError, match=r"model\.norm\.weight"):
+    with pytest.raises(RequestError, match=r"model\.norm\.weight"):
         load_local(spec, tensors=state.items())
 
 
 def test_what_cannot_be_loaded_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(RequestError, match="cannot be loaded"):
         load_local(LocalSpec(model=str(tmp_path / "empty"), device="cpu"))
-    with pytest.raises(ModelError, match="unknown device"):
+    with pytest.raises(RequestError, match="unknown device"):
         load_local(LocalSpec(model=str(tmp_path), device="toaster"))
-    with pytest.raises(ModelError, match="unknown dtype"):
+    with pytest.raises(RequestError, match="unknown dtype"):
         load_local(LocalSpec(model=str(tmp_path), device="cpu", dtype="int3"))
 
 
@@ -316,14 +316,14 @@ def test_weights_that_are_torn_and_code_of_a_models_own_are_clear_errors(tiny: P
     shutil.copytree(tiny, tmp_path / "torn")
     data = (tiny / "model.safetensors").read_bytes()
     (tmp_path / "torn" / "model.safetensors").write_bytes(data[: len(data) // 2])
-    with pytest.raises(ModelError, match="torn: cannot be loaded"):
+    with pytest.raises(RequestError, match="torn: cannot be loaded"):
         load_local(LocalSpec(model=str(tmp_path / "torn"), device="cpu"))
     shutil.copytree(tiny, tmp_path / "own")
     config = json.loads((tiny / "config.json").read_text())
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
     (tmp_path / "own" / "config.json").write_text(json.dumps(config))
     (tmp_path / "own" / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    with pytest.raises(ModelError, match="code of its own, which is never run here"):
+    with pytest.raises(RequestError, match="code of its own, which is never run here"):
         load_local(LocalSpec(model=str(tmp_path / "own"), device="cpu"))
     assert not (tmp_path / "ran").exists()
 
@@ -339,13 +339,13 @@ def test_layers_placed_by_accelerate_answer_like_one_device(local: LocalModel, t
 
 
 def test_a_device_that_is_not_there_and_a_broken_adapter_are_clear_errors(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="no CUDA GPU"):
+    with pytest.raises(RequestError, match="no CUDA GPU"):
         load_local(LocalSpec(model=str(tiny), device="cuda:3"))
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "./nowhere/at/all"}')
-    with pytest.raises(ModelError, match=r"on its base ./nowhere/at/all \(--base names another place\)"):
+    with pytest.raises(RequestError, match=r"on its base ./nowhere/at/all \(--base names another place\)"):
         load_local(LocalSpec(model=str(tmp_path), device="cpu"))
     (tmp_path / "adapter_config.json").write_text("{")
-    with pytest.raises(ModelError, match="not a readable adapter configuration"):
+    with pytest.raises(RequestError, match="not a readable adapter configuration"):
         load_local(LocalSpec(model=str(tmp_path), device="cpu"))
 
 

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resta.cli import main
-from resta.errors import BankError
+from resta.errors import RequestError
 from resta.redeval import questions
 from resta.redeval.plan import asks_of
 from resta.redeval.questions import BUILT_IN, PUBLISHED, Question, choose, read_bank
@@ -154,7 +154,7 @@ def test_translations_align_by_id_whether_or_not_a_key_has_its_colon(tmp_path: P
 
 
 def test_two_keys_that_differ_by_a_colon_only_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(BankError, match="two keys read 'A'"):
+    with pytest.raises(RequestError, match="two keys read 'A'"):
         read_bank(write(tmp_path / "bank.json", {"A": ["one?"], "A:": ["two?"]}))
 
 
@@ -182,7 +182,7 @@ def test_xstest_labels_and_the_safe_flag_say_which_questions_are_safe(tmp_path: 
 def test_a_bank_that_marks_nothing_is_safe_where_it_is_said_to_be(tmp_path: Path) -> None:
     bank = read_bank(write(tmp_path / "bank.json", ["one?", {"question": "two?", "safe": True}]), safe=True)
     assert ([q.safe for q in bank.questions], bank.left_out) == ([True, True], 0)
-    with pytest.raises(BankError, match="all its 1 questions are marked as unsafe"):
+    with pytest.raises(RequestError, match="all its 1 questions are marked as unsafe"):
         read_bank(write(tmp_path / "bank.json", [{"question": "two?", "label": "unsafe"}]), safe=True)
 
 
@@ -213,7 +213,7 @@ def test_a_bank_that_marks_nothing_is_safe_where_it_is_said_to_be(tmp_path: Path
 )
 def test_a_malformed_bank_is_refused_with_the_place(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
-    with pytest.raises(BankError, match=message):
+    with pytest.raises(RequestError, match=message):
         read_bank(str(tmp_path / name))
 
 
@@ -224,19 +224,19 @@ def test_characters_that_end_lines_elsewhere_are_part_of_a_question(tmp_path: Pa
 
 def test_bytes_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b'["caf\xe9"]')
-    with pytest.raises(BankError, match="not a readable bank"):
+    with pytest.raises(RequestError, match="not a readable bank"):
         read_bank(str(tmp_path / "a.json"))
 
 
 def test_an_unknown_name_suggests_the_nearest() -> None:
-    with pytest.raises(BankError, match='did you mean "dangerousqa"'):
+    with pytest.raises(RequestError, match='did you mean "dangerousqa"'):
         read_bank("dangerosqa")
 
 
 def test_nothing_is_downloaded_unless_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(questions.urllib.request, "urlopen", lambda *_, **__: pytest.fail("network"))
-    with pytest.raises(BankError, match="--download"):
+    with pytest.raises(RequestError, match="--download"):
         read_bank("dangerousqa")
 
 
@@ -248,7 +248,7 @@ def test_a_download_is_kept_only_if_its_digest_is_the_pinned_one(
     write(source / "dangerousqa.json", ["one?"])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(questions, "DOWNLOAD_URL", f"file://{source}/")
-    with pytest.raises(BankError, match="not used"):
+    with pytest.raises(RequestError, match="not used"):
         read_bank("dangerousqa", download=True)
     assert not list((tmp_path / "cache").rglob("*.json"))
     good = hashlib.sha256((source / "dangerousqa.json").read_bytes()).hexdigest()
@@ -259,7 +259,7 @@ def test_a_download_is_kept_only_if_its_digest_is_the_pinned_one(
 
 
 def test_a_hub_bank_needs_a_pinned_revision() -> None:
-    with pytest.raises(BankError, match="needs a pinned revision"):
+    with pytest.raises(RequestError, match="needs a pinned revision"):
         read_bank("hf://owner/name@main/a.json")
 
 
@@ -290,11 +290,11 @@ class Hub(BaseHTTPRequestHandler):
 SCRIPT = """
 import json, sys
 from resta.cli import main
-from resta.errors import BankError
+from resta.errors import RequestError
 from resta.redeval.questions import read_bank
 try:
     bank = read_bank(sys.argv[1], download=sys.argv[2] == "download")
-except BankError as error:
+except RequestError as error:
     print(json.dumps({"error": str(error)}))
 else:
     print(json.dumps({"name": bank.name, "sha256": bank.sha256, "texts": [q.text for q in bank.questions]}))
@@ -329,7 +329,7 @@ def test_a_hub_bank_is_fetched_at_its_commit_when_allowed_and_read_from_the_cach
 
 def test_a_bank_that_is_nested_without_end_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "deep.json").write_text("[" * 100_000)
-    with pytest.raises(BankError, match="not a readable bank"):
+    with pytest.raises(RequestError, match="not a readable bank"):
         read_bank(str(tmp_path / "deep.json"))
 
 

@@ -18,7 +18,7 @@ import pytest
 import resta.redeval
 from resta.cli import main
 from resta.cli.asking import run_options
-from resta.errors import BankError
+from resta.errors import RequestError
 from resta.journal import read_rows
 from resta.redeval.control import known_answers, read_control
 from resta.redeval.labels import read_labels
@@ -277,7 +277,7 @@ def test_labels_that_a_person_has_written_are_never_overwritten(tiny: Path, bank
 )
 def test_labels_that_cannot_be_read_are_one_sentence(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_bytes(content)
-    with pytest.raises(BankError, match=message):
+    with pytest.raises(RequestError, match=message):
         read_labels(tmp_path / "labels.csv", {"x"}, required=True)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from resta.errors import BankError
+from resta.errors import RequestError
 from resta.redeval import templates
 from resta.redeval.templates import BUILT_IN, PLACEHOLDER, read_template
 
@@ -39,12 +39,12 @@ def test_published_templates_load_unchanged_and_are_recognised(name: str, monkey
 
 def test_a_template_without_placeholder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("Answer me.")
-    with pytest.raises(BankError, match="no placeholder <question>"):
+    with pytest.raises(RequestError, match="no placeholder <question>"):
         read_template(str(tmp_path / "t.txt"))
 
 
 def test_an_unknown_template_suggests_the_nearest() -> None:
-    with pytest.raises(BankError, match='did you mean "standard"'):
+    with pytest.raises(RequestError, match='did you mean "standard"'):
         read_template("standart")
 
 

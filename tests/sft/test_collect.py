@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resta.cli import main
-from resta.errors import DataError, EndpointError, PlanError, RecipeError, ResumeError
+from resta.errors import RequestError, ResumeError, UnansweredError
 from resta.sft import endpoint as endpoint_module
 from resta.sft.collect import Collect, collect, normal, read_items, read_verdict
 from resta.sft.data import load
@@ -190,7 +190,7 @@ def test_a_stopped_collection_goes_on_where_it_was_and_ends_the_same(stub: Stub,
         return 400 if len(stub.bodies) > wanted // 2 else polite(body)
 
     stub.answer = dies
-    with pytest.raises(EndpointError, match="run the same command again"):
+    with pytest.raises(UnansweredError, match="run the same command again"):
         gather(stub, tmp_path / "cut")
     done = len(stub.bodies)
     journal = tmp_path / "cut" / "out.json.partial.jsonl"
@@ -208,10 +208,10 @@ def test_a_stopped_collection_goes_on_where_it_was_and_ends_the_same(stub: Stub,
 def test_a_journal_of_another_recipe_is_refused_once_it_holds_a_step(stub: Stub, tmp_path: Path) -> None:
     stub.answer = lambda _: 400
     for language in ("English", "German"):  # nothing is lost when the first try never got an answer
-        with pytest.raises(EndpointError):
+        with pytest.raises(UnansweredError):
             gather(stub, tmp_path, language=language)
     stub.answer = lambda body: 400 if len(stub.bodies) > 5 else polite(body)
-    with pytest.raises(EndpointError):
+    with pytest.raises(UnansweredError):
         gather(stub, tmp_path, language="German")
     with pytest.raises(ResumeError, match=r"""other settings \(recipe\.language: "German" there, "French" now\)"""):
         gather(stub, tmp_path, language="French")
@@ -236,7 +236,7 @@ def test_unusual_line_breaks_in_answers_survive_a_stop(stub: Stub, tmp_path: Pat
         return f"{odd} {body['seed']}" if kind(body) == "answer" else polite(body)
 
     stub.answer = dies
-    with pytest.raises(EndpointError):
+    with pytest.raises(UnansweredError):
         gather(stub, tmp_path, bank=bank, endpoint={"concurrency": 1})
     assert odd in (tmp_path / "out.json.partial.jsonl").read_text(encoding="utf-8").replace("\\u000b", "\x0b")
     stub.answer = polite
@@ -270,7 +270,7 @@ def test_a_reply_that_breaks_off_is_asked_for_again(stub: Stub, tmp_path: Path) 
 
 def test_an_existing_result_is_not_overwritten(stub: Stub, tmp_path: Path) -> None:
     (tmp_path / "out.json").write_text("x")
-    with pytest.raises(PlanError, match="already exists"):
+    with pytest.raises(RequestError, match="already exists"):
         gather(stub, tmp_path)
 
 
@@ -286,13 +286,13 @@ def test_a_busy_server_is_asked_again(stub: Stub, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("status", "tries"), [(500, 3), (401, 1)])
 def test_only_passing_failures_are_tried_again(stub: Stub, tmp_path: Path, status: int, tries: int) -> None:
     stub.answer = lambda _: status
-    with pytest.raises(EndpointError, match=f"HTTP {status}"):
+    with pytest.raises(UnansweredError, match=f"HTTP {status}"):
         gather(stub, tmp_path, endpoint={"tries": 3})
     assert len(stub.bodies) == tries
 
 
 def test_a_server_that_is_not_there_is_named(stub: Stub, tmp_path: Path) -> None:
-    with pytest.raises(EndpointError, match=r"http://127\.0\.0\.1:9/v1 \(m\) gave no answer"):
+    with pytest.raises(UnansweredError, match=r"http://127\.0\.0\.1:9/v1 \(m\) gave no answer"):
         gather(stub, tmp_path, endpoint={"url": "http://127.0.0.1:9/v1", "tries": 2})
 
 
@@ -310,7 +310,7 @@ def test_the_key_comes_from_the_environment_and_is_never_written(
     stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bank, endpoint = bank_of(tmp_path, ["Placeholder?"]), {"api_key_env": "TEST_ONLY_KEY"}
-    with pytest.raises(RecipeError, match="TEST_ONLY_KEY is not set"):
+    with pytest.raises(RequestError, match="TEST_ONLY_KEY is not set"):
         gather(stub, tmp_path, bank=bank, endpoint=endpoint)
     monkeypatch.setenv("TEST_ONLY_KEY", "open-sesame")
     gather(stub, tmp_path, bank=bank, endpoint=endpoint)
@@ -327,13 +327,13 @@ def test_a_separate_judge_is_asked_for_every_verdict(stub: Stub, tmp_path: Path)
 
 @pytest.mark.parametrize("bank", [{"T": ["x"], "U": 3}, [1, 2], {"T": {"S": "x"}}])
 def test_a_bank_of_another_shape_is_refused(stub: Stub, tmp_path: Path, bank: Any) -> None:
-    with pytest.raises(DataError, match="expected a list of questions"):
+    with pytest.raises(RequestError, match="expected a list of questions"):
         gather(stub, tmp_path, bank=bank_of(tmp_path, bank))
 
 
 def test_an_empty_list_from_the_model_is_counted(stub: Stub, tmp_path: Path) -> None:
     stub.answer = lambda body: "" if kind(body) == "topics" else polite(body)
-    with pytest.raises(DataError, match="no question to talk about"):
+    with pytest.raises(RequestError, match="no question to talk about"):
         gather(stub, tmp_path)
 
 

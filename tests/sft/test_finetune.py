@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from resta import sft
-from resta.errors import RecipeError, TrainingError
+from resta.errors import RequestError, RestaError
 from resta.sft import train as training
 from resta.sft.recipe import Recipe, load
 
@@ -86,18 +86,18 @@ def test_a_file_the_recipe_and_plain_data_are_the_same_request(
     sft.run(recipe=settings, root=tmp_path, out=str(tmp_path / "three"))
     weights = {(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two", "three")}
     assert len(weights) == 1
-    with pytest.raises(RecipeError, match='chat_templat: unknown key; did you mean "chat_template"'):
+    with pytest.raises(RequestError, match='chat_templat: unknown key; did you mean "chat_template"'):
         sft.run(recipe=settings | {"chat_templat": "x"}, out=tmp_path / "four")
 
 
 def test_a_call_that_was_stopped_goes_on(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == 3:
-            raise TrainingError("stopped")
+            raise RestaError("stopped")
 
     with monkeypatch.context() as patch:
         patch.setattr(training.StopOnNaN, "on_step_end", stop)
-        with pytest.raises(TrainingError, match="stopped"):
+        with pytest.raises(RestaError, match="stopped"):
             sft.run(recipe=file, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert sft.run(recipe=file, out=tmp_path / "out").resumed_from_step == 2

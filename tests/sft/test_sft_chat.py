@@ -271,26 +271,26 @@ def test_a_template_that_rewrites_answers_is_refused() -> None:
 
 def test_a_template_without_a_turn_end_is_refused() -> None:
     endless = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}"
-    with pytest.raises(TemplateError, match="never learn to stop"):
+    with pytest.raises(RequestError, match="never learn to stop"):
         chat_of(byte_level(), endless)
 
 
 def test_no_template_asks_for_one_by_name() -> None:
-    with pytest.raises(TemplateError, match=r"no chat template.*vicuna_v1\.1"):
+    with pytest.raises(RequestError, match=r"no chat template.*vicuna_v1\.1"):
         open_chat(sentencepiece_like(), template=None, root=HERE, pad_token=None)
 
 
 def test_a_named_template_whose_tokens_are_missing_is_refused() -> None:
-    with pytest.raises(TemplateError, match=r"needs the token '<\|im_start\|>'"):
+    with pytest.raises(RequestError, match=r"needs the token '<\|im_start\|>'"):
         open_chat(sentencepiece_like(), template="chatml", root=HERE, pad_token=None)
 
 
 def test_a_tokenizer_without_pad_names_a_token_to_use() -> None:
     tokenizer = sentencepiece_like()
     tokenizer.pad_token = None
-    with pytest.raises(TemplateError, match=r"no pad token; set `pad_token`.*'<unk>'"):
+    with pytest.raises(RequestError, match=r"no pad token; set `pad_token`.*'<unk>'"):
         open_chat(tokenizer, template="vicuna_v1.1", root=HERE, pad_token=None)
-    with pytest.raises(TemplateError, match="not in the tokenizer's vocabulary"):
+    with pytest.raises(RequestError, match="not in the tokenizer's vocabulary"):
         open_chat(tokenizer, template="vicuna_v1.1", root=HERE, pad_token="<nothing>")
     assert open_chat(tokenizer, template="vicuna_v1.1", root=HERE, pad_token="<unk>").tokenizer.pad_token == "<unk>"
 

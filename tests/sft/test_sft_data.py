@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sft_tiny import exchange
 
-from resta.errors import DataError
+from resta.errors import RequestError
 from resta.sft.data import Conversation, format_of, load, mix, tidy
 from resta.sft.recipe import Recipe, Source
 
@@ -95,7 +95,7 @@ def test_a_hub_dataset_is_read_through_the_datasets_library(write_rows: Write) -
     loaded = load(Source(name="s", hub=str(path.parent)), Path(), bad_rows="refuse")
     assert [c.question for c in loaded.conversations] == ["a", "c"]
     assert loaded.conversations[1].where.endswith("(train), row 2")
-    with pytest.raises(DataError, match="cannot load"):
+    with pytest.raises(RequestError, match="cannot load"):
         load(Source(name="s", hub=str(path.parent), split="nothing"), Path(), bad_rows="refuse")
 
 
@@ -129,7 +129,7 @@ BAD: list[tuple[str, str]] = [
 def test_a_bad_file_is_refused_by_file_line_and_cause(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(DataError, match=message) as caught:
+    with pytest.raises(RequestError, match=message) as caught:
         read(path)
     assert "bad.jsonl" in str(caught.value)
 
@@ -142,13 +142,13 @@ def test_files_that_cannot_be_data_are_refused(tmp_path: Path) -> None:
     ):
         if not name.startswith("none"):
             (tmp_path / name).write_bytes(b"x")
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(RequestError, match=message):
             read(tmp_path / name)
     (tmp_path / "x.parquet").write_bytes(b"not parquet")
-    with pytest.raises(DataError, match="not a readable Parquet"):
+    with pytest.raises(RequestError, match="not a readable Parquet"):
         read(tmp_path / "x.parquet")
     (tmp_path / "x.jsonl").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match="not UTF-8"):
+    with pytest.raises(RequestError, match="not UTF-8"):
         read(tmp_path / "x.jsonl")
 
 
@@ -191,7 +191,7 @@ def test_an_equal_amount_is_of_what_the_others_give_whatever_the_order(write_row
 
 def test_too_few_rows_for_an_equal_amount_are_refused(write_rows: Write, tmp_path: Path) -> None:
     blue, chat = numbered(write_rows, "blue", 20), numbered(write_rows, "chat", 5)
-    with pytest.raises(DataError, match=r"asks for 20 conversations, it has 5; lower its `weight` to 0\.250"):
+    with pytest.raises(RequestError, match=r"asks for 20 conversations, it has 5; lower its `weight` to 0\.250"):
         mix(recipe(blue, chat | {"equal_to": ["blue"]}), tmp_path)
 
 
@@ -245,7 +245,7 @@ def test_a_repeated_question_is_never_on_both_sides_of_the_split(
 def test_too_many_dropped_rows_are_refused_with_the_commonest_reason(write_rows: Write, tmp_path: Path) -> None:
     path = write_rows([exchange("a", "b")] * 3 + [{"text": "x"}] * 2)
     settings_ = {"bad_rows": "drop", "max_dropped": 0.3}
-    with pytest.raises(DataError, match=r"2 of 5 .* most often: no known format \(first at .*line 4\)"):
+    with pytest.raises(RequestError, match=r"2 of 5 .* most often: no known format \(first at .*line 4\)"):
         mix(recipe({"name": "a", "path": path.name}, **settings_), tmp_path)
     settings_["max_dropped"] = 0.5
     assert len(mix(recipe({"name": "a", "path": path.name}, **settings_), tmp_path).train) == 3

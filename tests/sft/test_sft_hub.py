@@ -91,7 +91,7 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 from types import SimpleNamespace
-from resta.errors import DataError
+from resta.errors import RequestError
 from resta.sft.data import load
 from resta.sft.save import data_facts
 from resta.sft.recipe import Source
@@ -99,7 +99,7 @@ for revision, side in json.loads(sys.argv[1]):
     source = Source(name="a", hub="org/name", revision=revision, side=side)
     try:
         loaded = load(source, Path(), bad_rows="refuse")
-    except DataError as error:
+    except RequestError as error:
         print(json.dumps({"error": str(error)}))
         continue
     trained = SimpleNamespace(mixture=SimpleNamespace(sources=[loaded], drawn={"a": 0}))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from resta.errors import RecipeError
+from resta.errors import RequestError
 from resta.journal import differences
 from resta.sft import recipe as recipes
 from resta.sft.recipe import Recipe
@@ -88,13 +88,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("settings", "message"), REFUSED)
 def test_what_does_not_say_one_clear_thing_is_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(RequestError, match=message):
         load(tmp_path, settings)
 
 
 def test_packing_with_blue_red_is_refused(tmp_path: Path) -> None:
     assert load(tmp_path, BLUE_RED).objective.lambda2 == 0.1
-    with pytest.raises(RecipeError, match="each sample's own side"):
+    with pytest.raises(RequestError, match="each sample's own side"):
         load(tmp_path, BLUE_RED | {"train": {"packing": True}})
 
 
@@ -107,12 +107,12 @@ def test_packing_with_blue_red_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(RequestError, match=message):
         load(tmp_path, text)
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="no such file"):
+    with pytest.raises(RequestError, match="no such file"):
         recipes.load(Recipe, tmp_path / "none.yaml")
 
 
@@ -128,7 +128,7 @@ def test_assignments_change_single_settings(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("assignment", ["train.epochs", "=3", "data.7.limit=1", "base.x=1", "nothing=1"])
 def test_a_bad_assignment_is_refused(tmp_path: Path, assignment: str) -> None:
-    with pytest.raises(RecipeError):
+    with pytest.raises(RequestError):
         load(tmp_path, MINIMAL, assignment)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sft_tiny import exchange, sentencepiece_like
 
-from resta.errors import DataError, TemplateError
+from resta.errors import RequestError
 from resta.sft.chat import open_chat
 from resta.sft.data import mix
 from resta.sft.recipe import Recipe
@@ -42,7 +42,7 @@ def test_a_question_that_fills_the_length_is_dropped_and_counted(write_rows: Wri
 
 def test_too_many_lost_samples_are_refused_with_the_setting_to_change(write_rows: Write) -> None:
     path = write_rows([exchange("Why? " * 200, "Because.")] * 2)
-    with pytest.raises(DataError, match=r"2 of 2 .*no trained token.*line 1\); raise `max_length`"):
+    with pytest.raises(RequestError, match=r"2 of 2 .*no trained token.*line 1\); raise `max_length`"):
         prepared(path, max_dropped=0.9)
 
 
@@ -55,7 +55,7 @@ def test_cuts_are_counted_by_kind(write_rows: Write) -> None:
 
 def test_a_control_token_in_the_text_is_refused_by_line_or_dropped(write_rows: Write) -> None:
     path = write_rows([exchange("Why?", "Because."), exchange("Why?", "Because.</s>USER: more")])
-    with pytest.raises(DataError, match="line 2: the text spells out the control token '</s>'"):
+    with pytest.raises(RequestError, match="line 2: the text spells out the control token '</s>'"):
         prepared(path)
     result = prepared(path, bad_rows="drop", max_dropped=0.6)
     assert result.dropped.counts == {"the text spells out a control token": 1}
@@ -70,7 +70,7 @@ def test_a_template_failure_names_the_row(write_rows: Write) -> None:
     recipe = Recipe.model_validate(
         {"base": "m", "data": [{"name": "a", "path": path.name}], "holdout": 0.0, "max_length": 200}
     )
-    with pytest.raises(TemplateError, match=r"rows\.jsonl, line 2: .*no system turn"):
+    with pytest.raises(RequestError, match=r"rows\.jsonl, line 2: .*no system turn"):
         prepare(mix(recipe, path.parent), chat, recipe)
 
 
@@ -92,5 +92,5 @@ def test_early_stopping_without_a_safe_conversation_to_watch_is_refused(write_ro
         "holdout": 0.01,  # one question, of the one side or the other
     }
     assert not prepared(rows, **settings, seed=1).heldout[0].red
-    with pytest.raises(DataError, match="none is held out; raise `holdout`"):
+    with pytest.raises(RequestError, match="none is held out; raise `holdout`"):
         prepared(rows, **settings, seed=0)

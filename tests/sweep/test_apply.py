@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from resta import merge
-from resta.errors import ChangedError, ModelError
+from resta.errors import ChangedError, RequestError
 from resta.recipe import OutputChoices, dump_recipe, named_models
 from resta.redeval.models import LocalModel, LocalSpec, load_local
 from resta.sweep.apply import apply, write_files
@@ -117,7 +117,7 @@ def test_weights_that_the_merge_does_not_name_are_refused(trio: dict[str, Path],
     family = family_of(trio)
     local: Any = load(family, tmp_path)
     local.model.register_parameter("another", torch.nn.Parameter(torch.ones(3)))
-    with pytest.raises(ModelError, match="another"):
+    with pytest.raises(RequestError, match="another"):
         apply(local, CANDIDATES[0], family)
 
 
@@ -136,7 +136,7 @@ def test_tied_weights_that_differ_in_the_merge_are_refused(babbling: dict[str, P
         save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     family = family_of(own)
     apply(local, Candidate(method="resta", scale=0.5), family)
-    with pytest.raises(ModelError, match="tied"):  # each name draws a mask of its own
+    with pytest.raises(RequestError, match="tied"):  # each name draws a mask of its own
         apply(local, Candidate(method="resta_d", scale=0.5, density=0.5), family)
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resta.errors import RecipeError
+from resta.errors import RequestError
 from resta.plan import make_plan
 from resta.recipe import load_recipe, named_models
 from resta.sweep.candidates import (
@@ -54,7 +54,7 @@ def test_the_fourth_tenth_is_three_tenths() -> None:
     ["", "a", "0:1", "0:1:0", "1:0:0.1", "0:1:0.3", "0:1:-1", "0.1,0.10", "nan", "0:1e9:0.001", "0:1:0.1:2", "1e-9"],
 )
 def test_a_range_that_says_nothing_clear_is_refused(text: str) -> None:
-    with pytest.raises(RecipeError, match="--scale"):
+    with pytest.raises(RequestError, match="--scale"):
         parse_numbers(text, "--scale")
 
 
@@ -133,13 +133,13 @@ def test_density_goes_into_every_thinned_term_of_a_recipe() -> None:
 
 def test_methods_that_need_what_is_not_given_are_refused() -> None:
     without = family_of(load_recipe(RECIPES / "wise_ft.yaml"))
-    with pytest.raises(RecipeError, match="--base"):
+    with pytest.raises(RequestError, match="--base"):
         check_methods(Grid(methods=("resta",), scales=(1.0,)), without)
-    with pytest.raises(RecipeError, match="--density"):
+    with pytest.raises(RequestError, match="--density"):
         check_methods(Grid(methods=("resta_d",), scales=(1.0,)), family())
-    with pytest.raises(RecipeError, match="resta_d alone"):
+    with pytest.raises(RequestError, match="resta_d alone"):
         check_methods(Grid(methods=("resta",), scales=(1.0,), densities=(0.5,)), family())
-    with pytest.raises(RecipeError, match="above 0 and at most 1"):
+    with pytest.raises(RequestError, match="above 0 and at most 1"):
         check_density([0.0])
     check_methods(Grid(methods=("interpolation",), scales=(1.0,)), without)
 

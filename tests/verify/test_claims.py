@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from scipy import stats
 
-from resta.errors import PolicyError
+from resta.errors import RequestError
 from resta.statistics import holm, paired_rates
 from resta.verify.claims import OVER_ALIGNED, RATE, claims_of, mixture
 from resta.verify.comparison import compare
@@ -138,7 +138,7 @@ def test_a_limit_that_nothing_can_break_is_refused_by_name(tmp_path: Path, text:
     path = tmp_path / "policy.yaml"
     path.write_text(text)
     rule = text.replace("{", "").replace(": ", ".").split(".")[0]
-    with pytest.raises(PolicyError, match=f"policy.yaml: {rule}.*nothing can break"):
+    with pytest.raises(RequestError, match=f"policy.yaml: {rule}.*nothing can break"):
         read_policy(path)
 
 

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
-from resta.errors import CompareError, PolicyError
+from resta.errors import RequestError
 from resta.page import printable
 from resta.verify.comparison import compare
 from resta.verify.decision import Decision, Rule, Verdict, by_name
@@ -144,7 +144,7 @@ def test_a_rule_for_one_task_stands_before_the_rule_for_any(cases: dict[str, Cas
 
 
 def test_a_policy_that_names_an_unmeasured_task_is_an_error(cases: dict[str, Case]) -> None:
-    with pytest.raises(PolicyError, match="gsm8k, which are not measured; measured: arithmetic, reading, spelling"):
+    with pytest.raises(RequestError, match="gsm8k, which are not measured; measured: arithmetic, reading, spelling"):
         decide(cases["PASS"].comparison, policy("utility: {gsm8k: {max_drop: 0.05}}"))
 
 
@@ -165,14 +165,14 @@ def test_a_policy_that_names_an_unmeasured_task_is_an_error(cases: dict[str, Cas
 def test_a_policy_with_a_mistake_is_refused_by_name(tmp_path: Path, text: str, named: str) -> None:
     path = tmp_path / "policy.yaml"
     path.write_text(text)
-    with pytest.raises(PolicyError, match=f"policy.yaml.*{named}"):
+    with pytest.raises(RequestError, match=f"policy.yaml.*{named}"):
         read_policy(path)
 
 
 def test_a_policy_that_is_no_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "policy.yaml"
     path.write_bytes(b"level: 0.95 # \xff")
-    with pytest.raises(PolicyError, match=r"policy\.yaml: cannot be read"):
+    with pytest.raises(RequestError, match=r"policy\.yaml: cannot be read"):
         read_policy(path)
 
 
@@ -203,20 +203,20 @@ def changed(model: Measurement, **config: Any) -> Measurement:
 def test_models_that_were_asked_differently_are_not_compared(
     measured: dict[str, Measurement], change: dict[str, Any], named: str
 ) -> None:
-    with pytest.raises(CompareError, match=named):
+    with pytest.raises(RequestError, match=named):
         compare({**measured, "restored": changed(measured["restored"], **change)})
 
 
 def test_models_of_other_utility_settings_are_not_compared(measured: dict[str, Measurement]) -> None:
     other = replace(measured["tuned"], utility={**measured["tuned"].utility, "backend": "local-completions"})
-    with pytest.raises(CompareError, match=r"utility\.backend"):
+    with pytest.raises(RequestError, match=r"utility\.backend"):
         compare({**measured, "tuned": other})
 
 
 def test_a_judge_of_another_wording_is_another_judge(measured: dict[str, Measurement]) -> None:
     model = measured["aligned"]
     judges = {name: {**facts, "sha256": "0"} for name, facts in model.judges.items()}
-    with pytest.raises(CompareError, match="judge wildguard:judge-7b"):
+    with pytest.raises(RequestError, match="judge wildguard:judge-7b"):
         compare({**measured, "aligned": replace(model, judges=judges)})
 
 
@@ -232,7 +232,7 @@ def test_two_judges_need_a_choice_and_refusal_strings_are_none(measured: dict[st
     assert pick_judges(with_strings, None) == ("wildguard:judge-7b", "wildguard:judge-7b")
     assert pick_judges(with_strings, "strings") == ("strings", "strings")
     two = {role: with_judge(model, "second", "regex") for role, model in measured.items()}
-    with pytest.raises(CompareError, match="exactly one must count"):
+    with pytest.raises(RequestError, match="exactly one must count"):
         pick_judges(two, None)
     assert pick_judges(two, "second")[0] == "second"
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from resta.errors import TaskError
+from resta.errors import RequestError
 from resta.statistics import PairedMeans, student
 from resta.verify.comparison import compare
 from resta.verify.documents import Document
@@ -135,5 +135,5 @@ def test_a_documents_value(metric: str, found: object, higher: bool, value: floa
     ],
 )  # fmt: skip
 def test_what_is_no_value_is_refused(metric: str, found: object, higher: bool) -> None:
-    with pytest.raises(TaskError, match="of a document is"):
+    with pytest.raises(RequestError, match="of a document is"):
         value_of(metric, found, higher_is_better=higher, where="t")

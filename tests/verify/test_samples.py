@@ -12,7 +12,7 @@ pytest.importorskip("lm_eval")
 from click.testing import CliRunner
 
 from resta.cli import main
-from resta.errors import ResumeError, TaskError
+from resta.errors import RequestError, ResumeError
 from resta.redeval.models import LocalModel
 from resta.verify.documents import read_documents, read_facts, start_suite
 from resta.verify.generated import EMPTY
@@ -97,7 +97,7 @@ def test_metrics_filters_and_losses_are_read_as_they_were_logged(tmp_path: Path)
 def test_the_results_beside_say_which_way_is_better(tmp_path: Path) -> None:
     rows = [sample(i, slips=float(i)) for i in range(3)]
     path = write(tmp_path / "alone", "mine", rows)
-    with pytest.raises(TaskError, match="nothing says whether a higher slips is better"):
+    with pytest.raises(RequestError, match="nothing says whether a higher slips is better"):
         import_samples(tmp_path / "u", [path], [])
     results = {"higher_is_better": {"mine": {"slips": False}}, "n-shot": {"mine": 2}, "versions": {"mine": 1}}
     import_samples(tmp_path / "u", [write(tmp_path / "both", "mine", rows, results)], [])
@@ -123,7 +123,7 @@ def test_what_is_no_log_is_refused_and_nothing_is_written(tmp_path: Path) -> Non
         ([good], ["good:f1"], "no document has the metric 'f1'|nothing says"),
         ([good, good], [], "good is in two of the files"),
     ):
-        with pytest.raises(TaskError, match=message):
+        with pytest.raises(RequestError, match=message):
             import_samples(tmp_path / "u", files, names)
     assert not (tmp_path / "u").exists()
 
@@ -131,7 +131,7 @@ def test_what_is_no_log_is_refused_and_nothing_is_written(tmp_path: Path) -> Non
 def test_what_was_measured_here_is_not_mixed_with_what_was_logged(tmp_path: Path) -> None:
     start_suite(tmp_path / "u", {"name": "smoke", "backend": "hf", "tasks": {}})
     path = write(tmp_path / "l", "good", [sample(0, acc=1.0)])
-    with pytest.raises(TaskError, match="measured here"):
+    with pytest.raises(RequestError, match="measured here"):
         import_samples(tmp_path / "u", [path], [])
     import_samples(tmp_path / "v", [path], [])
     import_samples(tmp_path / "v", [path], [])  # the same again changes nothing

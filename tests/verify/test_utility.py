@@ -18,7 +18,7 @@ import torch
 
 pytest.importorskip("lm_eval")
 
-from resta.errors import EndpointError, ModelError, ResumeError, TaskError, UnansweredError
+from resta.errors import RequestError, ResumeError, UnansweredError
 from resta.redeval.models import LocalModel, LocalSpec, load_local, token_id
 from resta.verify import utility
 from resta.verify.documents import DOCUMENTS, Document, read_documents, read_facts
@@ -265,7 +265,7 @@ def test_a_generation_task_is_scored_by_its_filter_and_asked_through_the_chat_te
     model = models[0]
     without = LocalModel(model.model, redeval.save_tokenizer(tmp_path / "t", adds_bos=True), name="plain")
     without.tokenizer.chat_template = None
-    with pytest.raises(ModelError, match="no chat template, which said asks for"):
+    with pytest.raises(RequestError, match="no chat template, which said asks for"):
         measure(without, suite, tmp_path / "v", limit=None, note=HEARD.append)
 
 
@@ -284,7 +284,7 @@ def test_what_cannot_be_measured_is_refused_before_a_model_is_met(tmp_path: Path
         (None, folder, ["mine", "mine:acc_norm"], "mine is meant twice"),
         (None, folder, ["f"], "f1 cannot be compared in pairs, for it is neither the mean"),
     ):
-        with pytest.raises(TaskError, match=message):
+        with pytest.raises(RequestError, match=message):
             read_suite(profile, where, names)
 
 
@@ -357,7 +357,7 @@ def test_any_task_of_lm_evals_catalogue_is_known_by_its_name() -> None:
         "ifeval",
     ]
     for name, message in (("ifevall", 'did you mean "ifeval"'), ("ifeval:acc", "ifeval has no metric 'acc'")):
-        with pytest.raises(TaskError, match=message):
+        with pytest.raises(RequestError, match=message):
             read_suite(None, None, [name])
 
 
@@ -387,29 +387,29 @@ def test_shots_and_generation_settings_stand_in_place_of_the_tasks_own(
     monkeypatch.setattr(LocalModel, "rows_that_fit", rows)
     measure(models[0], suite, tmp_path / "u", limit=1, note=HEARD.append)
     assert asked == [2]
-    with pytest.raises(TaskError, match="no task generates anything"):
+    with pytest.raises(RequestError, match="no task generates anything"):
         read_suite(None, folder, ["shots"], gen_kwargs={"temperature": 0.5})
 
 
 def test_a_folder_that_lm_eval_would_read_in_part_is_refused(tmp_path: Path) -> None:
     a_task(tmp_path / "broken", "mine", ROWS)
     (tmp_path / "broken" / "other.yaml").write_text("task: [unclosed")
-    with pytest.raises(TaskError, match=r"cannot read all of it: Skip .*other.yaml"):
+    with pytest.raises(RequestError, match=r"cannot read all of it: Skip .*other.yaml"):
         read_suite(None, tmp_path / "broken", [])
     a_task(tmp_path / "twice", "mine", ROWS)
     (tmp_path / "twice" / "copy.yaml").write_text((tmp_path / "twice" / "mine.yaml").read_text())
-    with pytest.raises(TaskError, match="Duplicate task name 'mine'"):
+    with pytest.raises(RequestError, match="Duplicate task name 'mine'"):
         read_suite(None, tmp_path / "twice", [])
     a_task(tmp_path / "empty", "mine", ROWS)
     (tmp_path / "empty" / "mine.jsonl").unlink()
-    with pytest.raises(TaskError, match=r"mine cannot be read: .*relative paths start at the folder"):
+    with pytest.raises(RequestError, match=r"mine cannot be read: .*relative paths start at the folder"):
         read_suite(None, tmp_path / "empty", [])
 
 
 @pytest.mark.usefixtures("_no_network")
 def test_a_folders_task_does_not_reach_for_the_hub(tmp_path: Path) -> None:
     a_task(tmp_path / "tasks", "hub", ROWS, dataset_path="nobody/nothing", dataset_kwargs=None)
-    with pytest.raises(TaskError, match="hub cannot be read"):
+    with pytest.raises(RequestError, match="hub cannot be read"):
         read_suite(None, tmp_path / "tasks", [])
 
 
@@ -422,7 +422,7 @@ def test_a_score_outside_0_to_1_is_refused_and_nothing_is_kept(
     config = (folder / "percent.yaml").read_text().removesuffix("}")
     (folder / "percent.yaml").write_text(config + ', "process_results": !function score.percent }')
     suite = read_suite(None, folder, [])
-    with pytest.raises(TaskError, match=r"acc of a document is 55.0; expected a number from 0 to 1"):
+    with pytest.raises(RequestError, match=r"acc of a document is 55.0; expected a number from 0 to 1"):
         measure(models[0], suite, tmp_path / "u", limit=None, note=HEARD.append)
     assert read_documents(tmp_path / "u") == ()
 
@@ -572,10 +572,10 @@ def test_a_server_without_echo_is_refused_rather_than_scored_as_zero(
 ) -> None:
     suite = read_suite("smoke", None, ["smoke_sense"])
     stub.answer = lambda body: (200, redeval.completion("x", {"x": -1.0}))
-    with pytest.raises(ModelError, match="gave 1 log-probabilities for a prompt of"):
+    with pytest.raises(RequestError, match="gave 1 log-probabilities for a prompt of"):
         measure(served(stub, models[0]), suite, tmp_path / "u", limit=2, note=HEARD.append)
     stub.answer = lambda body: (400, {"error": "echo is not supported"})
-    with pytest.raises(ModelError, match="echo is not supported"):
+    with pytest.raises(RequestError, match="echo is not supported"):
         measure(served(stub, models[0]), suite, tmp_path / "u", limit=2, note=HEARD.append)
     nowhere = Served(base_url="http://127.0.0.1:9/v1", model="it", tokenizer=models[0].name)
     with pytest.raises(UnansweredError, match="nothing answers"):
@@ -596,7 +596,7 @@ def test_a_server_that_fails_midway_is_an_error_and_keeps_the_finished_tasks(
 
     stub.answer = answer
     suite = read_suite("smoke", None, [])
-    with pytest.raises(EndpointError, match="finished tasks are kept"):
+    with pytest.raises(UnansweredError, match="finished tasks are kept"):
         measure(served(stub, models[0]), suite, tmp_path / "u", limit=1, note=HEARD.append)
     gc.collect()
     assert (capfd.readouterr().err, caplog.text) == ("", "")
