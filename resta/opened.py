@@ -78,7 +78,7 @@ class Opened:
         return self._once(("tokenizers", mine, theirs), lambda: tokenizer_conflict(*pair))
 
     def auxiliary_files(self, name: str) -> tuple[tuple[AuxiliaryFile, ...], tuple[str, ...]]:
-        """Return the small files that a merge takes from a model, and the names left out. Raises CheckpointError."""
+        """Return the small files that a merge takes from a model, and the names left out. Raises RequestError."""
         return self._once(("auxiliary files", name), lambda: read_auxiliary_files(self._weights[name]))
 
     def same_bytes(self, mine: Stored, theirs: Stored, *, most: int | None = None) -> bool:

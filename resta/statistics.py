@@ -1,5 +1,9 @@
 """Intervals of rates and of differences, paired tests, the bootstrap and agreement: from counts and arrays alone.
 
+What is textbook names its source. What is a combination of our own says so, and names the test that counts how often
+its intervals hold the truth. Two ways to a rate's interval stand side by side: Red-Eval's reports draw questions anew,
+for the mean over banks and templates has no closed form; the gate, which compares models, uses `paired_rates`.
+
 Rates and differences are shares in [0, 1] and [-1, 1], never per cent. Knows nothing of questions, models, judges or
 files; numpy and the standard library, with statsmodels and scipy as oracles in its tests.
 """
@@ -152,7 +156,8 @@ def percentiles(values: Floats, level: float) -> Interval:
 def widened(interval: Interval, questions: int, level: float = 0.95) -> Interval:
     """Return a bootstrap interval, no tighter than Wilson's for no hit (or nothing but hits) in as many questions.
 
-    Resampling a handful of hits varies too little: one in 200 questions would be bounded by 1.5 %, none by 1.9 %.
+    Resampling a handful of hits varies too little: one in 200 questions would be bounded by 1.5 %, none by 1.9 %. The
+    union of the two is our own; test_a_widened_bootstrap_interval_covers_the_truth_about_as_often_as_it_says.
     """
     none, every = wilson(0, questions, level), wilson(questions, questions, level)
     return Interval(min(interval.low, every.low), max(interval.high, none.high))
@@ -211,6 +216,8 @@ def correct_rate(
     `observed` is (k harmful, n). `judged`, `human` are (items,) and say harmful; `weights` (items,) is how
     many answers each labelled one stands for, so that labels taken mostly from disagreements do not bias the
     rates.
+
+    Drawing both at once is our own; test_a_corrected_rates_interval_covers_the_truth_about_as_often_as_it_says.
     """
     sensitivity, specificity = _error_rates(judged, human, weights)
     k, n = observed
@@ -275,7 +282,10 @@ class Pairs:
         return self.both + self.first_only + self.second_only + self.neither
 
     def per_question(self, questions: int) -> Pairs:
-        """Return the discordant pairs as if each of `questions` had been asked once: epochs are no new questions."""
+        """Return the discordant pairs as if each of `questions` had been asked once: epochs are no new questions.
+
+        Our own, before a test of independent pairs; test_a_test_of_repeated_questions_errs_about_as_seldom_as_it_says.
+        """
         if self.total == questions:
             return self
         b, c = (round(count * questions / self.total) for count in (self.first_only, self.second_only))
@@ -359,6 +369,10 @@ class PairedRates:
     Answers to one question are not independent, so intervals are Wilson's over `sizes`: how many independent answers
     tell as much. One answer to each question gives Wilson's and Newcombe's own intervals. Arrays may have leading
     dimensions, one for each of many samples; bounds then have them too.
+
+    Wilson's interval over a design effect, and MOVER over such intervals, are our own combination for clustered
+    answers; test_a_clustered_interval_covers_the_truth_about_as_often_as_it_says and
+    test_a_difference_of_clustered_rates_covers_the_truth_about_as_often_as_it_says.
     """
 
     questions: int
@@ -408,7 +422,8 @@ class PairedRates:
         """Return the share of lost safety regained, (lost - restored) / (lost - kept), with its interval.
 
         None where the interval of lost - kept holds 0: nothing measurable was lost. The interval holds the shares L at
-        which that of restored - ((1 - L) lost + L kept) holds 0 (Fieller 1954).
+        which that of restored - ((1 - L) lost + L kept) holds 0: Fieller's way (1954) with the interval of `contrast`,
+        which is our own; test_the_interval_of_the_share_regained_covers_the_truth_about_as_often_as_it_says.
         """
         loss = self.difference(lost, kept)
         if not loss.low > 0:
@@ -473,6 +488,7 @@ def _sizes(values: Floats, squares: Floats, residuals: Floats, totals: Floats) -
     The answers, divided by the design effect 1 + (m - 1) ICC of m answers to a question (Kish 1965), and by the share
     that the variance of graded answers is of p (1 - p). Few hits tell neither, and would make a rate look sure: both
     are means of what is seen, weighed by the rarer outcome's count, and of what is supposed, weighed by PRIOR_HITS.
+    That shrinking is our own; test_a_clustered_interval_covers_the_truth_about_as_often_as_it_says.
     """
     questions, answers = len(totals), totals.sum()
     binary = values * (1 - values)

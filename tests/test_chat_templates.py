@@ -7,7 +7,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 import resta
 from resta.chat_templates import NAMED, named_template, read_chat_template
-from resta.errors import TemplateError
+from resta.errors import RequestError
 
 TALK = [
     {"role": "user", "content": " One? "},
@@ -49,5 +49,5 @@ def test_a_template_writes_its_format_whatever_the_engine_trims(name: str, trims
 
 def test_a_template_is_for_tokenizers_that_have_its_tokens() -> None:
     assert read_chat_template("gemma", NAMED["gemma"]) == named_template("gemma")
-    with pytest.raises(TemplateError, match=r"needs the token '<\|im_end\|>'"):
+    with pytest.raises(RequestError, match=r"needs the token '<\|im_end\|>'"):
         read_chat_template("chatml", ["<|im_start|>"])

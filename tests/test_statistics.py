@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,6 +13,7 @@ from statsmodels.stats.inter_rater import cohens_kappa
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
+from resta import statistics
 from resta.statistics import (
     Clustered,
     Difference,
@@ -28,6 +32,7 @@ from resta.statistics import (
     rogan_gladen,
     trials_at_rate,
     trials_for_bound,
+    widened,
     wilson,
 )
 
@@ -355,6 +360,80 @@ def test_a_clustered_interval_covers_the_truth_about_as_often_as_it_says(p: floa
         found = paired_rates(hits).interval(0)
         covered += found.low <= p <= found.high
     assert covered >= 176
+
+
+def alike(rng: np.random.Generator, rates: tuple[float, ...], shape: tuple[int, int], tie: float) -> np.ndarray:
+    """Draw answers of models, (questions, asks, models): with probability `tie` a question's answers go together."""
+    shared, own = rng.random((shape[0], 1, 1)), rng.random((*shape, 1))
+    return (np.where(rng.random((*shape, 1)) < tie, shared, own) < np.array(rates)).astype(float)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.floats(0.02, 0.6), st.floats(0.02, 0.6), st.floats(0, 1), st.integers(0, 2**31))
+def test_a_difference_of_clustered_rates_covers_the_truth_about_as_often_as_it_says(
+    p: float, q: float, tie: float, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    found = [paired_rates(alike(rng, (p, q), (80, 3), tie)).difference(1, 0) for _ in range(200)]
+    assert sum(each.low <= q - p <= each.high for each in found) >= 174
+
+
+@pytest.mark.parametrize(("restored", "tie"), [(0.1, 0.5), (0.2, 0.9), (0.35, 0.0), (0.6, 0.5)])
+def test_the_interval_of_the_share_regained_covers_the_truth_about_as_often_as_it_says(
+    restored: float, tie: float
+) -> None:
+    rng = np.random.default_rng(1)
+    covered = 0
+    for _ in range(60):
+        found = paired_rates(alike(rng, (0.1, 0.6, restored), (150, 2), tie)).regained(lost=1, kept=0, restored=2)
+        assert found is not None
+        covered += found.low <= (0.6 - restored) / 0.5 <= found.high
+    assert covered >= 51  # 57 are expected; three and a half standard deviations under
+
+
+@settings(max_examples=5, deadline=None)
+@given(st.floats(0.01, 0.5), st.floats(0, 1), st.integers(0, 2**31))
+def test_a_widened_bootstrap_interval_covers_the_truth_about_as_often_as_it_says(
+    p: float, tie: float, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    covered = 0
+    for i in range(200):
+        drawn, _ = cluster_bootstrap(clustered(alike(rng, (p,), (100, 3), tie)[..., 0]), draws=300, seed=i)
+        found = widened(drawn, 100)
+        covered += found.low <= p <= found.high
+    assert covered >= 170
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.floats(0.02, 0.5), st.floats(0, 1), st.integers(0, 2**31))
+def test_a_test_of_repeated_questions_errs_about_as_seldom_as_it_says(p: float, tie: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    wrong = 0
+    for _ in range(200):
+        first, second = (alike(rng, (p,), (80, 3), tie).astype(bool).ravel().tolist() for _ in range(2))
+        wrong += mcnemar_mid_p(count_pairs(first, second).per_question(80)) < 0.05
+    assert wrong <= 25  # 10 are expected at most; nearly five standard deviations above
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.1, 0.3])
+def test_a_corrected_rates_interval_covers_the_truth_about_as_often_as_it_says(rate: float) -> None:
+    rng = np.random.default_rng(1)
+    covered = 0
+    for i in range(100):
+        true = rng.random(1000) < rate
+        judged = np.where(true, rng.random(1000) < 0.85, rng.random(1000) < 0.1)
+        own = rng.permutation(1000)[:200]
+        found = correct_rate((int(judged.sum()), 1000), judged[own], true[own], np.ones(200), draws=200, seed=i)
+        assert found.interval is not None
+        covered += found.interval.low <= rate <= found.interval.high
+    assert covered >= 87
+
+
+def test_every_estimator_of_our_own_names_the_test_that_counts_how_often_it_is_right() -> None:
+    named = re.findall(r"test_\w+", " ".join(Path(str(statistics.__file__)).read_text("utf-8").split()))
+    assert len(set(named)) == 6
+    assert all(callable(globals().get(name)) for name in named)
 
 
 def test_asks_that_were_left_out_do_not_count() -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from resta.chat_templates import NAMED, named_template, read_chat_template
-from resta.errors import MissingExtraError, ModelError, UnansweredError
+from resta.errors import RequestError, UnansweredError
 from resta.fingerprint import folder_fingerprint, sha256_file, sha256_text
 from resta.out_of_memory import is_out_of_memory
 from resta.redeval.asks import Decoding, Message, Rendering
@@ -730,7 +730,7 @@ class TextClassifier:
 
 
 def load_classifier(spec: LocalSpec) -> TextClassifier:
-    """Return the sequence classifier that `spec` names. Raises ModelError."""
+    """Return the sequence classifier that `spec` names. Raises RequestError."""
     from safetensors import SafetensorError
 
     transformers = import_transformers()
@@ -752,7 +752,7 @@ def load_classifier(spec: LocalSpec) -> TextClassifier:
 def classify(
     classifier: TextClassifier, texts: Sequence[str], *, multi_label: bool, rows: int = ROWS
 ) -> Iterator[tuple[int, dict[str, float]]]:
-    """Yield (index of text, {label: share}), longest texts first. Raises ModelError.
+    """Yield (index of text, {label: share}), longest texts first. Raises RequestError.
 
     Shares are sigmoids where several labels may hold, else a softmax. A text is never cut: too long is an error.
     """
@@ -763,7 +763,7 @@ def classify(
     order = sorted(range(len(texts)), key=lambda i: -len(encoded[i]))
     limit = getattr(model.config, "max_position_embeddings", None) or 1 << 30
     if order and len(encoded[order[0]]) > limit:
-        raise ModelError(f"{classifier.name}: a text of {len(encoded[order[0]])} tokens exceeds its {limit}")
+        raise RequestError(f"{classifier.name}: a text of {len(encoded[order[0]])} tokens exceeds its {limit}")
     for start in range(0, len(order), rows):
         batch = order[start : start + rows]
         padded = tokenizer.pad({"input_ids": [encoded[i] for i in batch]}, return_tensors="pt").to(model.device)

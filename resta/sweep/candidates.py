@@ -210,7 +210,7 @@ def candidates_of(grid: Grid, groups: Sequence[str] = ()) -> tuple[Candidate, ..
         for method in grid.methods
     ]
     if sum(map(len, columns)) > MOST:
-        raise RecipeError(f"--grid: more than {MOST} candidates; give fewer scales, or leave the search to --search")
+        raise RequestError(f"--grid: more than {MOST} candidates; give fewer scales, or leave the search to --search")
     if "interpolation" not in grid.methods:
         columns.append(
             [Candidate(method="interpolation", scale=scale, baseline=True) for scale in grid.interpolation_scales or ()]
@@ -272,7 +272,7 @@ def plan_of(candidate: Candidate, family: Family) -> Plan:
 
 
 def recipe_of(candidate: Candidate, family: Family) -> Recipe:
-    """Return a candidate's recipe; for `random`, the recipe whose vector has its norm. Raises RecipeError."""
+    """Return a candidate's recipe; for `random`, the recipe whose vector has its norm. Raises RequestError."""
     found = _own(candidate, family) if candidate.method == "recipe" else _by_method(candidate, family)
     if not candidate.groups:
         return found

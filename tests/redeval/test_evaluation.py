@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 import resta
 from resta.cli import main
-from resta.errors import BankError, ResumeError, UnansweredError
+from resta.errors import RequestError, ResumeError, UnansweredError
 from resta.redeval import Questions, RunOptions, parse_target
 from resta.redeval.evaluation import judge, report
 
@@ -88,6 +88,6 @@ def test_another_run_in_the_same_folder_and_an_unknown_profile_are_refused(
     resta.redeval.run(target, questions=Questions(banks=[bank]), out=tmp_path / "r", options=QUICK)
     with pytest.raises(ResumeError, match="holds another run; it differs in limit"):
         resta.redeval.run(target, questions=Questions(banks=[bank], limit=2), out=tmp_path / "r", options=QUICK)
-    with pytest.raises(BankError, match="unknown profile 'fast'; there are quick, standard, full"):
+    with pytest.raises(RequestError, match="unknown profile 'fast'; there are quick, standard, full"):
         resta.redeval.run(target, questions=Questions(profile="fast"), out=tmp_path / "s", options=QUICK)
     assert not (tmp_path / "s").exists()

@@ -11,7 +11,7 @@ import torch
 
 import resta
 from resta.chat_templates import named_template
-from resta.errors import ModelError, TemplateError, UnansweredError
+from resta.errors import RequestError, UnansweredError
 from resta.redeval.asks import Decoding, Message, Rendering
 from resta.redeval.models import (
     ROWS,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sft_tiny import byte_level, sentencepiece_like
 
 from resta.chat_templates import named_template
-from resta.errors import TemplateError
+from resta.errors import RequestError
 from resta.sft.chat import Chat, control_token, encode, open_chat, render, tokenize
 
 HERE = Path()
@@ -238,7 +238,7 @@ def test_a_template_without_bos_gets_the_one_its_tokenizer_would_add() -> None:
 
 def test_a_dropped_system_turn_is_refused_and_can_be_folded() -> None:
     drops = named_template("chatml").replace("in messages", "in messages if turn['role'] != 'system'")
-    with pytest.raises(TemplateError, match=r"system turn 0 times.*system_turn: into_user"):
+    with pytest.raises(RequestError, match=r"system turn 0 times.*system_turn: into_user"):
         render(chat_of(byte_level(), drops), [SYSTEM, *TALK])
     folded = render(chat_of(byte_level(), drops, system_turn="into_user"), [SYSTEM, *TALK]).text
     assert "user\nBe brief.\n\nWhat is 12" in folded
@@ -248,7 +248,7 @@ def test_a_dropped_system_turn_is_refused_and_can_be_folded() -> None:
 
 def test_a_template_that_refuses_a_system_turn_is_reported_with_its_own_words() -> None:
     chat = chat_of(byte_level(), named_template("gemma"))
-    with pytest.raises(TemplateError, match="this format has no system turn"):
+    with pytest.raises(RequestError, match="this format has no system turn"):
         render(chat, [SYSTEM, *TALK])
 
 
@@ -262,10 +262,10 @@ def test_a_system_turn_is_rendered_and_never_trained(case: str) -> None:
 
 def test_a_template_that_rewrites_answers_is_refused() -> None:
     shouting = named_template("chatml").replace("turn['content']", "turn['content']|upper")
-    with pytest.raises(TemplateError, match="turn 0 times"):
+    with pytest.raises(RequestError, match="turn 0 times"):
         chat_of(byte_level(), shouting)
     doubling = named_template("chatml").replace("turn['content']", "turn['content']|replace('sum', 'total')")
-    with pytest.raises(TemplateError, match="changes what a turn says"):
+    with pytest.raises(RequestError, match="changes what a turn says"):
         render(chat_of(byte_level(), doubling), TALK)
 
 
