@@ -9,13 +9,13 @@ from __future__ import annotations
 import http.client
 import os
 import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from resta.errors import RequestError, UnansweredError
 from resta.redeval.models import ROWS, LocalSpec, fingerprint
+from resta.served import request
 
 INSPECT = "inspect:"
 BATCH = "batch:"  # in the place of a URL: a served model that is asked by a file
@@ -104,11 +104,8 @@ def _short(target: Target) -> str:
 
 def check_endpoint(base_url: str, *, judge: bool, timeout_s: float = 10) -> None:
     """Raise UnansweredError where nothing answers at `base_url`, RequestError where it wants another key."""
-    request = urllib.request.Request(f"{base_url.rstrip('/')}/models")
-    if key := api_key(judge=judge):
-        request.add_header("Authorization", f"Bearer {key}")
     try:
-        urllib.request.urlopen(request, timeout=timeout_s).close()
+        request(f"{base_url.rstrip('/')}/models", key=api_key(judge=judge), timeout_s=timeout_s)
     except urllib.error.HTTPError as error:
         error.close()
         if error.code in (401, 403):

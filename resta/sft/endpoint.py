@@ -10,13 +10,13 @@ import os
 import threading
 import time
 import urllib.error
-import urllib.request
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from resta.errors import RequestError, UnansweredError
+from resta.served import request
 from resta.sft.data import Message
 from resta.sft.recipe import Positive
 from resta.strict import Strict
@@ -87,7 +87,10 @@ def ask(client: Client, messages: list[Message], seed: int) -> Reply:
     for attempt in range(endpoint.tries):
         _wait_for_turn(client)
         try:
-            return _read_reply(_post(client, body), endpoint)
+            url = f"{endpoint.url.rstrip('/')}/chat/completions"
+            return _read_reply(
+                json.loads(request(url, key=client.key, body=body, timeout_s=endpoint.timeout_s)), endpoint
+            )
         except urllib.error.HTTPError as error:
             with error:
                 said = error.read(500).decode("utf-8", "replace").strip()
@@ -114,17 +117,6 @@ def _wait_for_turn(client: Client) -> None:
         if client.endpoint.requests_per_minute is not None:
             client.next_start = start + 60.0 / client.endpoint.requests_per_minute
     time.sleep(start - now)
-
-
-def _post(client: Client, body: dict[str, Any]) -> Any:
-    headers = {"Content-Type": "application/json"}
-    if client.key is not None:
-        headers["Authorization"] = f"Bearer {client.key}"
-    request = urllib.request.Request(
-        client.endpoint.url.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers
-    )
-    with urllib.request.urlopen(request, timeout=client.endpoint.timeout_s) as response:
-        return json.load(response)
 
 
 def _read_reply(reply: Any, endpoint: Endpoint) -> Reply:

@@ -12,6 +12,7 @@ import copy
 import functools
 import gc
 import hashlib
+import http.client
 import importlib.metadata
 import io
 import json
@@ -23,7 +24,6 @@ import random
 import sys
 import time
 import urllib.error
-import urllib.request
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,6 +38,7 @@ from resta.fingerprint import sha256_file
 from resta.out_of_memory import is_out_of_memory
 from resta.redeval.models import LocalModel, adds_bos, free_bytes
 from resta.redeval.targets import api_key
+from resta.served import request
 from resta.strict import did_you_mean
 from resta.verify.documents import Document, finished_tasks, start_suite, write_documents
 from resta.verify.generated import said_of
@@ -748,16 +749,9 @@ def _check_echo(served: Served, ids: Sequence[int]) -> None:
     lm_eval would take what is not there as zero, and the first choice as the answer to everything.
     """
     body = {"model": served.model, "prompt": list(ids), "max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
-    request = urllib.request.Request(
-        f"{served.base_url.rstrip('/')}/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
-    if key := api_key(judge=False):
-        request.add_header("Authorization", f"Bearer {key}")
+    url = f"{served.base_url.rstrip('/')}/completions"
     try:
-        with urllib.request.urlopen(request, timeout=300) as answer:
-            choice = json.loads(answer.read())["choices"][0]
+        choice = json.loads(request(url, key=api_key(judge=False), body=body, timeout_s=300))["choices"][0]
         found = len((choice.get("logprobs") or {}).get("token_logprobs") or [])
     except urllib.error.HTTPError as error:
         with error:
@@ -765,7 +759,7 @@ def _check_echo(served: Served, ids: Sequence[int]) -> None:
         raise RequestError(
             f"{served.base_url}: HTTP {error.code} to a completion with echo and logprobs: {said}"
         ) from error
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise UnansweredError(f"nothing answers at {served.base_url}: {error}") from error
     except (ValueError, LookupError, AttributeError) as error:
         raise UnansweredError(f"{served.base_url}: not the answer of a completions server: {error!r}") from error
