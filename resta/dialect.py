@@ -142,9 +142,11 @@ class _Loader(yaml.SafeLoader):
 
     def construct_leading_zero(self, node: yaml.ScalarNode) -> Any:
         """Refuse a number that two readers of YAML read differently."""
-        plain = node.value.lstrip("+-0") or "0"
-        why = f"{node.value} is octal to some readers of YAML and decimal to others"
-        raise _refusal(node.start_mark, f"{why}; write {plain}, or quote it if it is text")
+        digits = node.value.lstrip("+-")
+        octal = set(digits) <= set("01234567") and len(digits) <= 20
+        other = str(int(digits, 8)) if octal else "something else"
+        why = f"{node.value} is {digits.lstrip('0') or '0'} to some readers of YAML and {other} to others"
+        raise _refusal(node.start_mark, f"{why}; write the number that you mean, or quote it if it is text")
 
     def refuse_tag(self, node: yaml.Node) -> Any:
         """Refuse a tag that means more than plain data."""

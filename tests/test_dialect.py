@@ -48,9 +48,14 @@ def test_not_a_number_is_a_float() -> None:
     assert all(math.isnan(found) for found in parse("[.nan, .NaN, .NAN]"))
 
 
-@pytest.mark.parametrize("text", ["010", "-08", "+00", "0123456"])
-def test_a_number_that_two_readers_read_differently_is_refused_with_its_line(text: str) -> None:
-    assert refusal(f"a: 1\nb: {text}").startswith(f"not valid YAML: line 2, column 4: {text} is octal to some readers")
+@pytest.mark.parametrize(
+    ("text", "here", "there"),
+    [("010", "10", "8"), ("-08", "8", "something else"), ("+00", "0", "0"), ("0" * 5000, "0", "something else")],
+    ids=["octal", "not octal", "zeros", "long"],
+)
+def test_a_number_that_two_readers_read_differently_is_refused_with_both(text: str, here: str, there: str) -> None:
+    why = f"{text} is {here} to some readers of YAML and {there} to others; write the number that you mean"
+    assert refusal(f"a: 1\nb: {text}").startswith(f"not valid YAML: line 2, column 4: {why}")
 
 
 @pytest.mark.parametrize("text", ["yes", "on", "1:30", "2024-05-01", "0x1F", "1_000", "[no]", "{a: {b: off}}"])
