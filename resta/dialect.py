@@ -214,6 +214,15 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    # Line breaks that only YAML 1.1 knows are escaped, which is done between double quotes alone.
+    return dumper.represent_scalar(
+        "tag:yaml.org,2002:str", str(text), '"' if set(text) & set("\x85\u2028\u2029") else None
+    )
+
+
+_Dumper.add_representer(str, _represent_text)
+_Dumper.add_representer(Word, _represent_text)
 _Dumper.yaml_implicit_resolvers = {
     first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, ()), *resolvers]
     for first, resolvers in _Loader.yaml_implicit_resolvers.items()
