@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel
 
 from resta.errors import ResumeError
-from resta.fingerprint import digest
+from resta.fingerprint import digest, sha256_file
 from resta.journal import (
     FolderLock,
     Journal,
@@ -301,7 +301,8 @@ def _make_run(path: Path, config: dict[str, Any], questions: Iterable[Question],
         for question in questions:
             journal.append({"qid": question.qid, **asdict(question), "schema": SCHEMA})
     # run.json comes last and whole, so that a folder with one is a run that can go on.
-    write_whole(path / "run.json", document("run", {"config": config, "environment": environment}, schema=SCHEMA))
+    facts = {"config": config, "environment": environment, "questions_sha256": sha256_file(path / "questions.jsonl")}
+    write_whole(path / "run.json", document("run", facts, schema=SCHEMA))
 
 
 def load_run(path: Path) -> RunDir:
@@ -316,6 +317,12 @@ def load_run(path: Path) -> RunDir:
         check(_Config, facts.get("config"))
     except ValueError as error:
         raise ResumeError(f"{path / 'run.json'}: is damaged: config: {error}; the run cannot be read") from error
+    questions, noted = path / "questions.jsonl", facts.get("questions_sha256")  # absent from older runs
+    if noted is not None and (not questions.is_file() or sha256_file(questions) != noted):
+        raise ResumeError(
+            f"{questions}: not the questions that the run was made with (run.json holds their SHA-256); what is left "
+            "out there would be missing from no rate. Put the file back, or ask anew in another folder"
+        )
     return RunDir(path=path, config=facts["config"])
 
 

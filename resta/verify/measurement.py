@@ -57,8 +57,9 @@ class Measurement:
 
 
 def is_measurement(path: Path) -> bool:
-    """Whether a folder holds a measurement."""
-    return (path / "redeval" / "run.json").is_file()
+    """Whether a folder is a measurement. One with a model in it is that model, whatever was measured into it once."""
+    model = any((path / name).is_file() for name in ("config.json", "adapter_config.json"))
+    return (path / "redeval" / "run.json").is_file() and not model
 
 
 def read_measurement(path: Path) -> Measurement:

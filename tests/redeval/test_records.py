@@ -74,6 +74,19 @@ def test_a_run_that_another_process_is_making_is_left_to_it(tmp_path: Path) -> N
         start_run(tmp_path, CONFIG, (), {})
 
 
+@pytest.mark.parametrize("change", ["cut", "made safe", "gone"])
+def test_a_run_whose_questions_are_no_longer_those_asked_is_not_read(change: str, tmp_path: Path, bank: Path) -> None:
+    run = start_run(tmp_path / "run", CONFIG, read_bank(str(bank)).questions, {})
+    path = run.path / "questions.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    if change == "gone":
+        path.unlink()
+    else:
+        path.write_text("".join(lines[:-1] if change == "cut" else [*lines[:-1], lines[-1].replace("false", "true")]))
+    with pytest.raises(ResumeError, match=r"questions.jsonl: not the questions that the run was made with"):
+        load_run(run.path)
+
+
 def test_a_file_in_the_place_of_the_folder_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("x")
     with pytest.raises(ResumeError, match="cannot be a run's folder"):

@@ -17,7 +17,7 @@ from resta.verify.decision import Decision, Rule, Verdict, by_name
 from resta.verify.gate import decide
 from resta.verify.guidance import layer_sizes
 from resta.verify.junit import to_junit
-from resta.verify.measurement import ROLES, Measurement, pick_judges, read_measurement
+from resta.verify.measurement import ROLES, Measurement, is_measurement, pick_judges, read_measurement
 from resta.verify.policy import Policy, default_policy, read_policy
 from resta.verify.report import CARD_START, to_card, to_json, to_markdown, with_section
 from tests.verify.made import (
@@ -53,6 +53,14 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Measurement]
 
 def policy(text: str) -> Policy:
     return Policy.model_validate(yaml.safe_load(text))
+
+
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json"])
+def test_a_model_in_whose_folder_something_was_measured_once_is_measured_anew(name: str, tmp_path: Path) -> None:
+    make_measurement(tmp_path / "restored", "restored", RESTORED["PASS"], usual_study())
+    assert is_measurement(tmp_path / "restored")
+    (tmp_path / "restored" / name).write_text("{}")
+    assert not is_measurement(tmp_path / "restored")
 
 
 @pytest.mark.parametrize("name", ["PASS", "FAIL", "INVALID"])
