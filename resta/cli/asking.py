@@ -295,6 +295,7 @@ def run_options(given: Mapping[str, Any]) -> Iterator[RunOptions]:
             timeout_s=given["timeout_s"],
             max_failures=given["max_failures"],
             judge_device=given["judge_device"],
+            reader_device=given.get("device", "auto"),
             watch=watch,
             note=note,
         )

@@ -111,17 +111,17 @@ def _at_once(judges: Sequence[Judge], answer: Answer, question: Question) -> Ite
 
 
 def _say_how_long(plan: Plan, asks: Sequence[Ask], local: LocalModel | None, conditions: RunOptions) -> None:
-    count, most = len(asks), f"at most {plan.decoding.max_new_tokens} new tokens each"
+    prompts, most = len(asks), f"at most {plan.decoding.max_new_tokens} new tokens each"
     if local is None:
         conditions.note(
-            f"{count} requests, {most}; how long they take is up to the server, and the bar will tell after the "
+            f"{prompts} requests, {most}; how long they take is up to the server, and the bar will tell after the "
             "first ones"
         )
     else:
         lengths = [len(ask.messages[0].content) for ask in asks]
         seconds = estimate_seconds(local, lengths, plan.decoding)
         conditions.note(
-            f"{count} prompts, {most}, {local.device}: at most about {minutes(seconds)} if every answer runs to "
+            f"{prompts} prompts, {most}, {local.device}: at most about {minutes(seconds)} if every answer runs to "
             "the limit"
         )
 

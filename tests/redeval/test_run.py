@@ -565,8 +565,10 @@ def test_inspects_epochs_are_draws_of_their_own(tiny: Path, tmp_path: Path) -> N
 def test_what_goes_to_a_file_is_not_taken_by_the_bar_on_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # stderr counts as a terminal, stdout is the test's own buffer
     before = sys.stdout
-    with run_options({"connections": 1, "retries": 0, "timeout_s": 1, "max_failures": 1, "judge_device": "cpu"}):
+    given = {"connections": 1, "retries": 0, "timeout_s": 1, "max_failures": 1, "judge_device": "mps", "device": "cpu"}
+    with run_options(given) as options:
         assert sys.stdout is before
+    assert (options.judge_device, options.reader_device) == ("mps", "cpu")
 
 
 def test_only_one_file_imports_inspect() -> None:

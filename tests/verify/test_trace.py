@@ -124,3 +124,10 @@ def test_comments_and_order_make_no_other_policy(failed: Case, lax: Path, out: P
     decided(out, failed, same)
     first, second = lines(out)
     assert first["policy"]["sha256"] == second["policy"]["sha256"]
+
+
+def test_a_policy_that_no_file_holds_is_called_default_only_where_it_is(tmp_path: Path, lax: Path) -> None:
+    usual = read_policy(None)
+    assert make_ruling(tmp_path, usual, None, VERSIONS).policy_name == "default"
+    assert make_ruling(tmp_path, read_policy(lax), None, VERSIONS).policy_name == "unnamed"
+    assert make_ruling(tmp_path, read_policy(lax), lax, VERSIONS).policy_name == "lax.yaml"
