@@ -82,7 +82,7 @@ class Checkpoint(_Operand):
 @dataclass(frozen=True, eq=False)
 class _Term:
     to: Checkpoint
-    frm: Checkpoint
+    from_: Checkpoint
     scale: float = 1.0
     density: float | None = None
     rescale: Rescale = "inverse_density"
@@ -305,7 +305,7 @@ def _number(value: object) -> float | None:
 
 
 def _ends(delta: Delta) -> list[Checkpoint]:
-    return [end for term in delta.terms for end in (term.to, term.frm)]
+    return [end for term in delta.terms for end in (term.to, term.from_)]
 
 
 def _checkpoints(merge: Merge) -> list[Checkpoint]:
@@ -328,7 +328,7 @@ def _names(checkpoints: list[Checkpoint]) -> dict[Checkpoint, str]:
 
 
 def _sum_of(terms: Iterable[_Term], names: dict[Checkpoint, str]) -> str:
-    return " ".join(show_term(term.scale, f"{names[term.to]} - {names[term.frm]}", term.density) for term in terms)
+    return " ".join(show_term(term.scale, f"{names[term.to]} - {names[term.from_]}", term.density) for term in terms)
 
 
 def _model(checkpoint: Checkpoint, names: dict[Checkpoint, str]) -> dict[str, Any]:
@@ -341,7 +341,7 @@ def _model(checkpoint: Checkpoint, names: dict[Checkpoint, str]) -> dict[str, An
 
 
 def _term(term: _Term, names: dict[Checkpoint, str]) -> dict[str, Any]:
-    plain: dict[str, Any] = {"delta": f"{names[term.to]} - {names[term.frm]}", "scale": term.scale}
+    plain: dict[str, Any] = {"delta": f"{names[term.to]} - {names[term.from_]}", "scale": term.scale}
     if term.name is not None:
         plain["name"] = term.name
     if term.density is not None:

@@ -466,8 +466,8 @@ class _Recomputed:
         delta = np.full(count, -0.0, self._type)  # the neutral element of addition
         parts = np.zeros((len(step.terms), count), self._type)
         for index, (term, scale) in enumerate(zip(step.terms, self._scales, strict=True)):
-            to, frm = (self._values(step.operands[row], first, merged_count) for row in (term.to, term.frm))
-            part = scale * (to - frm)
+            to, from_ = (self._values(step.operands[row], first, merged_count) for row in (term.to, term.from_))
+            part = scale * (to - from_)
             kept = (
                 philox_words(term.key, first, merged_count) < term.keep
                 if term.keep < WORDS
@@ -520,8 +520,8 @@ class _Recomputed:
         sums = [0.0, 0.0]
         for first in range(0, self.step.merged_count, PIECE):
             count = min(PIECE, self.step.merged_count - first)
-            to, frm = (self._values(self.step.operands[row], first, count) for row in (term.to, term.frm))
-            whole = np.abs(to - frm)
+            to, from_ = (self._values(self.step.operands[row], first, count) for row in (term.to, term.from_))
+            whole = np.abs(to - from_)
             kept = np.where(philox_words(term.key, first, count) < term.keep, whole, whole * 0)
             for index, sizes in enumerate((whole, kept)):
                 padded = np.append(sizes, np.zeros(-count % L1_LANES, self._type))

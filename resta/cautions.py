@@ -46,8 +46,8 @@ def name_cautions(plan: Plan) -> list[str]:
     """Return what the names of folders and repositories hint at; they are printed, and recorded nowhere."""
     found = []
     for index in plan.recipe.safety_terms:
-        to, frm = (plan.weights[end].located for end in plan.recipe.terms[index].ends)
-        names = [(located.hub_id or located.folder.name).rpartition("/")[2] for located in (to, frm)]
+        to, from_ = (plan.weights[end].located for end in plan.recipe.terms[index].ends)
+        names = [(located.hub_id or located.folder.name).rpartition("/")[2] for located in (to, from_)]
         if ALIGNED_WORDS.search(names[1]) and not ALIGNED_WORDS.search(names[0]):
             found.append(
                 f"base and aligned may be swapped: {names[1]} is subtracted from {names[0]}, and by its name it is the "
@@ -58,8 +58,8 @@ def name_cautions(plan: Plan) -> list[str]:
 
 def swapped(plan: Plan, term: Term) -> str | None:
     """Say so if the model that is subtracted looks like the aligned one: it alone has a chat template."""
-    to, frm = (plan.weights[end] for end in term.ends)
-    if _chats(frm) and not _chats(to) and term.scale > 0:
+    to, from_ = (plan.weights[end] for end in term.ends)
+    if _chats(from_) and not _chats(to) and term.scale > 0:
         return (
             f"base and aligned may be swapped: in {term.delta}, only {term.ends[1]}, which is subtracted, has a chat "
             "template"
@@ -74,8 +74,8 @@ def _of_scale(term: Term, *, safety: bool) -> list[str]:
     if safety and term.scale * direction(term) < 0 and term.scale > 0:
         found.append(f"{term.label} ({term.delta}) leads away from aligned: are its two models swapped?")
     if term.scale < 0:
-        to, frm = term.ends
-        found.append(f"{term.label}: scale {term.scale:g} is negative: it takes away what {to} has beyond {frm}")
+        to, from_ = term.ends
+        found.append(f"{term.label}: scale {term.scale:g} is negative: it takes away what {to} has beyond {from_}")
     if abs(term.scale) > LARGE_SCALE:
         found.append(f"{term.label}: scale {term.scale:g} is far beyond the published ones, which run from 0.1 to 1.0")
     return found

@@ -132,7 +132,7 @@ class Workspace:
     def l1_norms(self, step: Step, term: int) -> tuple[float, float]:
         """Return the L1 norms of a term's difference over the tensor, whole and masked."""
         planned = step.terms[term]
-        pair = tuple(step.operands[row] for row in (planned.to, planned.frm))
+        pair = tuple(step.operands[row] for row in (planned.to, planned.from_))
         work_type = np.float64 if step.double else np.float32
         sums = np.zeros(2, np.float64)
         self._factors.clear()
@@ -224,7 +224,7 @@ def _terms_of(step: Step) -> tuple[Array, Array, Array, Array]:
     """Return a step's terms as the kernel takes them: rows, scales, thresholds, and keys with the rounding's last."""
     keys = [term.key for term in step.terms] + [step.rounding_key or 0]
     return (
-        np.array([(term.to, term.frm) for term in step.terms], np.int64).reshape(-1, 2),
+        np.array([(term.to, term.from_) for term in step.terms], np.int64).reshape(-1, 2),
         np.array([term.scale * term.factor for term in step.terms], np.float64 if step.double else np.float32),
         np.array([term.keep for term in step.terms], np.uint64),
         np.array([split_key(key) for key in keys], np.uint32),

@@ -363,7 +363,7 @@ def _step(name: str, mine: Operand, theirs: Operand, count: int) -> Step:
         name=name,
         operands=operands,
         owners=("A", "B")[: len(operands)],
-        terms=(StepTerm(term=0, to=len(operands) - 1, frm=0, scale=1.0),),
+        terms=(StepTerm(term=0, to=len(operands) - 1, from_=0, scale=1.0),),
         slot=Slot(file="", spec=Spec(dtype="F64" if double else "F32", shape=mine.shape, start=0, nbytes=0)),
         merged_count=count,
         rounding_key=None,

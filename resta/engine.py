@@ -477,11 +477,11 @@ def _check_terms(plan: Plan, nonzero: set[int]) -> None:
     """Raise unless every term whose scale is not 0 is among those of which some entry is not zero."""
     for index, term in enumerate(plan.recipe.terms):
         if term.scale != 0 and index not in nonzero:
-            to, frm = term.ends
+            to, from_ = term.ends
             thinned = ", or DARE dropped each entry that differs" if term.sparsify else ""
             raise NoChangeError(
                 f"{term.label}: {term.scale:g} * ({term.delta}) is zero in every entry, so that it would change "
-                f"nothing: {to} and {frm} hold the same values wherever the term acts (or differ by so little that "
+                f"nothing: {to} and {from_} hold the same values wherever the term acts (or differ by so little that "
                 f"the product with the scale vanishes{thinned}). Name two models that differ"
             )
 

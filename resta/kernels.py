@@ -239,7 +239,7 @@ def _finish(start, delta, result, n, out, code, begin, stochastic, words):
 
 
 @_compiled
-def _add_term(before, delta, to, frm, scale, keep, words, sums):
+def _add_term(before, delta, to, from_, scale, keep, words, sums):
     """Write `before` plus a scaled, masked difference to `delta`, a whole tile, and add its square to partial sums.
 
     Returns:
@@ -251,7 +251,7 @@ def _add_term(before, delta, to, frm, scale, keep, words, sums):
             total = sums[j]
             for k in range(TILE // LANES):
                 i = j + k * LANES
-                value = scale * (to[i] - frm[i])
+                value = scale * (to[i] - from_[i])
                 delta[i] = before[i] + value
                 total += value * value
             sums[j] = total
@@ -262,7 +262,7 @@ def _add_term(before, delta, to, frm, scale, keep, words, sums):
             total = sums[j]
             for k in range(TILE // LANES):
                 i = j + k * LANES
-                difference = to[i] - frm[i]
+                difference = to[i] - from_[i]
                 bad += np.uint32(not (abs(difference) < np.float32(np.inf)))
                 value = scale * difference if words[i] < threshold else nothing
                 delta[i] = before[i] + value
@@ -282,13 +282,13 @@ def _count_kept(keep, words, n):
 
 
 @_compiled
-def _has_nonzero(to, frm, scale, keep, words, n):
+def _has_nonzero(to, from_, scale, keep, words, n):
     """Whether any entry of a term is not zero."""
     whole = keep >= np.uint64(0x100000000)
     threshold = np.uint32(keep)
     found = False
     for i in range(n):
-        found |= scale * (to[i] - frm[i]) != 0 and (whole or words[i] < threshold)
+        found |= scale * (to[i] - from_[i]) != 0 and (whole or words[i] < threshold)
     return found
 
 
@@ -385,22 +385,22 @@ def combine(raw, codes, terms, scales, keeps, keys, span, out, out_code, stochas
         for m in range(operands):
             _load(raw[m], codes[m], begin, size if m == 0 else touched, work[m])
         for t in range(count):
-            to, frm = work[terms[t, 0]], work[terms[t, 1]]
+            to, from_ = work[terms[t, 0]], work[terms[t, 1]]
             if keeps[t] < np.uint64(0x100000000):
                 philox(keys[t, 0], keys[t, 1], first + begin, words)
                 term_sums[t, TERM_SELECTED] += _count_kept(keeps[t], words, touched)
             else:
                 term_sums[t, TERM_SELECTED] += touched
             if touched < TILE:  # past the end, and in rows that only the start has, there is no difference
-                loss[:touched], result[:touched] = to[:touched], frm[:touched]
+                loss[:touched], result[:touched] = to[:touched], from_[:touched]
                 loss[touched:], result[touched:] = 0, 0
-                to, frm = loss, result
+                to, from_ = loss, result
             bad += _add_term(
-                deltas[t], deltas[t + 1], to, frm, scales[t], keeps[t], words, term_lanes[t, TERM_INTENDED]
+                deltas[t], deltas[t + 1], to, from_, scales[t], keeps[t], words, term_lanes[t, TERM_INTENDED]
             )
             deltas[t + 1, touched:] = -0.0
             if term_sums[t, TERM_NONZERO] == 0:
-                term_sums[t, TERM_NONZERO] = _has_nonzero(to, frm, scales[t], keeps[t], words, touched)
+                term_sums[t, TERM_NONZERO] = _has_nonzero(to, from_, scales[t], keeps[t], words, touched)
         if stochastic:
             philox(keys[count, 0], keys[count, 1], first + begin, words)
         if measure == 2:

@@ -393,9 +393,9 @@ def _words(plan: Plan) -> list[str]:
     recipe = plan.recipe
     lines = [f"In words: take the weights of {recipe.start};"]
     for index, term in enumerate(recipe.terms):
-        to, frm = term.ends
+        to, from_ = term.ends
         verb = "take away" if term.scale < 0 else "add"
-        words = f"{verb} {abs(term.scale):g} times what {to} has beyond {frm}"
+        words = f"{verb} {abs(term.scale):g} times what {to} has beyond {from_}"
         if term.sparsify:
             words += (
                 f", keeping a random {term.sparsify.density:.0%} of its entries, rescaled by "

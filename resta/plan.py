@@ -53,7 +53,7 @@ class StepTerm:
 
     term: int
     to: int
-    frm: int
+    from_: int
     scale: float
     density: float = 1.0
     rescale: str = "inverse_density"
@@ -300,8 +300,8 @@ def _check_models(recipe: Recipe, weights: Mapping[str, Weights], opened: Opened
 def _check_terms(recipe: Recipe, weights: Mapping[str, Weights], problems: _Problems) -> None:
     """A term whose two models are the same files is zero: a slip that would restore nothing and say nothing."""
     for term in recipe.terms:
-        to, frm = term.ends
-        if term.scale != 0 and weights[to].tensors == weights[frm].tensors:
+        to, from_ = term.ends
+        if term.scale != 0 and weights[to].tensors == weights[from_].tensors:
             problems.add(term.delta, "both are the same files, so that the term is zero; name two different models")
 
 
@@ -322,14 +322,14 @@ def _draft_step(recipe: Recipe, name: str, start: Operand, draft: _Draft) -> Ste
     operands, owners = [start], [recipe.start]
     ends = {} if rule and rule.keep else _find_ends(recipe, name, draft)
     terms, reached = [], {}
-    for index, (to, frm) in ends.items() if floating else ():
+    for index, (to, from_) in ends.items() if floating else ():
         scale = recipe.terms[index].scale * _factor(rule, recipe.terms[index].name)
         _check_scale(recipe, index, name, scale, draft)
-        fits = [scale != 0 and _fits(name, start, end, draft) for end in (to, frm)]  # both are reported
-        if all(fits) and to[1] == frm[1]:  # an adapter does not touch this tensor: the difference is exactly zero
+        fits = [scale != 0 and _fits(name, start, end, draft) for end in (to, from_)]  # both are reported
+        if all(fits) and to[1] == from_[1]:  # an adapter does not touch this tensor: the difference is exactly zero
             reached[index] = _count_shared([start, to[1]])
         elif all(fits):
-            rows = [_row(operands, owners, end) for end in (to, frm)]
+            rows = [_row(operands, owners, end) for end in (to, from_)]
             terms.append(_make_term(recipe, index, name, scale, rows))
     merged_count = _count_shared(operands)
     if floating:
@@ -396,11 +396,11 @@ def derive_key(seed: int, purpose: str, term: int, tensor: str) -> int:
 def _make_term(recipe: Recipe, index: int, name: str, scale: float, rows: list[int]) -> StepTerm:
     sparsify = recipe.terms[index].sparsify
     if sparsify is None or sparsify.density == 1:
-        return StepTerm(term=index, to=rows[0], frm=rows[1], scale=scale)
+        return StepTerm(term=index, to=rows[0], from_=rows[1], scale=scale)
     return StepTerm(
         term=index,
         to=rows[0],
-        frm=rows[1],
+        from_=rows[1],
         scale=scale,
         density=sparsify.density,
         rescale=sparsify.rescale,
@@ -511,19 +511,19 @@ def _check_zero(
     """A term that changes nothing restores nothing; what only the arithmetic can show, the merge finds at its end."""
     for index, (term, reached) in enumerate(zip(recipe.terms, coverage, strict=True)):
         pairs = [
-            (step.operands[part.to], step.operands[part.frm])
+            (step.operands[part.to], step.operands[part.from_])
             for step in drafts
             for part in step.terms
             if part.term == index
         ]
-        to, frm = term.ends
+        to, from_ = term.ends
         if term.scale != 0 and not pairs:
-            why = "; ".join(map(str, reached.left_out)) or f"{to} and {frm} are the same in every tensor"
+            why = "; ".join(map(str, reached.left_out)) or f"{to} and {from_} are the same in every tensor"
             problems.add(f"{term.label} ({term.delta})", f"changes nothing: {why}")
         elif term.scale != 0 and opened.same_content(pairs):
             problems.add(
                 f"{term.label} ({term.delta})",
-                f"changes nothing: {to} ({weights[to].located.source}) and {frm} ({weights[frm].located.source}) "
+                f"changes nothing: {to} ({weights[to].located.source}) and {from_} ({weights[from_].located.source}) "
                 "hold the same bytes in every tensor; one is a copy of the other. Name two models that differ",
             )
 

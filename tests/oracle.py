@@ -45,8 +45,8 @@ def rounded(values: Array, dtype: str) -> Array:
 def merged(start: Array, terms: list[tuple[float, Array, Array, Array]]) -> Array:
     """start + sum of scale * mask * (to - from), in float64."""
     out = start.astype(np.float64)
-    for scale, mask, to, frm in terms:
-        out = out + scale * mask * (to.astype(np.float64) - frm.astype(np.float64))
+    for scale, mask, to, from_ in terms:
+        out = out + scale * mask * (to.astype(np.float64) - from_.astype(np.float64))
     return out
 
 

@@ -167,10 +167,10 @@ def test_zero_delta_keeps_negative_zero() -> None:
 )
 def test_combine_equals_the_oracle(count: int, first: int, density: float, seed: int) -> None:
     generator = np.random.default_rng(seed)
-    start, to, frm = (generator.standard_normal(count).astype(np.float32) for _ in range(3))
+    start, to, from_ = (generator.standard_normal(count).astype(np.float32) for _ in range(3))
     first *= kernels.TILE
     got, sums, bad = run(
-        [(start, "F32"), (to, "F32"), (frm, "F32")],
+        [(start, "F32"), (to, "F32"), (from_, "F32")],
         [(1, 2, 0.5, density, 99)],
         out="F32",
         first=first,
@@ -179,10 +179,10 @@ def test_combine_equals_the_oracle(count: int, first: int, density: float, seed:
     words = np.zeros(-(-(first + count) // 4) * 4, np.uint32)
     kernels.philox(np.uint32(99), np.uint32(0), 0, words)
     mask = (words[first : first + count] < round(density * 2**32)) if density < 1 else np.ones(count, bool)
-    want = start + np.where(mask, np.float32(0.5) * (to - frm), np.float32(-0.0))
+    want = start + np.where(mask, np.float32(0.5) * (to - from_), np.float32(-0.0))
     result = got.view(np.float32)
     np.testing.assert_array_equal(result, want)
-    delta = np.where(mask, 0.5 * (to.astype(np.float64) - frm), 0)
+    delta = np.where(mask, 0.5 * (to.astype(np.float64) - from_), 0)
     realised = result.astype(np.float64) - start
     np.testing.assert_allclose(
         sums,

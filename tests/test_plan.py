@@ -75,9 +75,9 @@ def bench(tmp_path: Path) -> Bench:
     return Bench(tmp_path)
 
 
-def assert_merged(got: torch.Tensor, start: torch.Tensor, to: torch.Tensor, frm: torch.Tensor, scale: float) -> None:
-    exact = double(start) + scale * (double(to) - double(frm))
-    largest = np.maximum.reduce([np.abs(double(t)) for t in (start, to, frm)])
+def assert_merged(got: torch.Tensor, start: torch.Tensor, to: torch.Tensor, from_: torch.Tensor, scale: float) -> None:
+    exact = double(start) + scale * (double(to) - double(from_))
+    largest = np.maximum.reduce([np.abs(double(t)) for t in (start, to, from_)])
     assert_rounded_well(got, exact, largest)
     assert not torch.equal(got, start)
 
@@ -303,8 +303,8 @@ def test_with_a_float64_input_the_arithmetic_is_float64(bench: Bench, wide: str)
     models[wide] = {name: value.double() * (1 + 1e-9) for name, value in models[wide].items()}
     bench.trio(**models)
     for name, tensor in bench.result(output={"dtype": "float64"}).items():
-        start, to, frm = (models[model][name].double() for model in ("tuned", "aligned", "base"))
-        torch.testing.assert_close(tensor, start + 0.5 * (to - frm), rtol=1e-15, atol=1e-18)
+        start, to, from_ = (models[model][name].double() for model in ("tuned", "aligned", "base"))
+        torch.testing.assert_close(tensor, start + 0.5 * (to - from_), rtol=1e-15, atol=1e-18)
 
 
 # ---- quantised models

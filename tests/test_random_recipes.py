@@ -102,9 +102,9 @@ def add_adapter(dice: random.Random, case: Case) -> None:
 
 
 def draw_term(dice: random.Random, names: list[str], index: int) -> dict[str, Any]:
-    to, frm = dice.sample(names, 2)
+    to, from_ = dice.sample(names, 2)
     scale = dice.choice([0.5, 1.0, -0.5, 0.1, 1.5, round(dice.uniform(-2, 2), 3) or 0.25])
-    term: dict[str, Any] = {"name": f"t{index}", "delta": f"{to} - {frm}", "scale": scale}
+    term: dict[str, Any] = {"name": f"t{index}", "delta": f"{to} - {from_}", "scale": scale}
     if dice.random() < 0.4:
         term["sparsify"] = {"density": dice.choice([0.1, 0.5, 0.7, 0.999, 1.0])}
     return term
@@ -223,10 +223,12 @@ def ends_of(case: Case, index: int, tensor: str) -> list[tuple[str, str]] | None
 
 def same_difference(case: Case, ends: list[tuple[str, str]]) -> bool:
     """Whether both ends are the same stored bytes: an adapter that leaves the tensor alone, and its base."""
-    (to, to_name), (frm, frm_name) = ends
+    (to, to_name), (from_, frm_name) = ends
     module = to_name.removesuffix(".weight")
-    touched = any(f"{module}.lora_A.weight" in case.adapters[model][1] for model in (to, frm) if model in case.adapters)
-    return not touched and (real_model(case, to), to_name) == (real_model(case, frm), frm_name)
+    touched = any(
+        f"{module}.lora_A.weight" in case.adapters[model][1] for model in (to, from_) if model in case.adapters
+    )
+    return not touched and (real_model(case, to), to_name) == (real_model(case, from_), frm_name)
 
 
 def is_nowhere(case: Case, index: int) -> bool:
@@ -279,12 +281,12 @@ def expected(case: Case, tensor: str) -> torch.Tensor:
     rows = min((side.shape[0] for pair in (*sides.values(), [values]) for side in pair if side.ndim), default=1)
     count = values[:rows].size if values.ndim else 1
     for index, pair in sides.items():
-        to, frm = (side.reshape(-1)[:count] for side in pair)
+        to, from_ = (side.reshape(-1)[:count] for side in pair)
         term = recipe["terms"][index]
         factor = rule_of(case, tensor).get("scale_by", 1.0)
         factor = factor.get(term["name"], 1.0) if isinstance(factor, dict) else factor
         density = term.get("sparsify", {}).get("density", 1.0)
-        added = delta[:count] + work(term["scale"] * factor * (1 / density)) * (to - frm)
+        added = delta[:count] + work(term["scale"] * factor * (1 / density)) * (to - from_)
         if density < 1:
             kept = words_of(recipe["seed"], "dare", index, tensor, values.size)[:count] < round(density * 2**32)
             added = np.where(kept, added, delta[:count])
