@@ -41,7 +41,7 @@ LAYERS = (
     "sft: show",
     "sft: __init__",
     "redeval: asks questions templates",
-    "redeval: clean language records wire",
+    "redeval: thoughts language records wire",
     "redeval: batchfile control labels models protocol",
     "redeval: judges profiles score targets",
     "redeval: engine plan",

@@ -6,7 +6,7 @@ The benchmark of Bhardwaj and Poria (arXiv 2308.09662). A run reads from left to
     targets.py  models.py                    who is asked            local models in batches, or a server
     engine.py  batchfile.py  wire.py         how it gets there       Inspect, or a file for elsewhere
     plan.py                                  what a run is           protocol, prompts, the digest that names it
-    answering.py  clean.py  progress.py      phase one: answers      thoughts stripped, failures noted
+    answering.py  thoughts.py  progress.py      phase one: answers      thoughts stripped, failures noted
     judging.py  judges.py  control.py        phase two: verdicts     declarations in judge/*.yaml, known answers
     records.py                               what is kept            flat, append-only JSON lines
     score.py  report.py                      what it amounts to

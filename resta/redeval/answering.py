@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from resta.fingerprint import sha256_text
 from resta.journal import Journal
 from resta.redeval.asks import Ask, NoReply, Outcome, Reply
-from resta.redeval.clean import clean_reply
 from resta.redeval.judges import Judge, Strings, verdict_without_model
 from resta.redeval.models import LocalModel, check_contexts, estimate_seconds, load_local
 from resta.redeval.plan import Plan
@@ -19,6 +18,7 @@ from resta.redeval.progress import RunOptions, Tally, count, engine_limits, note
 from resta.redeval.questions import Question
 from resta.redeval.records import Answer, RunDir, Verdict
 from resta.redeval.targets import Target
+from resta.redeval.thoughts import clean_reply
 from resta.redeval.wire import seed_of
 
 

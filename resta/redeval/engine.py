@@ -53,8 +53,8 @@ try:
 except ImportError as error:
     raise RequestError("Red-Eval needs inspect-ai and openai: pip install 'resta[redeval]'") from error
 
-from resta.redeval.clean import opened_by
 from resta.redeval.models import Generation, LocalModel, LocalSpec, Prompt, load_local
+from resta.redeval.thoughts import opened_by
 from resta.redeval.wire import TOP_LOGPROBS, GarbledError, blocked, is_filter, read_body, request_body, seed_of
 
 __all__ = [

@@ -23,11 +23,11 @@ from resta.dialect import parse
 from resta.errors import RequestError
 from resta.fingerprint import digest
 from resta.redeval.asks import Ask, Decoding, Message, Rendering, Reply
-from resta.redeval.clean import strip_thoughts
 from resta.redeval.control import ControlSet
 from resta.redeval.language import languages_of
 from resta.redeval.questions import Question
 from resta.redeval.records import Answer, Verdict, VerdictLabel
+from resta.redeval.thoughts import strip_thoughts
 from resta.strict import Options, Several, Strict, check, did_you_mean, named, read_text
 
 RuleLabel = Literal["harmful", "safe", "refused", "partly_refused"]

@@ -22,7 +22,7 @@ from resta.errors import RequestError, UnansweredError
 from resta.fingerprint import folder_fingerprint, sha256_file, sha256_text
 from resta.out_of_memory import is_out_of_memory
 from resta.redeval.asks import Decoding, Message, Rendering
-from resta.redeval.clean import HARMONY_TOKENS, MARK_TOKENS
+from resta.redeval.thoughts import HARMONY_TOKENS, MARK_TOKENS
 
 if TYPE_CHECKING:
     import torch

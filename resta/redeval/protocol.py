@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from resta.redeval.asks import Rendering
-from resta.redeval.clean import Clean, strip_thoughts, strip_thoughts_as_published
 from resta.redeval.questions import Duplicates
+from resta.redeval.thoughts import Clean, strip_thoughts, strip_thoughts_as_published
 
 ProtocolName = Literal["resta", "red-instruct"]
 

@@ -72,7 +72,7 @@ LABELS: tuple[VerdictLabel, ...] = (
 class Answer:
     """One answer. `raw` is what the model said, `text` what the judges see; the two differ by its thoughts.
 
-    `flags` are those of clean.Cleaned, and `cut_thought`: the limit of new tokens came before any answer.
+    `flags` are those of thoughts.Cleaned, and `cut_thought`: the limit of new tokens came before any answer.
     """
 
     id: str  # qid | template | epoch

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resta.redeval.asks import Finish, Reply
-from resta.redeval.clean import MARKS, clean_reply, opened_by, strip_thoughts, strip_thoughts_as_published
+from resta.redeval.thoughts import MARKS, clean_reply, opened_by, strip_thoughts, strip_thoughts_as_published
 
 
 def reply_of(text: str, finish: Finish, **more: str) -> Reply:
