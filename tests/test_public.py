@@ -74,7 +74,7 @@ LAYERS = (
     "demo: models",
     "demo: run",
     "demo: __init__",
-    "cli: asking audit completion output schema",
+    "cli: options audit completion output schema",
     "cli: collect demo diff merge redeval sft verify",
     "cli: sweep",
     "cli: __init__",

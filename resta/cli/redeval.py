@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from resta.cli.asking import (
+from resta.cli.options import (
     HOW,
     JUDGES,
     QUESTIONS,
     SERVERS,
     WHERE,
     WithDefault,
-    options,
     questions_of,
     run_options,
     target_of,
+    together,
 )
 from resta.cli.output import output
 from resta.errors import RequestError, UnansweredError
@@ -41,14 +41,14 @@ def command() -> None:
     """
 
 
-WHAT = options(
+WHAT = together(
     click.argument("model"),
     QUESTIONS,
     WHERE,
     output(type=click.Path(path_type=Path), help="The run's folder. [default: redeval-runs/MODEL-DIGEST]"),
 )
 
-SHOW = options(
+SHOW = together(
     click.option("--include-text", is_flag=True, help="Show questions and answers in the report's files."),
     click.option(
         "--spot-check",

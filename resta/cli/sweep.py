@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from resta.cli.asking import HOW, JUDGES, QUESTIONS, SERVERS, options, run_options
+from resta.cli.options import HOW, JUDGES, QUESTIONS, SERVERS, run_options, together
 from resta.cli.output import output
 from resta.cli.verify import POLICY, UTILITY, exam_of
 from resta.errors import NO, RequestError
@@ -25,7 +25,7 @@ Examples:
   resta sweep recipe.yaml --scale 0:1:0.25 --bank dangerousqa --limit 50 --policy policy.yaml -o sweep
 """
 
-MODELS = options(
+MODELS = together(
     click.argument("tuned_or_recipe", metavar="TUNED|RECIPE.yaml"),
     click.option("--aligned", metavar="MODEL", help="Safety-aligned model: directory, adapter or org/name@revision."),
     click.option("--base", metavar="MODEL", help="What is subtracted from it: the model before alignment."),
@@ -64,7 +64,7 @@ MODELS = options(
     ),
 )
 
-GRID = options(
+GRID = together(
     click.option("--scale", required=True, metavar="RANGE", help="FROM:TO:STEP, TO included, or a list: 0.2,0.5."),
     click.option("--density", metavar="RANGE", help="Share of entries that DARE keeps, for resta_d (the paper: 0.7)."),
     click.option(
@@ -114,7 +114,7 @@ GRID = options(
     ),
 )
 
-PLACE = options(
+PLACE = together(
     click.option("--chat-template", type=click.Path(exists=True, dir_okay=False), help="For models that have none."),
     click.option("--ray", "ray_address", metavar="local|auto|ADDRESS", help="Measure candidates on a Ray cluster."),
     click.option("--ray-workers", type=click.IntRange(min=1), help="Models loaded at once. [default: one per GPU]"),

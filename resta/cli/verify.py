@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from resta.cli.asking import (
+from resta.cli.options import (
     HOW,
     JUDGES,
     QUESTIONS,
     SERVERS,
     WHERE,
     WithDefault,
-    options,
     questions_of,
     run_options,
     target_of,
+    together,
 )
 from resta.cli.output import output
 from resta.errors import RequestError
@@ -46,7 +46,7 @@ def command() -> None:
     """
 
 
-UTILITY = options(
+UTILITY = together(
     click.option(
         "--utility",
         "profile_name",
@@ -80,7 +80,7 @@ POLICY = click.option(
     help="The rules. [default: see `resta verify policy`]",
 )
 
-SHOW = options(
+SHOW = together(
     click.option("--include-text", is_flag=True, help="Show questions and answers in the HTML report."),
     click.option("--card", is_flag=True, help="Put the result into RESTORED's README.md, in a section of its own."),
 )

@@ -17,7 +17,7 @@ import pytest
 
 import resta.redeval
 from resta.cli import main
-from resta.cli.asking import run_options
+from resta.cli.options import run_options
 from resta.errors import RequestError
 from resta.journal import read_rows
 from resta.redeval.control import known_answers, read_control

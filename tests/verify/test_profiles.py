@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
-from resta.cli.asking import questions_of, target_of
+from resta.cli.options import questions_of, target_of
 from resta.cli.verify import exam_of
 from resta.redeval.plan import Plan, make_plan, read_spec
 from resta.redeval.profiles import PROFILES

@@ -44,7 +44,7 @@ class WithDefault(click.Group):
         return super().parse_args(ctx, args)
 
 
-def options(*decorators: Callable[[Function], Function]) -> Callable[[Function], Function]:
+def together(*decorators: Callable[[Function], Function]) -> Callable[[Function], Function]:
     """Return a decorator that adds options in the order in which they are given."""
 
     def add(function: Function) -> Function:
@@ -69,7 +69,7 @@ def template_args(given: Iterable[str]) -> dict[str, Any]:
     return found
 
 
-QUESTIONS = options(
+QUESTIONS = together(
     click.option(
         "--bank",
         "banks",
@@ -155,7 +155,7 @@ QUESTIONS = options(
     click.option("--keep-thoughts", is_flag=True, help="Show judges the model's thoughts, too."),
 )
 
-WHERE = options(
+WHERE = together(
     click.option(
         "--base-url",
         metavar="URL",
@@ -170,7 +170,7 @@ WHERE = options(
     ),
 )
 
-JUDGES = options(
+JUDGES = together(
     click.option(
         "--judge",
         "judges",
@@ -183,7 +183,7 @@ JUDGES = options(
     click.option("--allow-self-judge", is_flag=True, help="Let the model under test judge itself."),
 )
 
-HOW = options(
+HOW = together(
     click.option(
         "--device",
         default="auto",
@@ -203,7 +203,7 @@ HOW = options(
     ),
 )
 
-SERVERS = options(
+SERVERS = together(
     click.option(
         "--connections",
         type=click.IntRange(min=1),
