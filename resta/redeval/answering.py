@@ -55,7 +55,7 @@ def answer_phase(
     run: RunDir,
     plan: Plan,
     target: Target,
-    conditions: RunOptions,
+    options: RunOptions,
     *,
     judges: Sequence[Judge] = (),
     local: LocalModel | None = None,
@@ -71,8 +71,8 @@ def answer_phase(
     from resta.redeval import engine
 
     local = local or ready_target(target, plan)
-    _say_how_long(plan, asks, local, conditions)
-    limits = engine_limits(conditions)
+    _say_how_long(plan, asks, local, options)
+    limits = engine_limits(options)
     handle = engine.open_model(local or target, plan.decoding, plan.protocol.rendering, limits=limits)
     by_id = {ask.id: ask for ask in asks}
     questions = {question.qid: question for question in plan.questions}
@@ -89,14 +89,14 @@ def answer_phase(
                     verdicts.append(verdict)
                     count(tally, verdict, questions[answer.qid])
                 tally.done += 1
-            conditions.watch(tally)
+            options.watch(tally)
 
-        conditions.watch(tally)
+        options.watch(tally)
         try:
             engine.ask_all(handle, asks, keep, log_dir=run.log_dir("answers"), title="answers", limits=limits)
         finally:
             engine.release(handle)
-            say_failures(tally, conditions)
+            say_failures(tally, options)
     del handle, local
     gc.collect()
 
@@ -110,17 +110,17 @@ def _at_once(judges: Sequence[Judge], answer: Answer, question: Question) -> Ite
             yield verdict
 
 
-def _say_how_long(plan: Plan, asks: Sequence[Ask], local: LocalModel | None, conditions: RunOptions) -> None:
+def _say_how_long(plan: Plan, asks: Sequence[Ask], local: LocalModel | None, options: RunOptions) -> None:
     prompts, most = len(asks), f"at most {plan.decoding.max_new_tokens} new tokens each"
     if local is None:
-        conditions.note(
+        options.note(
             f"{prompts} requests, {most}; how long they take is up to the server, and the bar will tell after the "
             "first ones"
         )
     else:
         lengths = [len(ask.messages[0].content) for ask in asks]
         seconds = estimate_seconds(local, lengths, plan.decoding)
-        conditions.note(
+        options.note(
             f"{prompts} prompts, {most}, {local.device}: at most about {minutes(seconds)} if every answer runs to "
             "the limit"
         )

@@ -156,7 +156,7 @@ def adopt_control(run: RunDir, other: RunDir) -> None:
                 journal.append(row)
 
 
-def judge_phase(run: RunDir, judge: Judge, conditions: RunOptions) -> None:
+def judge_phase(run: RunDir, judge: Judge, options: RunOptions) -> None:
     """Judge every answer that this judge has yet to see, after those that are known beforehand.
 
     Where it fails, the answer stays without a verdict. Raises UnansweredError where too many fail in a row; verdicts so
@@ -167,7 +167,7 @@ def judge_phase(run: RunDir, judge: Judge, conditions: RunOptions) -> None:
     if not todo:
         return
     tally = Tally(phase=f"judge {judge.id}", total=len(todo))
-    conditions.watch(tally)
+    options.watch(tally)
     with Journal(run.path / "verdicts.jsonl") as journal, Journal(run.path / "control.jsonl") as control:
 
         def keep(question: Question, verdict: Verdict) -> None:
@@ -177,7 +177,7 @@ def judge_phase(run: RunDir, judge: Judge, conditions: RunOptions) -> None:
                 journal.append(verdict)
                 count(tally, verdict, question)
             tally.done += 1
-            conditions.watch(tally)
+            options.watch(tally)
 
         def fail(outcome: NoReply) -> None:
             note_failure(run, tally, outcome, judge.id)
@@ -192,9 +192,9 @@ def judge_phase(run: RunDir, judge: Judge, conditions: RunOptions) -> None:
         if to_ask:
             job = _Job(judge=judge, pairs=to_ask, keep=keep, fail=fail)
             try:
-                _ask_judge(job, conditions, run.log_dir(f"judge-{judge.sha256[:12]}"))
+                _ask_judge(job, options, run.log_dir(f"judge-{judge.sha256[:12]}"))
             finally:
-                say_failures(tally, conditions)
+                say_failures(tally, options)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -207,23 +207,23 @@ class _Job:
     fail: Fail
 
 
-def _ask_judge(job: _Job, conditions: RunOptions, log_dir: Path) -> None:
+def _ask_judge(job: _Job, options: RunOptions, log_dir: Path) -> None:
     judge = job.judge
-    target = judge_target(judge, conditions.judge_device)
+    target = judge_target(judge, options.judge_device)
     if target.local is None:
-        _ask_engine(job, conditions, None, log_dir)
+        _ask_engine(job, options, None, log_dir)
     elif isinstance(judge.spec.read, Classifier):
-        _classify(judge, _loaded(target.local, load_classifier, conditions), job.pairs, job.keep)
+        _classify(judge, _loaded(target.local, load_classifier, options), job.pairs, job.keep)
     elif isinstance(judge.spec.read, Tokens | Digits):
-        _read_next_token(judge, _loaded(target.local, load_local, conditions), job.pairs, job.keep)
+        _read_next_token(judge, _loaded(target.local, load_local, options), job.pairs, job.keep)
     else:
-        _ask_engine(job, conditions, _loaded(target.local, load_local, conditions), log_dir)
+        _ask_engine(job, options, _loaded(target.local, load_local, options), log_dir)
     gc.collect()
 
 
-def _loaded(spec: LocalSpec, load: Callable[[LocalSpec], Loaded], conditions: RunOptions) -> Loaded:
+def _loaded(spec: LocalSpec, load: Callable[[LocalSpec], Loaded], options: RunOptions) -> Loaded:
     """Return a judge's model: one that is kept between runs, or loaded and, where models are kept, kept."""
-    kept = conditions.kept_judges
+    kept = options.kept_judges
     if kept is None:
         return load(spec)
     if spec not in kept:
@@ -235,13 +235,13 @@ def _loaded(spec: LocalSpec, load: Callable[[LocalSpec], Loaded], conditions: Ru
 # -- through the engine --------------------------------------------------------------------------------------
 
 
-def _ask_engine(job: _Job, conditions: RunOptions, local: LocalModel | None, log_dir: Path) -> None:
+def _ask_engine(job: _Job, options: RunOptions, local: LocalModel | None, log_dir: Path) -> None:
     from resta.redeval import engine
 
     judge, clip = job.judge, clip_for(job.judge, job.pairs, local)
     asks = [(pair, ask) for pair in job.pairs for ask in judge_asks(judge, pair[0].text, pair[1], clip)]
     collect = collector(judge, asks, job.keep)
-    limits = engine_limits(conditions)
+    limits = engine_limits(options)
     handle = engine.open_model(
         local or judge_target(judge), judge.decoding, judge.rendering, raw=judge.is_raw, is_judge=True, limits=limits
     )

@@ -52,15 +52,15 @@ class RunOptions:
     note: Callable[[str], None] = field(default=lambda line: None)
 
 
-def engine_limits(conditions: RunOptions) -> Any:
+def engine_limits(options: RunOptions) -> Any:
     """Return the engine's limits; imported here, so that planning a run needs no engine."""
     from resta.redeval.engine import Limits
 
     return Limits(
-        connections=conditions.connections,
-        retries=conditions.retries,
-        timeout_s=conditions.timeout_s,
-        max_failures=conditions.max_failures,
+        connections=options.connections,
+        retries=options.retries,
+        timeout_s=options.timeout_s,
+        max_failures=options.max_failures,
     )
 
 
@@ -79,7 +79,7 @@ def note_failure(run: RunDir, tally: Tally, outcome: NoReply, asked: str) -> Non
     tally.first_failure = tally.first_failure or f"{outcome.id}: {outcome.reason}"
 
 
-def say_failures(tally: Tally, conditions: RunOptions) -> None:
+def say_failures(tally: Tally, options: RunOptions) -> None:
     """Tell how many asks of a phase got no answer, if any."""
     if tally.failed:
-        conditions.note(f"{tally.phase}: {tally.failed} got no answer; the first was {tally.first_failure}")
+        options.note(f"{tally.phase}: {tally.failed} got no answer; the first was {tally.first_failure}")

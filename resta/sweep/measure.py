@@ -38,7 +38,7 @@ from resta.sweep.search import EVERY, LAST, Job
 from resta.verify.budget import Budget, check_budget
 from resta.verify.documents import finished_tasks
 from resta.verify.measure import measure
-from resta.verify.measurement import Measurement, conditions_of, read_measurement
+from resta.verify.measurement import Measurement, comparable_settings, read_measurement
 from resta.verify.policy import Policy
 
 SCHEMA = 2  # 1 called interpolation "wise"
@@ -137,7 +137,7 @@ def request_facts(sweep: Sweep) -> dict[str, Any]:
         "schema": SCHEMA,
         "models": {name: _identity(family, name) for name in family.models},
         "recipe": {**recipe, "origin": family.origin, "rescale": family.rescale},
-        "redeval": conditions_of(sweep.budget.plan(aligned).config),
+        "redeval": comparable_settings(sweep.budget.plan(aligned).config),
         "utility": sweep.budget.suite_facts(aligned),
         "judges": {judge.id: judge.sha256 for judge in judges},
     }
@@ -156,9 +156,9 @@ def _identity(family: Family, name: str) -> dict[str, str]:
 class Worker:
     """Measures references and candidates, one after the other; the swept model is loaded once, when it is needed."""
 
-    def __init__(self, sweep: Sweep, conditions: RunOptions):
-        kept = {} if conditions.kept_judges is None else conditions.kept_judges
-        self._sweep, self._conditions = sweep, replace(conditions, kept_judges=kept)
+    def __init__(self, sweep: Sweep, options: RunOptions):
+        kept = {} if options.kept_judges is None else options.kept_judges
+        self._sweep, self._conditions = sweep, replace(options, kept_judges=kept)
         self._loaded: LocalModel | None = None
         self._applied_last: Candidate | None = None
 
@@ -213,16 +213,16 @@ Measure = Callable[[Sequence[Job]], None]  # raises UnansweredError; what was an
 
 
 @contextmanager
-def in_this_process(sweep: Sweep, conditions: RunOptions) -> Iterator[Measure]:
+def in_this_process(sweep: Sweep, options: RunOptions) -> Iterator[Measure]:
     """Measure the references, and yield what measures candidates, one after the other."""
-    worker = Worker(sweep, conditions)
+    worker = Worker(sweep, options)
     for role in REFERENCES:
-        conditions.note(f"{role}: {sweep.references[role].name}")
+        options.note(f"{role}: {sweep.references[role].name}")
         worker.reference(role)
 
     def measure_jobs(jobs: Sequence[Job]) -> None:
         for candidate, rung in jobs:
-            conditions.note(asked_words(candidate, rung))
+            options.note(asked_words(candidate, rung))
             worker.candidate(candidate, rung)
 
     yield measure_jobs

@@ -52,7 +52,7 @@ class Outcome:
         return self.out / "chosen.yaml" if self.choice.name else None
 
 
-def carry_out(sweep: Sweep, rule: Rule, conditions: RunOptions, measure: Measure) -> Outcome:
+def carry_out(sweep: Sweep, rule: Rule, options: RunOptions, measure: Measure) -> Outcome:
     """Measure what the choice needs, then the baselines of its norm; return what it all comes to.
 
     Raises UnansweredError; what was answered is kept, and the same command goes on.
@@ -69,13 +69,13 @@ def carry_out(sweep: Sweep, rule: Rule, conditions: RunOptions, measure: Measure
         if not search.passing():  # then what interpolation does is worth knowing
             towards = [Candidate(method="interpolation", scale=scale, baseline=True) for scale in (0.25, 0.5, 0.75)]
             ask_all(search, [each for each in towards if not _is_tried(each, search)])
-    outcome = conclude(sweep, search, rule, conditions)
+    outcome = conclude(sweep, search, rule, options)
     vector = pick_vector(outcome.tried, outcome.choice)
     more = of_equal_norm(vector, outcome.tried, sweep.family) if vector else []
     if not more:
         return outcome
     ask_all(search, more)
-    return conclude(sweep, search, rule, conditions)
+    return conclude(sweep, search, rule, options)
 
 
 def _is_tried(candidate: Candidate, search: Search) -> bool:
@@ -88,12 +88,12 @@ def _factors(sweep: Sweep, outlook: Outlook) -> tuple[float, ...]:
     return (sweep.fresh / outlook.harm["aligned"].questions,)
 
 
-def conclude(sweep: Sweep, search: Search, rule: Rule, conditions: RunOptions) -> Outcome:
+def conclude(sweep: Sweep, search: Search, rule: Rule, options: RunOptions) -> Outcome:
     """Return the outcome of what has been measured."""
     references = read_references(sweep)
     measured = {each: read_measurement(sweep.folder(each)) for each in sorted(search.rungs, key=_reading_order)}
     complete = {each.name: found for each, found in measured.items() if is_complete(found, sweep)}
-    comparisons = _compare_all(sweep, references, complete, conditions)
+    comparisons = _compare_all(sweep, references, complete, options)
     tried = tuple(
         _tried(sweep, search, each, references, found, comparisons.get(each.name)) for each, found in measured.items()
     )
@@ -115,14 +115,14 @@ def conclude(sweep: Sweep, search: Search, rule: Rule, conditions: RunOptions) -
 
 
 def _compare_all(
-    sweep: Sweep, references: Mapping[str, Measurement], complete: Mapping[str, Measurement], conditions: RunOptions
+    sweep: Sweep, references: Mapping[str, Measurement], complete: Mapping[str, Measurement], options: RunOptions
 ) -> dict[str, Comparison]:
     """Return the comparison of every model with the references, the references included."""
     folder, policy = sweep.out / "coherence", sweep.policy
-    if conditions.kept_judges is not None:
-        conditions.kept_judges.clear()  # their place in memory is now the aligned model's
+    if options.kept_judges is not None:
+        options.kept_judges.clear()  # their place in memory is now the aligned model's
     models = {**references, **complete}
-    measure_losses(models, sweep.references["aligned"], folder, conditions)
+    measure_losses(models, sweep.references["aligned"], folder, options)
     losses = {}
     for name, model in models.items():
         found = read_losses(folder / f"{name}.json", {key: answer.raw for key, answer in model.answers.items()})

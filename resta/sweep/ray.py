@@ -26,7 +26,7 @@ QUIET = {
 
 
 @contextmanager
-def on_cluster(sweep: Sweep, conditions: RunOptions, *, address: str, workers: int | None) -> Iterator[Measure]:
+def on_cluster(sweep: Sweep, options: RunOptions, *, address: str, workers: int | None) -> Iterator[Measure]:
     """Measure the references, and yield what measures candidates side by side.
 
     The first failure ends the sweep; what was answered is kept.
@@ -50,9 +50,9 @@ def on_cluster(sweep: Sweep, conditions: RunOptions, *, address: str, workers: i
         share = 1 / math.ceil(count / gpus) if gpus else 0.0
         threads = max(1, int(resources.get("CPU", 1)) // count)
         actor = ray.remote(num_cpus=0, num_gpus=share, scheduling_strategy="SPREAD")(_Actor)
-        silent: dict[str, Any] = {"connections": conditions.connections, "retries": conditions.retries}
-        silent |= {"timeout_s": conditions.timeout_s, "judge_device": conditions.judge_device}
-        silent |= {"max_failures": conditions.max_failures}
+        silent: dict[str, Any] = {"connections": options.connections, "retries": options.retries}
+        silent |= {"timeout_s": options.timeout_s, "judge_device": options.judge_device}
+        silent |= {"max_failures": options.max_failures}
         from ray.util import ActorPool
 
         pool = ActorPool([actor.remote(sweep, silent, threads) for _ in range(count)])
@@ -62,7 +62,7 @@ def on_cluster(sweep: Sweep, conditions: RunOptions, *, address: str, workers: i
             for done, (name, error) in enumerate(results, 1):
                 if error is not None:
                     raise error
-                conditions.note(f"{name} is measured ({done} of {len(jobs)})")
+                options.note(f"{name} is measured ({done} of {len(jobs)})")
 
         measure(REFERENCES)  # first, since whether a candidate is hopeless depends on them
         yield measure

@@ -16,7 +16,7 @@ from resta.redeval.judging import check_judges
 from resta.redeval.plan import Plan, RunSpec, make_plan, read_spec
 from resta.redeval.profiles import Questions
 from resta.redeval.targets import Target
-from resta.verify.measurement import HUMAN, conditions_of, read_measurement
+from resta.verify.measurement import HUMAN, comparable_settings, read_measurement
 
 if TYPE_CHECKING:
     from resta.verify.utility import Suite
@@ -118,7 +118,7 @@ def check_budget(budget: Budget, targets: Mapping[str, Target | Path]) -> None:
         return
     check_languages(budget.judges, budget.plan(fresh).questions)
     wanted = {
-        "redeval": conditions_of(budget.plan(fresh).config),
+        "redeval": comparable_settings(budget.plan(fresh).config),
         "utility": budget.suite_facts(fresh),
         "judges": sorted(judge.sha256 for judge in check_judges(budget.judges, None, allow_self=True)),
     }
@@ -127,7 +127,7 @@ def check_budget(budget: Budget, targets: Mapping[str, Target | Path]) -> None:
             there = read_measurement(path)
             judges = sorted(facts["sha256"] for name, facts in there.judges.items() if name != HUMAN)
             found = differences(
-                {"redeval": conditions_of(there.config), "utility": dict(there.utility), "judges": judges}, wanted
+                {"redeval": comparable_settings(there.config), "utility": dict(there.utility), "judges": judges}, wanted
             )
             if found:
                 raise RequestError(

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 def measure(
-    target: Target, budget: Budget, path: Path, conditions: RunOptions, *, local: LocalModel | None = None
+    target: Target, budget: Budget, path: Path, options: RunOptions, *, local: LocalModel | None = None
 ) -> Measurement:
     """Measure one model into the folder `path`, or go on with what is missing there; its weights are loaded once.
 
@@ -48,7 +48,7 @@ def measure(
     """
     plan = budget.plan(target)
     judges = check_judges(budget.judges, target, allow_self=budget.allow_self_judge)
-    run, local = start(path / "redeval", plan, target, judges, conditions, local=local)
+    run, local = start(path / "redeval", plan, target, judges, options, local=local)
     with FolderLock(run.path):
         note_judges(run, judges)
         _keep_manifest(target, path)
@@ -57,25 +57,25 @@ def measure(
         if unfinished:
             if local is None and target.local is not None:
                 local = load_local(target.local)
-            answer_phase(run, plan, target, conditions, judges=judges, local=local)
-            _measure_utility(target, budget, path / "utility", conditions, local)
+            answer_phase(run, plan, target, options, judges=judges, local=local)
+            _measure_utility(target, budget, path / "utility", options, local)
         del local
         gc.collect()
         for judge in judges:
-            judge_phase(run, judge, conditions)
+            judge_phase(run, judge, options)
         note_model(target, path, anew=unfinished)
     return read_measurement(path)
 
 
 def _measure_utility(
-    target: Target, budget: Budget, folder: Path, conditions: RunOptions, local: LocalModel | None
+    target: Target, budget: Budget, folder: Path, options: RunOptions, local: LocalModel | None
 ) -> None:
     if budget.suite is None:
         return
     from resta.verify.utility import measure as measure_suite
 
     subject = local if local is not None else _served(target, budget)
-    measure_suite(subject, budget.suite, folder, limit=budget.documents, note=conditions.note)
+    measure_suite(subject, budget.suite, folder, limit=budget.documents, note=options.note)
 
 
 def _served(target: Target, budget: Budget) -> Served:
@@ -93,7 +93,7 @@ def _keep_manifest(target: Target, path: Path) -> None:
 
 
 def measure_all(
-    targets: Mapping[str, Target | Path], budget: Budget, out: Path, conditions: RunOptions
+    targets: Mapping[str, Target | Path], budget: Budget, out: Path, options: RunOptions
 ) -> dict[str, Measurement]:
     """Return the measurement of each role, those that are there already read and the rest made in OUT."""
     measured = {}
@@ -102,13 +102,13 @@ def measure_all(
         if isinstance(target, Path):
             measured[role] = read_measurement(target)
         else:
-            conditions.note(f"{role}: {target.name}")
-            measured[role] = measure(target, budget, out / role, conditions)
+            options.note(f"{role}: {target.name}")
+            measured[role] = measure(target, budget, out / role, options)
     return measured
 
 
 def compare_all(
-    models: Mapping[str, Measurement], aligned: Target | None, out: Path, policy: Policy, conditions: RunOptions
+    models: Mapping[str, Measurement], aligned: Target | None, out: Path, policy: Policy, options: RunOptions
 ) -> Comparison:
     """Return the comparison, with the answers' losses under the aligned model where they are to be had.
 
@@ -116,13 +116,13 @@ def compare_all(
     """
     folder = out / "coherence"
     if aligned is not None and aligned.local is not None:
-        measure_losses(models, aligned, folder, conditions)
+        measure_losses(models, aligned, folder, options)
     losses = {role: read_losses(folder / f"{role}.json", _raw(model)) for role, model in models.items()}
     known = {role: found for role, found in losses.items() if found is not None}
     return compare(models, judge=policy.judge, level=policy.level, losses=known if len(known) == len(models) else None)
 
 
-def measure_losses(models: Mapping[str, Measurement], aligned: Target, folder: Path, conditions: RunOptions) -> None:
+def measure_losses(models: Mapping[str, Measurement], aligned: Target, folder: Path, options: RunOptions) -> None:
     """Measure every answer's loss under the aligned model into `folder`, but for those that are there already."""
     assert aligned.local is not None
     local: LocalModel | None = None
@@ -133,7 +133,7 @@ def measure_losses(models: Mapping[str, Measurement], aligned: Target, folder: P
         if kept is not None and kept.aligned == by:
             continue
         if local is None:
-            conditions.note("how likely the aligned model finds every answer")
+            options.note("how likely the aligned model finds every answer")
             local = load_local(aligned.local)
         by_answer, by_shuffled = _losses(local, model, answers)
         write_losses(

@@ -155,7 +155,7 @@ def _labels(run: RunDir) -> dict[str, dict[str, Verdict]]:
     return {HUMAN: found} if found else {}
 
 
-def conditions_of(config: Mapping[str, Any]) -> dict[str, Any]:
+def comparable_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what two runs must share to be compared: all of a run's configuration but which model it was of."""
     target = config["target"]
     return {
@@ -170,7 +170,7 @@ def check_comparable(models: Mapping[str, Measurement], judges: Iterable[str]) -
     for role in ROLES[1:]:
         other = models[role]
         found = [
-            *differences(conditions_of(first.config), conditions_of(other.config), "redeval"),
+            *differences(comparable_settings(first.config), comparable_settings(other.config), "redeval"),
             *differences(dict(first.utility), dict(other.utility), "utility"),
         ]
         for judge in judges:
