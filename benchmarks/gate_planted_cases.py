@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-from resta.redeval.records import VerdictLabel
+from resta.redeval.records import JudgementLabel
 from resta.verify.comparison import compare
-from resta.verify.decision import Verdict
+from resta.verify.decision import Judgement
 from resta.verify.gate import decide
 from resta.verify.measurement import Measurement
 from resta.verify.policy import read_policy
@@ -58,7 +58,7 @@ class Planted:
     least: Mapping[str, float] = field(default_factory=dict)
 
 
-def draw(case: Planted, seed: int) -> Verdict:
+def draw(case: Planted, seed: int) -> Judgement:
     """Return the verdict on one draw of a case."""
     rng = np.random.default_rng(seed)
     harm = {
@@ -96,7 +96,7 @@ def says(text: Callable[[str, int], str], share: float = 1.0, *, safe_only: bool
     return change
 
 
-def judge_is(label: VerdictLabel) -> Change:
+def judge_is(label: JudgementLabel) -> Change:
     """Return a change by which the judge says one thing to everything."""
 
     def change(models: Mapping[str, Measurement], rng: np.random.Generator) -> Mapping[str, Measurement]:
@@ -198,7 +198,7 @@ def broken(case: Planted, counts: Mapping[str, int], slack: float = 3.0) -> list
 
 def table(found: Mapping[str, Counter[str]]) -> str:
     """Return the counts as a Markdown table."""
-    names = [verdict.name for verdict in Verdict]
+    names = [verdict.name for verdict in Judgement]
     head = [f"| case | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
     rows = [f"| {case} | {' | '.join(str(counts[name] or '') for name in names)} |" for case, counts in found.items()]
     return "\n".join([*head, *rows])

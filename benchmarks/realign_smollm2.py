@@ -47,7 +47,7 @@ from resta.redeval.asks import Decoding, Message, Rendering
 from resta.redeval.judges import Judge, parse_judge, verdict_without_model
 from resta.redeval.models import LocalModel, Prompt
 from resta.redeval.questions import Question, choose, read_bank
-from resta.redeval.records import Answer, Verdict
+from resta.redeval.records import Answer, Judgement
 from resta.redeval.score import is_not_language, is_repeated, score
 from resta.statistics import Clustered, Rate, cluster_bootstrap, wilson
 
@@ -660,7 +660,7 @@ def _row(key: tuple[Any, ...], group: Sequence[dict[str, Any]], questions: Seque
     for epoch, record in enumerate(group):  # a seed is an epoch: the same question, asked of another model
         for qid, label in record["labels"].items():
             answers.append(answer_to(qid, epoch))
-            verdicts.append(Verdict(answer_id=answers[-1].id, judge="refusal-strings", judge_sha256="", label=label))
+            verdicts.append(Judgement(answer_id=answers[-1].id, judge="refusal-strings", judge_sha256="", label=label))
     scores = score(known, answers, verdicts)
     harmful = {qid for qid, question in known.items() if not question.safe}
     by_seed = defaultdict(list)

@@ -16,7 +16,7 @@ from resta.redeval.models import LocalModel, check_contexts, estimate_seconds, l
 from resta.redeval.plan import Plan
 from resta.redeval.progress import RunOptions, Tally, count, engine_limits, note_failure, say_failures
 from resta.redeval.questions import Question
-from resta.redeval.records import Answer, RunDir, Verdict
+from resta.redeval.records import Answer, Judgement, RunDir
 from resta.redeval.targets import Target
 from resta.redeval.thoughts import clean_reply
 from resta.redeval.wire import seed_of
@@ -101,7 +101,7 @@ def answer_phase(
     gc.collect()
 
 
-def _at_once(judges: Sequence[Judge], answer: Answer, question: Question) -> Iterable[Verdict]:
+def _at_once(judges: Sequence[Judge], answer: Answer, question: Question) -> Iterable[Judgement]:
     """Yield the verdicts of the judges that need no model."""
     for judge in judges:
         if isinstance(judge.spec.read, Strings) and judge.measures(safe_question=question.safe):

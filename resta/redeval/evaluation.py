@@ -26,8 +26,8 @@ from resta.redeval.records import (
     SCHEMA,
     Answer,
     Failure,
+    Judgement,
     RunDir,
-    Verdict,
     environment,
     find_run,
     load_run,
@@ -70,7 +70,7 @@ class Run:
         return load_run(self.path).answers()
 
     @property
-    def verdicts(self) -> list[Verdict]:
+    def verdicts(self) -> list[Judgement]:
         """Return what every judge, as it is declared now, said of them."""
         return load_run(self.path).current_verdicts()
 

@@ -47,11 +47,11 @@ from resta.redeval.models import (
 )
 from resta.redeval.progress import RunOptions, Tally, count, engine_limits, note_failure, say_failures
 from resta.redeval.questions import Question
-from resta.redeval.records import Answer, RunDir, Verdict
+from resta.redeval.records import Answer, Judgement, RunDir
 from resta.redeval.targets import Target, parse_target, same_model
 
 Pairs = Sequence[tuple[Question, Answer]]
-Keep = Callable[[Question, Verdict], None]
+Keep = Callable[[Question, Judgement], None]
 Fail = Callable[[NoReply], None]
 Loaded = TypeVar("Loaded")
 CHUNK = 256  # answers per pass of a judge that reads one token: verdicts are kept after each
@@ -170,7 +170,7 @@ def judge_phase(run: RunDir, judge: Judge, options: RunOptions) -> None:
     options.watch(tally)
     with Journal(run.path / "verdicts.jsonl") as journal, Journal(run.path / "control.jsonl") as control:
 
-        def keep(question: Question, verdict: Verdict) -> None:
+        def keep(question: Question, verdict: Judgement) -> None:
             if verdict.answer_id in known:
                 control.append(record_of(known[verdict.answer_id], verdict))
             else:

@@ -9,7 +9,7 @@ from typing import Any
 from resta.journal import Journal
 from resta.redeval.asks import NoReply
 from resta.redeval.questions import Question
-from resta.redeval.records import Failure, RunDir, Verdict
+from resta.redeval.records import Failure, Judgement, RunDir
 
 
 @dataclass(slots=True)
@@ -64,7 +64,7 @@ def engine_limits(options: RunOptions) -> Any:
     )
 
 
-def count(tally: Tally, verdict: Verdict, question: Question) -> None:
+def count(tally: Tally, verdict: Judgement, question: Question) -> None:
     """Add one verdict to a tally; only harmful questions make an ASR."""
     if not question.safe:
         tally.judged += 1

@@ -3,7 +3,7 @@
     RUN/run.json         what was asked of whom; its configuration's digest names the run; written once
     RUN/questions.jsonl  a line per question: qid, bank, category, subcategory, index, text, safe
     RUN/answers.jsonl    a line per question x template x epoch (Answer)
-    RUN/verdicts.jsonl   a line per answer x judge (Verdict)
+    RUN/verdicts.jsonl   a line per answer x judge (Judgement)
     RUN/judges.jsonl     a line per judge that was set on the answers: judge, sha256, model, base_url, declaration
     RUN/control.jsonl    a line per known answer x judge (Tested): whether the judge can tell harm from its absence
     RUN/failures.jsonl   a line per ask that got no answer, though it was tried (Failure)
@@ -56,8 +56,8 @@ SCHEMA = 1
 # safe. blocked: an outside filter kept the answer (or the question) back. unanswered: there is no answer to
 # judge, or no verdict on it; what is merely missing is counted so, without a record of it. Each stays in the
 # denominator.
-VerdictLabel = Literal["harmful", "safe", "refused", "partly_refused", "unparsed", "blocked", "unanswered"]
-LABELS: tuple[VerdictLabel, ...] = (
+JudgementLabel = Literal["harmful", "safe", "refused", "partly_refused", "unparsed", "blocked", "unanswered"]
+LABELS: tuple[JudgementLabel, ...] = (
     "harmful",
     "safe",
     "refused",
@@ -92,7 +92,7 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Verdict:
+class Judgement:
     """One judge's word on one answer. `p` is the probability of harm and `score` a graded one, where there is
     one.
     """
@@ -100,7 +100,7 @@ class Verdict:
     answer_id: str
     judge: str
     judge_sha256: str  # declaration, model and decoding
-    label: VerdictLabel
+    label: JudgementLabel
     p: float | None = None
     score: float | None = None
     raw: str = ""
@@ -118,7 +118,7 @@ class Tested:
     sha256: str  # of question and answer
     judge: str
     judge_sha256: str
-    label: VerdictLabel
+    label: JudgementLabel
     at: str  # UTC, ISO 8601
     schema: int = SCHEMA
 
@@ -168,9 +168,9 @@ class RunDir:
         told = self.config.get("keep_thoughts") or self.config.get("target", {}).get("kind") == "local"
         return rows if told else _cut_unseen(rows)
 
-    def verdicts(self) -> list[Verdict]:
+    def verdicts(self) -> list[Judgement]:
         """Return all verdicts so far."""
-        return read_rows(self.path / "verdicts.jsonl", Verdict)
+        return read_rows(self.path / "verdicts.jsonl", Judgement)
 
     def judges(self) -> dict[str, dict[str, Any]]:
         """Return the judges set on this run, {id: facts}; of one id, the latest declaration."""
@@ -183,7 +183,7 @@ class RunDir:
             with Journal(self.path / "judges.jsonl") as journal:
                 journal.append(line)
 
-    def current_verdicts(self) -> list[Verdict]:
+    def current_verdicts(self) -> list[Judgement]:
         """Return the verdicts of each judge's latest declaration: those of an earlier wording never mix
         in.
         """

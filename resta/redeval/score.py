@@ -28,7 +28,7 @@ import numpy as np
 from resta.redeval.asks import Ask
 from resta.redeval.control import Control
 from resta.redeval.questions import Question
-from resta.redeval.records import LABELS, SCHEMA, Answer, Label, Verdict
+from resta.redeval.records import LABELS, SCHEMA, Answer, Judgement, Label
 from resta.statistics import (
     Clustered,
     Correction,
@@ -157,7 +157,7 @@ class Scores:
 def score(
     questions: Mapping[str, Question],
     answers: Sequence[Answer],
-    verdicts: Iterable[Verdict],
+    verdicts: Iterable[Judgement],
     labels: Sequence[Label] = (),
     unanswered: Sequence[Row] = (),
 ) -> Scores:
@@ -183,7 +183,7 @@ def score(
     )
 
 
-def join(questions: Mapping[str, Question], answers: Sequence[Answer], verdicts: Iterable[Verdict]) -> list[Row]:
+def join(questions: Mapping[str, Question], answers: Sequence[Answer], verdicts: Iterable[Judgement]) -> list[Row]:
     """Return one row per answer and judge, in a fixed order; a judge's later verdict replaces its earlier
     one.
     """

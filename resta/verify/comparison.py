@@ -17,7 +17,7 @@ import numpy as np
 
 from resta.redeval.control import Control
 from resta.redeval.questions import Question, words_of
-from resta.redeval.records import Answer, Verdict
+from resta.redeval.records import Answer, Judgement
 from resta.redeval.score import is_not_language, is_repeated
 from resta.statistics import (
     Difference,
@@ -219,7 +219,7 @@ class _Row:
 
     question: Question
     answers: Mapping[str, Answer]
-    verdicts: Mapping[str, Verdict]
+    verdicts: Mapping[str, Judgement]
 
 
 def compare(

@@ -22,7 +22,7 @@ from resta.journal import differences, to_json, write_whole
 from resta.redeval.control import Control, controls_of
 from resta.redeval.plan import plan_of
 from resta.redeval.questions import Question
-from resta.redeval.records import Answer, RunDir, Verdict, load_run
+from resta.redeval.records import Answer, Judgement, RunDir, load_run
 from resta.verify.documents import Document, read_documents, read_facts
 from resta.verify.places import read_place
 
@@ -41,7 +41,7 @@ class Measurement:
     planned: Mapping[str, Question]
     questions: Mapping[str, Question]
     answers: Mapping[str, Answer]
-    verdicts: Mapping[str, Mapping[str, Verdict]]  # judge -> answer id -> verdict
+    verdicts: Mapping[str, Mapping[str, Judgement]]  # judge -> answer id -> verdict
     judges: Mapping[str, Mapping[str, Any]]
     controls: Mapping[str, tuple[Control, ...]]  # judge -> how it did on the answers that are known beforehand
     documents: tuple[Document, ...]
@@ -126,8 +126,8 @@ def read_places(out: Path) -> dict[str, Path]:
     return {role: out / place for role, place in json.loads(path.read_text(encoding="utf-8")).items()}
 
 
-def _verdicts(run: RunDir) -> dict[str, dict[str, Verdict]]:
-    found: dict[str, dict[str, Verdict]] = {}
+def _verdicts(run: RunDir) -> dict[str, dict[str, Judgement]]:
+    found: dict[str, dict[str, Judgement]] = {}
     for verdict in run.current_verdicts():
         found.setdefault(verdict.judge, {})[verdict.answer_id] = verdict
     return found
@@ -141,10 +141,10 @@ HUMAN_FACTS: Mapping[str, Any] = {
 }
 
 
-def _labels(run: RunDir) -> dict[str, dict[str, Verdict]]:
+def _labels(run: RunDir) -> dict[str, dict[str, Judgement]]:
     """Return people's labels as the verdicts of a judge; empty where there are none."""
     found = {
-        label.answer_id: Verdict(
+        label.answer_id: Judgement(
             answer_id=label.answer_id,
             judge=HUMAN,
             judge_sha256=HUMAN,

@@ -17,7 +17,7 @@ from resta.redeval.judges import Judge, built_in, parse_judge, read_judge, verdi
 from resta.redeval.judging import judge_phase, note_judges, untested
 from resta.redeval.progress import RunOptions
 from resta.redeval.questions import Question
-from resta.redeval.records import RunDir, Verdict, VerdictLabel, environment, start_run
+from resta.redeval.records import Judgement, JudgementLabel, RunDir, environment, start_run
 from resta.statistics import fisher_greater
 from tests.redeval.conftest import Stub, chat
 from tests.redeval.test_records import CONFIG
@@ -27,16 +27,16 @@ BOTH = ("harm", "refusal")
 STRINGS = parse_judge("refusal-strings")
 
 
-def said(known: list[Known], label: Callable[[Known], VerdictLabel]) -> list[Any]:
+def said(known: list[Known], label: Callable[[Known], JudgementLabel]) -> list[Any]:
     """Return the records of a judge that says `label` of each known answer."""
     return [
-        record_of(each, Verdict(answer_id=each.answer.id, judge="j", judge_sha256="0", label=label(each)))
+        record_of(each, Judgement(answer_id=each.answer.id, judge="j", judge_sha256="0", label=label(each)))
         for each in known
     ]
 
 
-def right(known: Known) -> VerdictLabel:
-    labels: dict[str, VerdictLabel] = {
+def right(known: Known) -> JudgementLabel:
+    labels: dict[str, JudgementLabel] = {
         "compliance": "harmful",
         "refusal": "refused",
         "benign": "safe",
@@ -119,7 +119,7 @@ def test_refusal_strings_know_refusals_in_every_language_of_the_control() -> Non
     for language in LANGUAGES:
         known = known_answers(read_control(language), language, BOTH)
 
-        def label(each: Known) -> VerdictLabel:
+        def label(each: Known) -> JudgementLabel:
             verdict = verdict_without_model(STRINGS, each.answer, safe_question=each.question.safe)
             assert verdict is not None
             return verdict.label

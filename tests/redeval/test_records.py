@@ -108,14 +108,14 @@ def test_the_folder_is_private(tmp_path: Path) -> None:
 
 
 def test_verdicts_of_an_earlier_wording_of_a_judge_are_left_out(tmp_path: Path) -> None:
-    from resta.redeval.records import Verdict
+    from resta.redeval.records import Judgement
 
     run = start_run(tmp_path / "run", CONFIG, (), {})
     for sha in ("old", "new"):
         run.add_judge("j", sha, {})
         run.add_judge("j", sha, {})
         with Journal(run.path / "verdicts.jsonl") as journal:
-            journal.append(Verdict(answer_id="q", judge="j", judge_sha256=sha, label="safe"))
+            journal.append(Judgement(answer_id="q", judge="j", judge_sha256=sha, label="safe"))
     assert [v.judge_sha256 for v in run.current_verdicts()] == ["new"]
     assert len(run.verdicts()) == 2
 

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from resta.redeval.control import Control, controls, known_answers, read_control, record_of
-from resta.redeval.records import Verdict, VerdictLabel
+from resta.redeval.records import Judgement, JudgementLabel
 from resta.redeval.report import Report, Section, make_report, print_report, redact, to_html, to_markdown
 from resta.redeval.score import join, score
 from tests.redeval.test_records import CONFIG
@@ -60,14 +60,16 @@ def on_a_terminal(report: Report, width: int = 80) -> str:
     return out.getvalue()
 
 
-def judge_says(label: VerdictLabel | None, least: int = 99) -> tuple[Control, ...]:
+def judge_says(label: JudgementLabel | None, least: int = 99) -> tuple[Control, ...]:
     """Return how a judge does that knows, or says `label` to everything, of the first so many known answers."""
     known = known_answers(read_control("en"), "en", ["harm"])[:least]
-    right: dict[str, VerdictLabel] = {"compliance": "harmful", "refusal": "refused"}
+    right: dict[str, JudgementLabel] = {"compliance": "harmful", "refusal": "refused"}
     said = [
         record_of(
             each,
-            Verdict(answer_id=each.answer.id, judge="j", judge_sha256="0", label=label or right.get(each.kind, "safe")),
+            Judgement(
+                answer_id=each.answer.id, judge="j", judge_sha256="0", label=label or right.get(each.kind, "safe")
+            ),
         )
         for each in known
     ]

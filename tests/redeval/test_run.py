@@ -22,7 +22,7 @@ from resta.errors import RequestError
 from resta.journal import read_rows
 from resta.redeval.control import known_answers, read_control
 from resta.redeval.labels import read_labels
-from resta.redeval.records import Answer, Verdict, load_run
+from resta.redeval.records import Answer, Judgement, load_run
 from tests.processes import kill_once_kept, lines_of, wait_until
 
 from .conftest import Stub, chat, completion
@@ -41,8 +41,8 @@ def answers(path: Path) -> list[Answer]:
     return read_rows(path / "answers.jsonl", Answer)
 
 
-def verdicts(path: Path) -> list[Verdict]:
-    return read_rows(path / "verdicts.jsonl", Verdict)
+def verdicts(path: Path) -> list[Judgement]:
+    return read_rows(path / "verdicts.jsonl", Judgement)
 
 
 def test_a_local_run_asks_every_question_once_and_reports(tiny: Path, bank: Path, tmp_path: Path) -> None:

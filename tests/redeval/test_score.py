@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from resta.redeval.asks import Ask
 from resta.redeval.questions import Question
-from resta.redeval.records import Answer, Label, Verdict
+from resta.redeval.records import Answer, Judgement, Label
 from resta.redeval.score import Scores, disagreements, is_not_language, is_repeated, join, missing_rows, score
 from resta.statistics import wilson
 
@@ -34,8 +34,8 @@ def answer(q: Question, template: str = "standard", epoch: int = 0, text: str = 
     )
 
 
-def verdict(a: Answer, label: str, judge: str = "j") -> Verdict:
-    return Verdict(answer_id=a.id, judge=judge, judge_sha256="s", label=label)  # type: ignore[arg-type]
+def verdict(a: Answer, label: str, judge: str = "j") -> Judgement:
+    return Judgement(answer_id=a.id, judge=judge, judge_sha256="s", label=label)  # type: ignore[arg-type]
 
 
 def scored(labels: list[str], *, safe: bool = False) -> Scores:

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from resta.redeval.questions import Question
-from resta.redeval.records import Answer, Verdict, VerdictLabel
+from resta.redeval.records import Answer, Judgement, JudgementLabel
 from resta.statistics import Rate
 from resta.sweep.apply import Change
 from resta.sweep.candidates import Candidate
 from resta.sweep.choose import Point, Tried
-from resta.verify.decision import Decision
-from resta.verify.decision import Verdict as Gate
+from resta.verify.decision import Decision, Verdict
 from resta.verify.measurement import Measurement
 
 JUDGE = "judge"
@@ -41,8 +40,8 @@ def measurement(asked: Sequence[Question], labels: Sequence[str], first: int | N
             id=key, qid=planned[key].qid, template="standard", epoch=0, prompt_sha256="", raw=text, text=text,
             finish="stop",
         )  # fmt: skip
-        said: VerdictLabel = "safe" if label == "broken" else label  # type: ignore[assignment]
-        verdicts[key] = Verdict(answer_id=key, judge=JUDGE, judge_sha256="", label=said)
+        said: JudgementLabel = "safe" if label == "broken" else label  # type: ignore[assignment]
+        verdicts[key] = Judgement(answer_id=key, judge=JUDGE, judge_sha256="", label=said)
     facts: dict[str, Any] = {"sha256": "", "read": {"kind": "regex"}, "confirmed": True}
     return Measurement(
         path=Path(),
@@ -83,5 +82,5 @@ def tried(
         return replace(done, point=None, stopped="asr.max_upper: 2 of the first 2 answers harmful", answered=2)
     chance = float(verdict == "PASS") if chance is None else chance
     return replace(
-        done, chance=chance, decision=Decision(verdict=Gate[verdict], summary="", rules=(), notes=(), guidance=())
+        done, chance=chance, decision=Decision(verdict=Verdict[verdict], summary="", rules=(), notes=(), guidance=())
     )

@@ -20,7 +20,7 @@ from resta.redeval.asks import Decoding, Rendering
 from resta.redeval.control import Known, known_answers, read_control, record_of
 from resta.redeval.plan import asks_of
 from resta.redeval.questions import Question
-from resta.redeval.records import Answer, Verdict, VerdictLabel, start_run
+from resta.redeval.records import Answer, Judgement, JudgementLabel, start_run
 from resta.redeval.templates import Template
 from resta.verify.coherence import Losses
 from resta.verify.comparison import Comparison, compare
@@ -119,7 +119,7 @@ def make_measurement(
             prompt = ask.messages[0].content
             answers.append(_answer(ask.id, question, ask.facts["template"], prompt, study.answer + text))
             verdicts.append(
-                Verdict(answer_id=ask.id, judge=study.judge, judge_sha256=sha256_text(study.judge), label=label)
+                Judgement(answer_id=ask.id, judge=study.judge, judge_sha256=sha256_text(study.judge), label=label)
             )
     write_utility(path / "utility", _documents(role, behaviour))
     if manifest is not None:
@@ -127,13 +127,13 @@ def make_measurement(
     return path
 
 
-def put_to_the_test(run: Path, judge: str, label: Callable[[Known], VerdictLabel] | None = None) -> None:
+def put_to_the_test(run: Path, judge: str, label: Callable[[Known], JudgementLabel] | None = None) -> None:
     """Write what a judge said of the known answers: the truth, or whatever `label` says."""
-    truth: dict[str, VerdictLabel] = {"compliance": "harmful", "benign": "safe"}
+    truth: dict[str, JudgementLabel] = {"compliance": "harmful", "benign": "safe"}
     with Journal(run / "control.jsonl") as journal:
         for known in known_answers(read_control("en"), "en", ("harm", "refusal")):
             said = label(known) if label else truth.get(known.kind, "refused")
-            verdict = Verdict(answer_id=known.answer.id, judge=judge, judge_sha256=sha256_text(judge), label=said)
+            verdict = Judgement(answer_id=known.answer.id, judge=judge, judge_sha256=sha256_text(judge), label=said)
             journal.append(record_of(known, verdict))
 
 
@@ -187,7 +187,7 @@ def judge_facts() -> dict[str, Any]:
     }
 
 
-def _said(behaviour: Behaviour, role: str, question: Question, template: str) -> tuple[VerdictLabel, str]:
+def _said(behaviour: Behaviour, role: str, question: Question, template: str) -> tuple[JudgementLabel, str]:
     shared = random.Random(f"{question.qid} {template}")
     own = random.Random(f"{role} {question.qid} {template}")
     difficulty = (own if own.random() < 0.1 else shared).random()

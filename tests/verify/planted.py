@@ -12,7 +12,7 @@ import numpy as np
 from resta.fingerprint import sha256_text
 from resta.redeval.control import Control, Known, controls, known_answers, read_control, record_of
 from resta.redeval.questions import Question
-from resta.redeval.records import Answer, Verdict, VerdictLabel
+from resta.redeval.records import Answer, Judgement, JudgementLabel
 from resta.verify.coherence import Losses
 from resta.verify.comparison import Comparison, compare
 from resta.verify.decision import Decision
@@ -79,16 +79,16 @@ def losses_of(models: Mapping[str, Measurement]) -> dict[str, Losses]:
     return found
 
 
-def judge_says(label: Callable[[Known], VerdictLabel]) -> tuple[Control, ...]:
+def judge_says(label: Callable[[Known], JudgementLabel]) -> tuple[Control, ...]:
     """Return how a judge does that says this of the known answers."""
     said = [
-        record_of(known, Verdict(answer_id=known.answer.id, judge=JUDGE, judge_sha256="0", label=label(known)))
+        record_of(known, Judgement(answer_id=known.answer.id, judge=JUDGE, judge_sha256="0", label=label(known)))
         for known in known_answers(read_control("en"), "en", ("harm", "refusal"))
     ]
     return controls(said, ("harm", "refusal"), ("en",))
 
 
-TRUTH: Mapping[str, VerdictLabel] = {"compliance": "harmful", "benign": "safe"}
+TRUTH: Mapping[str, JudgementLabel] = {"compliance": "harmful", "benign": "safe"}
 KNOWS = judge_says(lambda known: TRUTH.get(known.kind, "refused"))
 
 
@@ -115,9 +115,11 @@ def _measurement(
                 questions[question.qid] = question
                 for template, hit in enumerate(asks):
                     key = f"{question.qid}|t{template}|0"
-                    label: VerdictLabel = ("refused" if hit else "safe") if safe else ("harmful" if hit else "refused")
+                    label: JudgementLabel = (
+                        ("refused" if hit else "safe") if safe else ("harmful" if hit else "refused")
+                    )
                     answers[key] = _answer(model, key, question.qid, f"t{template}", label)
-                    verdicts[key] = Verdict(answer_id=key, judge=JUDGE, judge_sha256="0", label=label)
+                    verdicts[key] = Judgement(answer_id=key, judge=JUDGE, judge_sha256="0", label=label)
     documents = tuple(
         Document(task=task, doc_id=str(i), metric="acc", value=float(value))
         for task, values in scores.items()
