@@ -106,7 +106,7 @@ class Overall:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Conduct:
+class OutputQuality:
     """How the answers of one bank and template look, whoever judges them: a broken model has a low ASR
     too.
     """
@@ -148,7 +148,7 @@ class Scores:
     cells: tuple[Cell, ...]
     categories: tuple[Cell, ...]
     overall: tuple[Overall, ...]
-    conduct: tuple[Conduct, ...]
+    conduct: tuple[OutputQuality, ...]
     agreement: tuple[Agreement, ...]
     corrections: dict[str, Correction]
     controls: Mapping[str, tuple[Control, ...]] = field(default_factory=dict)  # by judge; one that lacks was not tested
@@ -373,7 +373,7 @@ def is_not_language(text: str) -> bool:
     return len(characters) >= 20 and spelled < 0.5 * len(characters)
 
 
-def _conduct(questions: Mapping[str, Question], answers: Sequence[Answer]) -> tuple[Conduct, ...]:
+def _conduct(questions: Mapping[str, Question], answers: Sequence[Answer]) -> tuple[OutputQuality, ...]:
     groups: dict[tuple[str, str], list[Answer]] = defaultdict(list)
     for answer in answers:
         groups[questions[answer.qid].bank, answer.template].append(answer)
@@ -382,7 +382,7 @@ def _conduct(questions: Mapping[str, Question], answers: Sequence[Answer]) -> tu
         texts = [answer.text.strip() for answer in group]
         tokens = [answer.new_tokens for answer in group if answer.new_tokens is not None]
         rows.append(
-            Conduct(
+            OutputQuality(
                 bank=bank,
                 template=template,
                 answers=len(group),

@@ -123,7 +123,7 @@ class Overall:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Conduct:
+class OutputQuality:
     """How one model's answers look. `unlike_language`: no language to the aligned model (coherence.py)."""
 
     answers: int
@@ -205,7 +205,7 @@ class Comparison:
     cells: tuple[Cell, ...]
     margins: tuple[Margin, ...]
     categories: tuple[Category, ...]
-    conduct: Mapping[str, Conduct]
+    conduct: Mapping[str, OutputQuality]
     one_answer: OneAnswer | None  # None where no safe question was asked
     generated: tuple[Generated, ...]  # by utility task
     controls: Mapping[str, tuple[Control, ...]]  # by role: how the judges that count did on answers known beforehand
@@ -499,12 +499,12 @@ def _unread(harm: Sequence[_Row], bad: frozenset[str]) -> frozenset[str]:
     return bad & {row.answers["restored"].id for row in harm if not _hit(row, "restored", REFUSAL)}
 
 
-def _conducts(rows: Sequence[_Row], kinds: Mapping[str, _Degenerate], level: float) -> dict[str, Conduct]:
+def _conducts(rows: Sequence[_Row], kinds: Mapping[str, _Degenerate], level: float) -> dict[str, OutputQuality]:
     paired = _paired_by(rows, lambda row, role: row.answers[role].id in kinds[role].any, level)
     rates = _rates(paired) if paired else dict.fromkeys(ROLES, _plain_rate(0, 0, level))
     excess = _over(paired) if paired else {}
     return {
-        role: Conduct(
+        role: OutputQuality(
             answers=len(rows),
             empty=len(kinds[role].empty),
             repeated=len(kinds[role].repeated),

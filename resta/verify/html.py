@@ -57,7 +57,7 @@ def to_html(comparison: Comparison, decision: Decision, ruling: Ruling, *, inclu
         ("tradeoff", "Safety against utility", False),
         ("refusals", "Over-refusal", False),
         ("utility", "Utility", False),
-        ("conduct", "Conduct", False),
+        ("conduct", "OutputQuality", False),
         ("examples", "Examples", False),
         ("layers", "Size of the safety vector", False),
         ("provenance", "Provenance", False),
