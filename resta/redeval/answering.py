@@ -13,7 +13,7 @@ from resta.journal import Journal
 from resta.redeval.asks import Ask, NoReply, Outcome, Reply
 from resta.redeval.judges import Judge, Strings, verdict_without_model
 from resta.redeval.models import LocalModel, check_contexts, estimate_seconds, load_local
-from resta.redeval.plan import Plan
+from resta.redeval.plan import RunPlan
 from resta.redeval.progress import RunOptions, Tally, count, engine_limits, note_failure, say_failures
 from resta.redeval.questions import Question
 from resta.redeval.records import Answer, Judgement, RunDir
@@ -22,7 +22,7 @@ from resta.redeval.thoughts import clean_reply
 from resta.redeval.wire import seed_of
 
 
-def keep_answer(plan: Plan, ask: Ask, reply: Reply) -> Answer:
+def keep_answer(plan: RunPlan, ask: Ask, reply: Reply) -> Answer:
     """Return the record of a reply: thoughts stripped as the protocol says, the raw text beside it."""
     said, cleaned = clean_reply(reply, plan.protocol.clean, keep=plan.config["keep_thoughts"])
     seeded = plan.decoding.mode == "sample" and plan.config["target"]["kind"] != "local"
@@ -44,7 +44,7 @@ def keep_answer(plan: Plan, ask: Ask, reply: Reply) -> Answer:
     )
 
 
-def missing_asks(run: RunDir, plan: Plan) -> list[Ask]:
+def missing_asks(run: RunDir, plan: RunPlan) -> list[Ask]:
     """Return the asks without an answer yet, those last that have failed before: the others may fare better."""
     there = {answer.id for answer in run.answers()}
     failed = {failure.ask_id for failure in run.failures()}
@@ -53,7 +53,7 @@ def missing_asks(run: RunDir, plan: Plan) -> list[Ask]:
 
 def answer_phase(
     run: RunDir,
-    plan: Plan,
+    plan: RunPlan,
     target: Target,
     options: RunOptions,
     *,
@@ -110,7 +110,7 @@ def _at_once(judges: Sequence[Judge], answer: Answer, question: Question) -> Ite
             yield verdict
 
 
-def _say_how_long(plan: Plan, asks: Sequence[Ask], local: LocalModel | None, options: RunOptions) -> None:
+def _say_how_long(plan: RunPlan, asks: Sequence[Ask], local: LocalModel | None, options: RunOptions) -> None:
     prompts, most = len(asks), f"at most {plan.decoding.max_new_tokens} new tokens each"
     if local is None:
         options.note(
@@ -126,7 +126,7 @@ def _say_how_long(plan: Plan, asks: Sequence[Ask], local: LocalModel | None, opt
         )
 
 
-def ready_target(target: Target, plan: Plan) -> LocalModel | None:
+def ready_target(target: Target, plan: RunPlan) -> LocalModel | None:
     """Return a local target, loaded and tried on one prompt; of any other, see that it is there and takes our key.
 
     Nothing is written or paid for. Raises RequestError, UnansweredError.
@@ -142,7 +142,7 @@ def ready_target(target: Target, plan: Plan) -> LocalModel | None:
     return None
 
 
-def check_fits(target: Target, plan: Plan, *, some: bool = False) -> None:
+def check_fits(target: Target, plan: RunPlan, *, some: bool = False) -> None:
     """Refuse a plan of which a prompt and its answer do not fit a local model's context; no weights are read.
 
     With `some` it is enough that one of them fits. A served model's context is not known. Raises RequestError.

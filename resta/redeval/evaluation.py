@@ -19,7 +19,7 @@ from resta.redeval.judges import Judge, check_languages, parse_judge
 from resta.redeval.judging import check_judges, judge_phase, make_ready, note_judges, pending, untested
 from resta.redeval.labels import FILE, labels_waiting, read_labels
 from resta.redeval.models import LocalModel, LocalSpec
-from resta.redeval.plan import Plan, make_plan, plan_of, read_spec
+from resta.redeval.plan import RunPlan, make_plan, plan_of, read_spec
 from resta.redeval.profiles import Questions
 from resta.redeval.progress import RunOptions
 from resta.redeval.records import (
@@ -213,7 +213,7 @@ def read_judges(judges: Sequence[str | Judge]) -> list[Judge]:
     return [each if isinstance(each, Judge) else parse_judge(each) for each in judges or JUDGES]
 
 
-def default_place(plan: Plan, target: Target) -> Path:
+def default_place(plan: RunPlan, target: Target) -> Path:
     """Return the folder of a run for which none is named, whether it is there or not."""
     place = target.identity  # of a folder its whole path, so that "." has a name, too
     short = place.rstrip("/").split("/")[-1].removesuffix(".yaml")
@@ -222,7 +222,7 @@ def default_place(plan: Plan, target: Target) -> Path:
 
 def start(
     path: Path,
-    plan: Plan,
+    plan: RunPlan,
     target: Target,
     judges: Sequence[Judge],
     options: RunOptions,
@@ -247,7 +247,7 @@ def _target_of(folder: RunDir) -> Target:
     return Target(name=facts["name"], local=LocalSpec(model=facts["name"]) if facts["kind"] == "local" else None)
 
 
-def _say_plan(folder: RunDir, plan: Plan, notes: Sequence[str], options: RunOptions) -> None:
+def _say_plan(folder: RunDir, plan: RunPlan, notes: Sequence[str], options: RunOptions) -> None:
     done = len(folder.answers())
     kept = f", {done} of them answered already" if done else ""
     options.note(f"run {folder.run_id} in {folder.path}, protocol {plan.protocol.name}: {plan.protocol.about}")

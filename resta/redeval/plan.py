@@ -44,7 +44,7 @@ class RunSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
+class RunPlan:
     """All that will be asked, and the configuration whose digest names the run."""
 
     config: dict[str, Any]
@@ -70,7 +70,7 @@ def read_spec(questions: Questions) -> RunSpec:
     )
 
 
-def make_plan(spec: RunSpec, target: Target) -> Plan:
+def make_plan(spec: RunSpec, target: Target) -> RunPlan:
     """Return the plan of a run. Raises RequestError where two banks or templates share a name, and for bad numbers."""
     asked, protocol = spec.asked, PROTOCOLS[spec.asked.protocol]
     protocol = replace(protocol, rendering=replace(protocol.rendering, template_args=dict(asked.template_args)))
@@ -103,7 +103,7 @@ def make_plan(spec: RunSpec, target: Target) -> Plan:
         "rendering": asdict(protocol.rendering),
         "keep_thoughts": asked.keep_thoughts,
     }
-    return Plan(
+    return RunPlan(
         config=config,
         protocol=protocol,
         decoding=decoding,
@@ -112,7 +112,7 @@ def make_plan(spec: RunSpec, target: Target) -> Plan:
     )
 
 
-def plan_of(run: RunDir) -> Plan:
+def plan_of(run: RunDir) -> RunPlan:
     """Return the plan that a run's folder was made by; it needs neither banks nor templates nor the model."""
     config = run.config
     try:
@@ -122,7 +122,7 @@ def plan_of(run: RunDir) -> Plan:
     except ValueError as error:
         raise ResumeError(f"{run.path / 'run.json'}: is damaged: {error}; the run cannot be read") from error
     questions = tuple(run.questions().values())
-    return Plan(
+    return RunPlan(
         config=config,
         protocol=replace(PROTOCOLS[config["protocol"]], rendering=rendering),
         decoding=decoding,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
-from resta.redeval.plan import Plan
+from resta.redeval.plan import RunPlan
 from resta.redeval.score import is_not_language, is_repeated
 from resta.verify.comparison import HARM, REFUSAL
 from resta.verify.measurement import Measurement, pick_judges
@@ -19,7 +19,7 @@ from resta.verify.policy import Policy
 SLACK = 1e-9  # on a limit, for the rounding of a difference of two rates
 
 
-def part_of(plan: Plan, every: int) -> Plan:
+def part_of(plan: RunPlan, every: int) -> RunPlan:
     """Return the plan of one question in so many, all templates of each."""
     chosen = {question.qid for question in plan.questions[::every]}
     return replace(plan, asks=tuple(ask for ask in plan.asks if ask.facts["qid"] in chosen))

@@ -13,7 +13,7 @@ from resta.redeval.answering import check_fits
 from resta.redeval.evaluation import JUDGES, read_judges
 from resta.redeval.judges import Judge, check_languages
 from resta.redeval.judging import check_judges
-from resta.redeval.plan import Plan, RunSpec, make_plan, read_spec
+from resta.redeval.plan import RunPlan, RunSpec, make_plan, read_spec
 from resta.redeval.profiles import Questions
 from resta.redeval.targets import Target
 from resta.verify.measurement import HUMAN, comparable_settings, read_measurement
@@ -72,7 +72,7 @@ class Budget:
     tokenizer: str | None = None  # directory of the served models' tokenizer, for utility
     allow_self_judge: bool = False
 
-    def plan(self, target: Target) -> Plan:
+    def plan(self, target: Target) -> RunPlan:
         """Return what is asked of a model."""
         return make_plan(self.spec, target)
 

@@ -14,7 +14,7 @@ pytest.importorskip("lm_eval")
 
 from resta.cli.options import questions_of, target_of
 from resta.cli.verify import exam_of
-from resta.redeval.plan import Plan, make_plan, read_spec
+from resta.redeval.plan import RunPlan, make_plan, read_spec
 from resta.redeval.profiles import PROFILES
 from resta.redeval.questions import PUBLISHED
 from resta.verify.budget import read_budget
@@ -51,7 +51,7 @@ def given(bank_dir: Path, **more: Any) -> dict[str, Any]:
     return dict.fromkeys(UNASKED) | dict.fromkeys(SEVERAL, ()) | usual | more
 
 
-def plan_of(options: dict[str, Any], model: str) -> Plan:
+def plan_of(options: dict[str, Any], model: str) -> RunPlan:
     return make_plan(read_spec(questions_of(options)), target_of(model, options))
 
 
