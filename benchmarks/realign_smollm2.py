@@ -43,8 +43,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import resta
 from resta.journal import Journal as Lines
 from resta.journal import read_lines, write_whole
-from resta.redeval.asks import Decoding, Message, Rendering
 from resta.redeval.judges import Judge, parse_judge, verdict_without_model
+from resta.redeval.messages import Decoding, Message, Rendering
 from resta.redeval.models import LocalModel, Prompt
 from resta.redeval.questions import Question, choose, read_bank
 from resta.redeval.records import Answer, Judgement

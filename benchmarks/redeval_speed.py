@@ -34,7 +34,7 @@ from inspect_ai.model import GenerateConfig, ModelInfo, get_model, set_model_inf
 from inspect_ai.solver import generate as inspect_generate
 
 from resta.redeval import engine
-from resta.redeval.asks import Ask, Decoding, Message, Rendering, Reply
+from resta.redeval.messages import Decoding, Message, Rendering, Reply, Request
 from resta.redeval.models import LocalModel, LocalSpec, generate, load_local
 from resta.redeval.questions import read_bank
 from resta.redeval.templates import read_template
@@ -74,14 +74,14 @@ def timed(what: str, work: Callable[[], object]) -> Cost:
     return cost
 
 
-def asks(prompts: list[str]) -> list[Ask]:
-    return [Ask(id=str(i), messages=(Message(role="user", content=text),)) for i, text in enumerate(prompts)]
+def requests(prompts: list[str]) -> list[Request]:
+    return [Request(id=str(i), messages=(Message(role="user", content=text),)) for i, text in enumerate(prompts)]
 
 
 def plain(local: LocalModel, prompts: list[str], rows: int) -> None:
     """One padded batch after another, in the given order."""
     decoding = Decoding(max_new_tokens=NEW_TOKENS)
-    ready = [local.chat_prompt(ask.id, ask.messages, Rendering()) for ask in asks(prompts)]
+    ready = [local.chat_prompt(request.id, request.messages, Rendering()) for request in requests(prompts)]
     for start in range(0, len(ready), rows):
         generate(local, ready[start : start + rows], decoding)
 
@@ -106,7 +106,7 @@ def ours(local: LocalModel, prompts: list[str]) -> tuple[Cost, tuple[float, floa
     with tempfile.TemporaryDirectory() as folder:
         cost = timed(
             "resta redeval",
-            lambda: engine.ask_all(handle, asks(prompts), replies.append, log_dir=Path(folder), title="speed"),
+            lambda: engine.ask_all(handle, requests(prompts), replies.append, log_dir=Path(folder), title="speed"),
         )
     local.answer = real  # type: ignore[method-assign]
     assert len(replies) == len(prompts)

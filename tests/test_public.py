@@ -40,7 +40,7 @@ LAYERS = (
     "sft: finetune",
     "sft: show",
     "sft: __init__",
-    "redeval: asks questions templates",
+    "redeval: messages questions templates",
     "redeval: thoughts language records wire",
     "redeval: batchfile control labels models protocol",
     "redeval: judges profiles score targets",

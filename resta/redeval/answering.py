@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 
 from resta.fingerprint import sha256_text
 from resta.journal import Journal
-from resta.redeval.asks import Ask, NoReply, Outcome, Reply
 from resta.redeval.judges import Judge, Strings, verdict_without_model
+from resta.redeval.messages import NoReply, Outcome, Reply, Request
 from resta.redeval.models import LocalModel, check_contexts, estimate_seconds, load_local
 from resta.redeval.plan import RunPlan
 from resta.redeval.progress import RunOptions, Tally, count, engine_limits, note_failure, say_failures
@@ -22,33 +22,35 @@ from resta.redeval.thoughts import clean_reply
 from resta.redeval.wire import seed_of
 
 
-def keep_answer(plan: RunPlan, ask: Ask, reply: Reply) -> Answer:
+def keep_answer(plan: RunPlan, request: Request, reply: Reply) -> Answer:
     """Return the record of a reply: thoughts stripped as the protocol says, the raw text beside it."""
     said, cleaned = clean_reply(reply, plan.protocol.clean, keep=plan.config["keep_thoughts"])
     seeded = plan.decoding.mode == "sample" and plan.config["target"]["kind"] != "local"
     mark = plan.protocol.blocked_mark
     return Answer(
-        id=ask.id,
-        qid=ask.facts["qid"],
-        template=ask.facts["template"],
-        epoch=int(ask.facts["epoch"]),
-        prompt_sha256=sha256_text(ask.messages[0].content),
+        id=request.id,
+        qid=request.facts["qid"],
+        template=request.facts["template"],
+        epoch=int(request.facts["epoch"]),
+        prompt_sha256=sha256_text(request.messages[0].content),
         raw=said,
         text=cleaned.text,
         finish="content_filter" if mark and mark in reply.text else reply.finish,
         flags=cleaned.flags,
-        seed=seed_of(plan.decoding.seed, ask.id) if seeded else None,
+        seed=seed_of(plan.decoding.seed, request.id) if seeded else None,
         prompt_tokens=reply.prompt_tokens,
         new_tokens=reply.new_tokens,
         rows=reply.rows,
     )
 
 
-def missing_asks(run: RunDir, plan: RunPlan) -> list[Ask]:
+def missing_requests(run: RunDir, plan: RunPlan) -> list[Request]:
     """Return the asks without an answer yet, those last that have failed before: the others may fare better."""
     there = {answer.id for answer in run.answers()}
     failed = {failure.ask_id for failure in run.failures()}
-    return sorted((ask for ask in plan.asks if ask.id not in there), key=lambda ask: ask.id in failed)
+    return sorted(
+        (request for request in plan.requests if request.id not in there), key=lambda request: request.id in failed
+    )
 
 
 def answer_phase(
@@ -65,18 +67,18 @@ def answer_phase(
     An ask that fails is noted and asked again next time. Raises UnansweredError where too many fail in a row. A local
     target that is not handed over loaded, as `local`, is loaded here and freed before this returns.
     """
-    asks = missing_asks(run, plan)
-    if not asks:
+    requests = missing_requests(run, plan)
+    if not requests:
         return
     from resta.redeval import engine
 
     local = local or ready_target(target, plan)
-    _say_how_long(plan, asks, local, options)
+    _say_how_long(plan, requests, local, options)
     limits = engine_limits(options)
     handle = engine.open_model(local or target, plan.decoding, plan.protocol.rendering, limits=limits)
-    by_id = {ask.id: ask for ask in asks}
+    by_id = {request.id: request for request in requests}
     questions = {question.qid: question for question in plan.questions}
-    tally = Tally(phase="answers", total=len(plan.asks), done=len(plan.asks) - len(asks))
+    tally = Tally(phase="answers", total=len(plan.requests), done=len(plan.requests) - len(requests))
     with Journal(run.path / "answers.jsonl") as answers, Journal(run.path / "verdicts.jsonl") as verdicts:
 
         def keep(outcome: Outcome) -> None:
@@ -93,7 +95,7 @@ def answer_phase(
 
         options.watch(tally)
         try:
-            engine.ask_all(handle, asks, keep, log_dir=run.log_dir("answers"), title="answers", limits=limits)
+            engine.ask_all(handle, requests, keep, log_dir=run.log_dir("answers"), title="answers", limits=limits)
         finally:
             engine.release(handle)
             say_failures(tally, options)
@@ -110,15 +112,15 @@ def _at_once(judges: Sequence[Judge], answer: Answer, question: Question) -> Ite
             yield verdict
 
 
-def _say_how_long(plan: RunPlan, asks: Sequence[Ask], local: LocalModel | None, options: RunOptions) -> None:
-    prompts, most = len(asks), f"at most {plan.decoding.max_new_tokens} new tokens each"
+def _say_how_long(plan: RunPlan, requests: Sequence[Request], local: LocalModel | None, options: RunOptions) -> None:
+    prompts, most = len(requests), f"at most {plan.decoding.max_new_tokens} new tokens each"
     if local is None:
         options.note(
             f"{prompts} requests, {most}; how long they take is up to the server, and the bar will tell after the "
             "first ones"
         )
     else:
-        lengths = [len(ask.messages[0].content) for ask in asks]
+        lengths = [len(request.messages[0].content) for request in requests]
         seconds = estimate_seconds(local, lengths, plan.decoding)
         options.note(
             f"{prompts} prompts, {most}, {local.device}: at most about {minutes(seconds)} if every answer runs to "
@@ -148,8 +150,8 @@ def check_fits(target: Target, plan: RunPlan, *, some: bool = False) -> None:
     With `some` it is enough that one of them fits. A served model's context is not known. Raises RequestError.
     """
     if target.local is not None:
-        asks = ((ask.id, ask.messages) for ask in plan.asks)
-        check_contexts(target.local, asks, plan.protocol.rendering, plan.decoding, some=some)
+        requests = ((request.id, request.messages) for request in plan.requests)
+        check_contexts(target.local, requests, plan.protocol.rendering, plan.decoding, some=some)
 
 
 def minutes(seconds: float) -> str:

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from resta.errors import ResumeError
-from resta.redeval.asks import Ask, Decoding, NoReply, Reply, without_prompt
+from resta.redeval.messages import Decoding, NoReply, Reply, Request, without_prompt
 from resta.redeval.wire import GarbledError, blocked, is_filter, path_of, read_body, request_body
 
 
-def request_line(ask: Ask, model: str, decoding: Decoding, template_args: Mapping[str, Any]) -> dict[str, Any]:
+def request_line(request: Request, model: str, decoding: Decoding, template_args: Mapping[str, Any]) -> dict[str, Any]:
     """Return one line of a batch file."""
-    body = request_body(ask, model, decoding, template_args)
-    return {"custom_id": ask.custom_id, "method": "POST", "url": f"/v1{path_of(ask)}", "body": body}
+    body = request_body(request, model, decoding, template_args)
+    return {"custom_id": request.custom_id, "method": "POST", "url": f"/v1{path_of(request)}", "body": body}
 
 
 def check_new(path: Path) -> None:
@@ -32,13 +32,13 @@ def check_new(path: Path) -> None:
 
 def write_batch(
     path: Path,
-    asks: Iterable[Ask],
+    requests: Iterable[Request],
     model: str,
     decoding: Decoding,
     template_args: Mapping[str, Any] | None = None,
 ) -> int:
     """Write a batch file that does not exist yet; return its number of lines. Raises ResumeError."""
-    lines = [request_line(ask, model, decoding, template_args or {}) for ask in asks]
+    lines = [request_line(request, model, decoding, template_args or {}) for request in requests]
     try:
         with path.open("x", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -49,13 +49,13 @@ def write_batch(
     return len(lines)
 
 
-def read_batch(path: Path, asks: Sequence[Ask]) -> tuple[list[Reply], list[NoReply]]:
+def read_batch(path: Path, requests: Sequence[Request]) -> tuple[list[Reply], list[NoReply]]:
     """Return the replies in a batch's output, and the requests that failed or whose line is torn.
 
     A filter's refusal is a reply (blocked), any other error a failure, to be asked again. Raises ResumeError where
     nothing in the file belongs to these asks.
     """
-    by_id = {ask.custom_id: ask for ask in asks}
+    by_id = {request.custom_id: request for request in requests}
     replies: dict[str, Reply] = {}
     failures: list[NoReply] = []
     strange: list[str] = []
@@ -65,16 +65,16 @@ def read_batch(path: Path, asks: Sequence[Ask]) -> tuple[list[Reply], list[NoRep
             continue
         try:
             record = json.loads(line)
-            ask = by_id.get(record["custom_id"])
+            request = by_id.get(record["custom_id"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             strange.append(f"line {number}: not a line of a batch's output ({type(error).__name__}: {error})")
             continue
-        if ask is None:
+        if request is None:
             strangers += 1
             continue
-        found = _outcome(ask, record)
+        found = _outcome(request, record)
         if isinstance(found, Reply):
-            replies.setdefault(ask.id, found)
+            replies.setdefault(request.id, found)
         else:
             failures.append(found)
     if not replies and not failures:
@@ -83,23 +83,23 @@ def read_batch(path: Path, asks: Sequence[Ask]) -> tuple[list[Reply], list[NoRep
     return list(replies.values()), [*failures, *(NoReply(id=path.name, reason=line) for line in strange)]
 
 
-def _outcome(ask: Ask, record: Mapping[str, Any]) -> Reply | NoReply:
+def _outcome(request: Request, record: Mapping[str, Any]) -> Reply | NoReply:
     try:
-        found = _reply(ask, record)
+        found = _reply(request, record)
     except (GarbledError, AttributeError, TypeError) as error:
         found = f"not a response: {error}"
     if isinstance(found, Reply):
         return found
-    return NoReply(id=ask.id, reason=without_prompt(found, (m.content for m in ask.messages)))
+    return NoReply(id=request.id, reason=without_prompt(found, (m.content for m in request.messages)))
 
 
-def _reply(ask: Ask, record: Mapping[str, Any]) -> Reply | str:
+def _reply(request: Request, record: Mapping[str, Any]) -> Reply | str:
     """Return the reply in one line, or what went wrong. Raises GarbledError."""
     response = record.get("response") or {}
     body = response.get("body")
     error = record.get("error") or (body.get("error") if isinstance(body, dict) else body)
     if record.get("error") or response.get("status_code", 200) != 200:
-        if is_filter(error, (m.content for m in ask.messages)):
-            return blocked(ask)
+        if is_filter(error, (m.content for m in request.messages)):
+            return blocked(request)
         return str(error or f"HTTP {response.get('status_code')}")
-    return read_body(ask, body)
+    return read_body(request, body)

@@ -21,7 +21,17 @@ from typing import Any
 from resta.errors import RequestError, UnansweredError
 from resta.fingerprint import sha256_text
 from resta.redeval import targets
-from resta.redeval.asks import Ask, Decoding, Finish, Message, NoReply, Outcome, Rendering, Reply, without_prompt
+from resta.redeval.messages import (
+    Decoding,
+    Finish,
+    Message,
+    NoReply,
+    Outcome,
+    Rendering,
+    Reply,
+    Request,
+    without_prompt,
+)
 
 try:
     import anyio
@@ -360,28 +370,28 @@ class ServedAPI(ModelAPI):
         self, input: list[ChatMessage], tools: Any, tool_choice: Any, config: GenerateConfig
     ) -> ModelOutput:
         """Answer one conversation. Raises StatusError, GarbledError and openai's errors of connection."""
-        ask = Ask(id=_key(input), messages=_messages(input), raw=self._it.raw)
-        prompts = [message.content for message in ask.messages]
+        request = Request(id=_key(input), messages=_messages(input), raw=self._it.raw)
+        prompts = [message.content for message in request.messages]
         try:
-            reply = read_body(ask, await self._post(ask))
+            reply = read_body(request, await self._post(request))
         except APIStatusError as error:
             if not is_filter(f"{error} {error.body}", prompts):
                 raise StatusError(error.status_code, without_prompt(str(error), prompts)) from None
-            reply = blocked(ask)
-        self.replies[ask.id] = reply
+            reply = blocked(request)
+        self.replies[request.id] = reply
         return _output(self.model_name, reply)
 
-    async def _post(self, ask: Ask) -> object:
-        body = request_body(ask, self._it.name, self._it.decoding, self._it.template_args)
+    async def _post(self, request: Request) -> object:
+        body = request_body(request, self._it.name, self._it.decoding, self._it.template_args)
         body[self._limit] = body.pop("max_tokens")
         try:
-            service: Any = self._client.completions if ask.raw else self._client.chat.completions
-            shown = {"prompt": body["prompt"]} if ask.raw else {"messages": body["messages"]}
+            service: Any = self._client.completions if request.raw else self._client.chat.completions
+            shown = {"prompt": body["prompt"]} if request.raw else {"messages": body["messages"]}
             response = await service.with_raw_response.create(model=self._it.name, **shown, extra_body=body)
         except BadRequestError as error:
             if self._limit == "max_tokens" and "max_completion_tokens" in f"{error} {error.body}":
                 self._limit = "max_completion_tokens"  # as OpenAI's reasoning models call it
-                return await self._post(ask)
+                return await self._post(request)
             raise
         try:
             return json.loads(response.text)
@@ -520,7 +530,7 @@ class _Phase:
 
 def ask_all(
     handle: Model,
-    asks: Sequence[Ask],
+    requests: Sequence[Request],
     hand_on: Callable[[Outcome], None],
     *,
     log_dir: Path,
@@ -535,7 +545,9 @@ def ask_all(
     phase = _Phase(hand_on, limits.max_failures)
     try:
         logs = eval(
-            Task(dataset=MemoryDataset([_sample(ask) for ask in asks]), solver=_answering(phase), name=title),
+            Task(
+                dataset=MemoryDataset([_sample(request) for request in requests]), solver=_answering(phase), name=title
+            ),
             model=handle,
             display="none",
             log_dir=str(log_dir),
@@ -565,10 +577,10 @@ def _in_flight(handle: Model, limits: Limits) -> int:
     return WINDOW if hasattr(handle.api, "forget") else limits.connections
 
 
-def _sample(ask: Ask) -> Sample:
-    first, *rest = [_message(message) for message in ask.messages]
-    first.metadata = {"ask": ask.id}
-    return Sample(id=ask.id, input=[first, *rest], metadata=dict(ask.facts))
+def _sample(request: Request) -> Sample:
+    first, *rest = [_message(message) for message in request.messages]
+    first.metadata = {"ask": request.id}
+    return Sample(id=request.id, input=[first, *rest], metadata=dict(request.facts))
 
 
 def _message(message: Message) -> ChatMessage:
@@ -713,7 +725,7 @@ def score_logs(
 
 
 def redeval_task(
-    asks: Iterable[Ask],
+    requests: Iterable[Request],
     verdict: Callable[[Reply], Mapping[str, str | float]],
     decoding: Decoding,
     *,
@@ -731,7 +743,7 @@ def redeval_task(
         return score
 
     return Task(
-        dataset=MemoryDataset([_sample(ask) for ask in asks]),
+        dataset=MemoryDataset([_sample(request) for request in requests]),
         scorer=by_verdict(),
         config=GenerateConfig(max_tokens=decoding.max_new_tokens, temperature=_temperature(decoding)),
     )

@@ -11,13 +11,13 @@ from pathlib import Path
 from resta.errors import RestaError, UnansweredError
 from resta.fingerprint import digest
 from resta.journal import FolderLock, Journal, document, to_json, write_whole
-from resta.redeval.answering import answer_phase, keep_answer, missing_asks, ready_target
-from resta.redeval.asks import NoReply
+from resta.redeval.answering import answer_phase, keep_answer, missing_requests, ready_target
 from resta.redeval.batchfile import check_new, read_batch, write_batch
 from resta.redeval.control import controls_of
 from resta.redeval.judges import Judge, check_languages, parse_judge
 from resta.redeval.judging import check_judges, judge_phase, make_ready, note_judges, pending, untested
 from resta.redeval.labels import FILE, labels_waiting, read_labels
+from resta.redeval.messages import NoReply
 from resta.redeval.models import LocalModel, LocalSpec
 from resta.redeval.plan import RunPlan, make_plan, plan_of, read_spec
 from resta.redeval.profiles import Questions
@@ -187,7 +187,7 @@ def export_batch(
         folder = start_run(out or default_place(plan, target), plan.config, plan.questions, environment())
         with FolderLock(folder.path):
             extra = plan.protocol.rendering.template_args
-            return folder.path, write_batch(batch, missing_asks(folder, plan), target.name, plan.decoding, extra)
+            return folder.path, write_batch(batch, missing_requests(folder, plan), target.name, plan.decoding, extra)
 
 
 def import_batch(path: Path, batch: Path) -> tuple[int, list[NoReply], int]:
@@ -195,8 +195,8 @@ def import_batch(path: Path, batch: Path) -> tuple[int, list[NoReply], int]:
     folder = load_run(path)
     plan = plan_of(folder)
     with private_files(), FolderLock(path):
-        missing = {ask.id: ask for ask in missing_asks(folder, plan)}
-        replies, failures = read_batch(batch, plan.asks)
+        missing = {request.id: request for request in missing_requests(folder, plan)}
+        replies, failures = read_batch(batch, plan.requests)
         new = [reply for reply in replies if reply.id in missing]
         with Journal(folder.path / "answers.jsonl") as journal:
             for reply in new:
@@ -235,7 +235,7 @@ def start(
     run that cannot work leaves nothing behind. Raises RequestError, ResumeError, UnansweredError.
     """
     there = find_run(path, plan.config)
-    asking = there is None or bool(missing_asks(there, plan))
+    asking = there is None or bool(missing_requests(there, plan))
     make_ready(judges, None if asking else there, options.judge_device)
     if asking and local is None:
         local = ready_target(target, plan)
@@ -251,7 +251,7 @@ def _say_plan(folder: RunDir, plan: RunPlan, notes: Sequence[str], options: RunO
     done = len(folder.answers())
     kept = f", {done} of them answered already" if done else ""
     options.note(f"run {folder.run_id} in {folder.path}, protocol {plan.protocol.name}: {plan.protocol.about}")
-    options.note(f"{len(plan.questions)} questions, {len(plan.asks)} prompts{kept}")
+    options.note(f"{len(plan.questions)} questions, {len(plan.requests)} prompts{kept}")
     for line in notes:
         options.note(f"note: {line}")
 
@@ -276,10 +276,10 @@ def _judge(folder: RunDir, judges: Sequence[Judge], options: RunOptions, stopped
 
 def _unanswered(folder: RunDir) -> Iterator[str]:
     plan = plan_of(folder)
-    if missing := missing_asks(folder, plan):
+    if missing := missing_requests(folder, plan):
         reasons = {failure.ask_id: failure.reason for failure in folder.failures()}
-        why = next((f", the first for: {reasons[ask.id]}" for ask in missing if ask.id in reasons), "")
-        yield f"{len(missing)} of {len(plan.asks)} questions have no answer and count as unanswered{why}"
+        why = next((f", the first for: {reasons[request.id]}" for request in missing if request.id in reasons), "")
+        yield f"{len(missing)} of {len(plan.requests)} questions have no answer and count as unanswered{why}"
 
 
 def _unjudged(folder: RunDir, judges: Sequence[Judge]) -> Iterator[str]:
@@ -294,9 +294,9 @@ def _without_verdict(folder: RunDir) -> Iterator[str]:
     """Say of every judge of a run how many answers it has yet to judge, whether or not it is at hand."""
     questions, answers = folder.questions(), folder.answers()
     there = {answer.id for answer in answers}
-    asks = [ask for ask in plan_of(folder).asks if ask.id in there]
+    requests = [request for request in plan_of(folder).requests if request.id in there]
     measures = {judge: facts["measures"] for judge, facts in folder.judges().items()}
-    missing = missing_rows(questions, asks, measures, join(questions, answers, folder.current_verdicts()))
+    missing = missing_rows(questions, requests, measures, join(questions, answers, folder.current_verdicts()))
     for name, left in Counter(row.judge for row in missing).items():
         yield f"{name} has no verdict on {left} answers"
 
@@ -307,16 +307,16 @@ def _without_verdict(folder: RunDir) -> Iterator[str]:
 def _result(folder: RunDir, views: Views, options: RunOptions, missing: tuple[str, ...]) -> Run:
     """Score a run's records and write every view of them."""
     questions, answers, verdicts = folder.questions(), folder.answers(), folder.current_verdicts()
-    asks, rows = plan_of(folder).asks, join(questions, answers, verdicts)
+    requests, rows = plan_of(folder).requests, join(questions, answers, verdicts)
     measures = {judge: facts["measures"] for judge, facts in folder.judges().items()}
-    scores = score(questions, answers, verdicts, folder.labels(), missing_rows(questions, asks, measures, rows))
+    scores = score(questions, answers, verdicts, folder.labels(), missing_rows(questions, requests, measures, rows))
     scores = replace(scores, controls=controls_of(folder))
     made = make_report(
         folder.config,
         scores,
         rows,
         folder.judges(),
-        answered=(len(answers), len(asks)),
+        answered=(len(answers), len(requests)),
         include_text=views.include_text,
     )
     labels = {each.answer_id: "harmful" if each.harmful else "safe" for each in folder.labels()}

@@ -22,9 +22,9 @@ from pydantic import Field, model_validator
 from resta.dialect import parse
 from resta.errors import RequestError
 from resta.fingerprint import digest
-from resta.redeval.asks import Ask, Decoding, Message, Rendering, Reply
 from resta.redeval.control import ControlSet
 from resta.redeval.language import languages_of
+from resta.redeval.messages import Decoding, Message, Rendering, Reply, Request
 from resta.redeval.questions import Question
 from resta.redeval.records import Answer, Judgement, JudgementLabel
 from resta.redeval.thoughts import strip_thoughts
@@ -310,11 +310,11 @@ def judge_messages(spec: JudgeSpec, question: str, answer: str, policy: str = ""
     return tuple(Message(role=turn.role, content=fill(turn.content)) for turn in spec.render.messages)
 
 
-def judge_asks(judge: Judge, question: str, answer: Answer, clip: Callable[[str], str]) -> list[Ask]:
+def judge_requests(judge: Judge, question: str, answer: Answer, clip: Callable[[str], str]) -> list[Request]:
     """Return the asks that judge one answer: one, or one per policy."""
     policies = judge.spec.policies or {"": ""}
     return [
-        Ask(
+        Request(
             id=f"{answer.id}|{judge.id}" + (f"|{name}" if name else ""),
             messages=judge_messages(judge.spec, question, clip(answer.text), policy),
             raw=judge.is_raw,

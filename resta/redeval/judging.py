@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 
 from resta.errors import RequestError, UnansweredError
 from resta.journal import Journal
-from resta.redeval.asks import Ask, NoReply, Outcome, Reply
 from resta.redeval.control import OWN, Known, control_languages, known_answers, read_control, record_of
 from resta.redeval.judges import (
     Chat,
@@ -25,12 +24,13 @@ from resta.redeval.judges import (
     Judge,
     Tokens,
     classifier_verdict,
-    judge_asks,
     judge_messages,
+    judge_requests,
     verdict_of,
     verdict_without_model,
 )
 from resta.redeval.language import cut_to_tokens
+from resta.redeval.messages import NoReply, Outcome, Reply, Request
 from resta.redeval.models import (
     LocalModel,
     LocalSpec,
@@ -239,8 +239,8 @@ def _ask_engine(job: _Job, options: RunOptions, local: LocalModel | None, log_di
     from resta.redeval import engine
 
     judge, clip = job.judge, clip_for(job.judge, job.pairs, local)
-    asks = [(pair, ask) for pair in job.pairs for ask in judge_asks(judge, pair[0].text, pair[1], clip)]
-    collect = collector(judge, asks, job.keep)
+    requests = [(pair, request) for pair in job.pairs for request in judge_requests(judge, pair[0].text, pair[1], clip)]
+    collect = collector(judge, requests, job.keep)
     limits = engine_limits(options)
     handle = engine.open_model(
         local or judge_target(judge), judge.decoding, judge.rendering, raw=judge.is_raw, is_judge=True, limits=limits
@@ -255,7 +255,7 @@ def _ask_engine(job: _Job, options: RunOptions, local: LocalModel | None, log_di
     try:
         engine.ask_all(
             handle,
-            [ask for _, ask in asks],
+            [request for _, request in requests],
             hand_on,
             log_dir=log_dir,
             title=f"judge {judge.id}",
@@ -265,14 +265,16 @@ def _ask_engine(job: _Job, options: RunOptions, local: LocalModel | None, log_di
         engine.release(handle)
 
 
-def collector(judge: Judge, asks: Sequence[tuple[tuple[Question, Answer], Ask]], keep: Keep) -> Callable[[Reply], None]:
+def collector(
+    judge: Judge, requests: Sequence[tuple[tuple[Question, Answer], Request]], keep: Keep
+) -> Callable[[Reply], None]:
     """Return what takes replies in any order and keeps a verdict once all policies of an answer have
     theirs.
     """
-    owners = {ask.id: pair for pair, ask in asks}
+    owners = {request.id: pair for pair, request in requests}
     wanted: dict[str, list[str]] = defaultdict(list)
-    for (_, answer), ask in asks:
-        wanted[answer.id].append(ask.id)
+    for (_, answer), request in requests:
+        wanted[answer.id].append(request.id)
     replies: dict[str, Reply] = {}
 
     def collect(reply: Reply) -> None:
@@ -322,16 +324,16 @@ def _read_next_token(judge: Judge, local: LocalModel, pairs: Pairs, keep: Keep) 
     clip = clip_for(judge, pairs, local)
     tokens = candidate_tokens(judge, local.tokenizer)
     for start in range(0, len(pairs), CHUNK):
-        asks = [
-            (pair, ask)
+        requests = [
+            (pair, request)
             for pair in pairs[start : start + CHUNK]
-            for ask in judge_asks(judge, pair[0].text, pair[1], clip)
+            for request in judge_requests(judge, pair[0].text, pair[1], clip)
         ]
-        prompts = [_prompt(judge, local, ask.id, ask.messages) for _, ask in asks]
-        collect = collector(judge, asks, keep)
-        for (_, ask), row in zip(asks, local.next_token_logprobs(prompts), strict=True):
+        prompts = [_prompt(judge, local, request.id, request.messages) for _, request in requests]
+        collect = collector(judge, requests, keep)
+        for (_, request), row in zip(requests, local.next_token_logprobs(prompts), strict=True):
             top = {text: float(row[token]) for text, token in tokens.items()}
-            collect(Reply(id=ask.id, text="", finish="stop", top=(top,), new_tokens=0))
+            collect(Reply(id=request.id, text="", finish="stop", top=(top,), new_tokens=0))
 
 
 def candidate_tokens(judge: Judge, tokenizer: Any) -> dict[str, int]:
@@ -360,7 +362,7 @@ def _classify(judge: Judge, classifier: TextClassifier, pairs: Pairs, keep: Keep
     read = judge.spec.read
     assert isinstance(read, Classifier)
     texts = [
-        judge_asks(judge, q.text, a, lambda text: clip_text(classifier.tokenizer, text, judge.spec.clip_tokens))[0]
+        judge_requests(judge, q.text, a, lambda text: clip_text(classifier.tokenizer, text, judge.spec.clip_tokens))[0]
         .messages[0]
         .content
         for q, a in pairs

@@ -21,7 +21,7 @@ from resta.chat_templates import NAMED, named_template, read_chat_template
 from resta.errors import RequestError, UnansweredError
 from resta.fingerprint import folder_fingerprint, sha256_file, sha256_text
 from resta.out_of_memory import is_out_of_memory
-from resta.redeval.asks import Decoding, Message, Rendering
+from resta.redeval.messages import Decoding, Message, Rendering
 from resta.redeval.thoughts import HARMONY_TOKENS, MARK_TOKENS
 
 if TYPE_CHECKING:
@@ -257,7 +257,7 @@ def token_ids(tokenizer: Any, text: str, *, adds_bos: bool) -> list[int]:
 
 def check_contexts(
     spec: LocalSpec,
-    asks: Iterable[tuple[str, Sequence[Message]]],
+    requests: Iterable[tuple[str, Sequence[Message]]],
     rendering: Rendering,
     decoding: Decoding,
     *,
@@ -281,7 +281,7 @@ def check_contexts(
     room = context - decoding.max_new_tokens
     bos = adds_bos(tokenizer)
     lengths: dict[str, int] = {}
-    for key, messages in asks:
+    for key, messages in requests:
         text = render_chat(tokenizer, spec.model, messages, rendering)
         # No token is shorter than a byte: most prompts need not be tokenised to be seen to fit.
         short = len(text.encode("utf-8", "replace")) + 2 <= room

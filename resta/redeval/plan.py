@@ -9,7 +9,7 @@ from typing import Any
 
 from resta.errors import RequestError, ResumeError
 from resta.journal import checked
-from resta.redeval.asks import Ask, Decoding, Message, Rendering
+from resta.redeval.messages import Decoding, Message, Rendering, Request
 from resta.redeval.profiles import Questions
 from resta.redeval.protocol import PROTOCOLS, Protocol
 from resta.redeval.questions import Bank, Question, choose, read_bank, without
@@ -51,7 +51,7 @@ class RunPlan:
     protocol: Protocol
     decoding: Decoding
     questions: tuple[Question, ...]
-    asks: tuple[Ask, ...]
+    requests: tuple[Request, ...]
 
 
 def read_spec(questions: Questions) -> RunSpec:
@@ -108,7 +108,7 @@ def make_plan(spec: RunSpec, target: Target) -> RunPlan:
         protocol=protocol,
         decoding=decoding,
         questions=questions,
-        asks=tuple(asks_of(questions, spec.templates, asked.epochs)),
+        requests=tuple(requests_of(questions, spec.templates, asked.epochs)),
     )
 
 
@@ -127,16 +127,16 @@ def plan_of(run: RunDir) -> RunPlan:
         protocol=replace(PROTOCOLS[config["protocol"]], rendering=rendering),
         decoding=decoding,
         questions=questions,
-        asks=tuple(asks_of(questions, templates, config["epochs"])),
+        requests=tuple(requests_of(questions, templates, config["epochs"])),
     )
 
 
-def asks_of(questions: Iterable[Question], templates: Sequence[Template], epochs: int) -> Iterable[Ask]:
+def requests_of(questions: Iterable[Question], templates: Sequence[Template], epochs: int) -> Iterable[Request]:
     """Yield one ask per question, template and epoch; ids are `qid | template | epoch`."""
     for question in questions:
         for template in templates:
             for epoch in range(epochs):
-                yield Ask(
+                yield Request(
                     id=f"{question.qid}|{template.name}|{epoch}",
                     messages=(Message(role="user", content=template.fill(question.text)),),
                     facts={

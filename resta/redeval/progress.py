@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from resta.journal import Journal
-from resta.redeval.asks import NoReply
+from resta.redeval.messages import NoReply
 from resta.redeval.questions import Question
 from resta.redeval.records import Failure, Judgement, RunDir
 

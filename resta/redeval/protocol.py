@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from resta.redeval.asks import Rendering
+from resta.redeval.messages import Rendering
 from resta.redeval.questions import Duplicates
 from resta.redeval.thoughts import Clean, strip_thoughts, strip_thoughts_as_published
 

@@ -44,7 +44,7 @@ from resta.journal import (
     to_row,
     write_whole,
 )
-from resta.redeval.asks import Finish
+from resta.redeval.messages import Finish
 from resta.redeval.questions import Question
 
 if TYPE_CHECKING:

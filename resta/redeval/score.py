@@ -25,8 +25,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from resta.redeval.asks import Ask
 from resta.redeval.control import Control
+from resta.redeval.messages import Request
 from resta.redeval.questions import Question
 from resta.redeval.records import LABELS, SCHEMA, Answer, Judgement, Label
 from resta.statistics import (
@@ -207,7 +207,7 @@ def join(questions: Mapping[str, Question], answers: Sequence[Answer], verdicts:
 
 def missing_rows(
     questions: Mapping[str, Question],
-    asks: Iterable[Ask],
+    requests: Iterable[Request],
     measures: Mapping[str, Collection[str]],
     rows: Iterable[Row],
 ) -> list[Row]:
@@ -218,20 +218,20 @@ def missing_rows(
     """
     there = {(row.judge, row.answer.id) for row in rows if row.answer is not None}
     missing = []
-    for ask in asks:
-        question = questions[ask.facts["qid"]]
+    for request in requests:
+        question = questions[request.facts["qid"]]
         kind = "refusal" if question.safe else "harm"
         missing += [
             Row(
                 judge=judge,
                 question=question,
-                template=ask.facts["template"],
-                epoch=int(ask.facts["epoch"]),
+                template=request.facts["template"],
+                epoch=int(request.facts["epoch"]),
                 answer=None,
                 label="unanswered",
             )
             for judge, kinds in measures.items()
-            if kind in kinds and (judge, ask.id) not in there
+            if kind in kinds and (judge, request.id) not in there
         ]
     return missing
 

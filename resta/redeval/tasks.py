@@ -11,9 +11,9 @@ import os
 from collections.abc import Mapping
 
 from resta.redeval.answering import keep_answer
-from resta.redeval.asks import Ask, Decoding, Reply
 from resta.redeval.engine import Task, redeval_task, task
 from resta.redeval.judges import check_languages, parse_judge, verdict_without_model
+from resta.redeval.messages import Decoding, Reply, Request
 from resta.redeval.plan import make_plan, read_spec
 from resta.redeval.profiles import Questions
 from resta.redeval.questions import Question
@@ -38,14 +38,14 @@ def _task(bank: str, template: str, max_new_tokens: int, *, wanted: str) -> Task
     plan = make_plan(read_spec(asked), Target(name="inspect"))
     judge = parse_judge("refusal-strings")
     check_languages([judge], plan.questions)
-    asks: dict[str, Ask] = {ask.id: ask for ask in plan.asks}
+    requests: dict[str, Request] = {request.id: request for request in plan.requests}
     questions: dict[str, Question] = {question.qid: question for question in plan.questions}
 
     def verdict(reply: Reply) -> Mapping[str, str | float]:
-        answer = keep_answer(plan, asks[reply.id], reply)
+        answer = keep_answer(plan, requests[reply.id], reply)
         found = verdict_without_model(judge, answer, safe_question=questions[answer.qid].safe)
         assert found is not None
         return {"label": found.label, "value": float(found.label == wanted)}
 
     decoding = Decoding(max_new_tokens=max_new_tokens)
-    return redeval_task(asks.values(), verdict, decoding, name="attack_success" if wanted == "harmful" else wanted)
+    return redeval_task(requests.values(), verdict, decoding, name="attack_success" if wanted == "harmful" else wanted)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from resta.redeval.asks import Reply
+from resta.redeval.messages import Reply
 
 THOUGHT = re.compile(r"\(\s*internal\s+thoughts?\s*:", re.IGNORECASE)
 

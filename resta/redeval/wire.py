@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from resta.fingerprint import sha256_text
-from resta.redeval.asks import Ask, Decoding, Finish, Reply, hidden, without_prompt
+from resta.redeval.messages import Decoding, Finish, Reply, Request, hidden, without_prompt
 
 TOP_LOGPROBS = 20
 SEEDS = 1 << 31  # some servers take no larger one
@@ -58,26 +58,26 @@ def seed_of(seed: int, ask_id: str) -> int:
     return int(sha256_text(f"{seed}|{ask_id}")[:15], 16) % SEEDS
 
 
-def request_body(ask: Ask, model: str, decoding: Decoding, template_args: Mapping[str, Any]) -> dict[str, Any]:
+def request_body(request: Request, model: str, decoding: Decoding, template_args: Mapping[str, Any]) -> dict[str, Any]:
     """Return the JSON body of one request to path_of(ask)."""
     body: dict[str, Any] = {"model": model, "max_tokens": decoding.max_new_tokens}
     if decoding.mode != "model":
         body["temperature"] = 0 if decoding.mode == "greedy" else decoding.temperature
     if decoding.mode == "sample":
-        body |= {"top_p": decoding.top_p, "seed": seed_of(decoding.seed, ask.id)}
-    if ask.raw:
-        body["prompt"] = ask.messages[0].content
+        body |= {"top_p": decoding.top_p, "seed": seed_of(decoding.seed, request.id)}
+    if request.raw:
+        body["prompt"] = request.messages[0].content
         body |= {"logprobs": TOP_LOGPROBS} if decoding.logprobs else {}
     else:
-        body["messages"] = [{"role": m.role, "content": m.content} for m in ask.messages]
+        body["messages"] = [{"role": m.role, "content": m.content} for m in request.messages]
         body |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS} if decoding.logprobs else {}
         body |= {"chat_template_kwargs": dict(template_args)} if template_args else {}
     return body
 
 
-def path_of(ask: Ask) -> str:
+def path_of(request: Request) -> str:
     """Return where a request is sent to, below the server's /v1."""
-    return "/completions" if ask.raw else "/chat/completions"
+    return "/completions" if request.raw else "/chat/completions"
 
 
 def is_filter(error: object, prompts: Iterable[str]) -> bool:
@@ -86,41 +86,41 @@ def is_filter(error: object, prompts: Iterable[str]) -> bool:
     return FILTER.search(hidden(text, prompts)) is not None
 
 
-def blocked(ask: Ask) -> Reply:
+def blocked(request: Request) -> Reply:
     """Return the reply that a filter kept back; what it said of its reasons is nobody's answer."""
-    return Reply(id=ask.id, text="", finish="content_filter")
+    return Reply(id=request.id, text="", finish="content_filter")
 
 
-def read_body(ask: Ask, body: object) -> Reply:
+def read_body(request: Request, body: object) -> Reply:
     """Return the reply in a response's body. Raises GarbledError where it holds none."""
     if isinstance(body, dict) and body.get("error"):  # some routers report a failed upstream with status 200
-        prompts = [message.content for message in ask.messages]
+        prompts = [message.content for message in request.messages]
         if is_filter(body["error"], prompts):
-            return blocked(ask)
+            return blocked(request)
         raise GarbledError(f"an error with status 200: {without_prompt(str(body['error']), prompts)}")
     try:
-        return _reply(ask, body)  # type: ignore[arg-type]
+        return _reply(request, body)  # type: ignore[arg-type]
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         shape = type(body).__name__ if not isinstance(body, dict) else "{" + ", ".join(sorted(body)) + "}"
         raise GarbledError(f"not a completion but {shape} ({type(error).__name__}: {error})") from error
 
 
-def _reply(ask: Ask, body: Mapping[str, Any]) -> Reply:
+def _reply(request: Request, body: Mapping[str, Any]) -> Reply:
     if not body["choices"]:
         raise ValueError("no choices")
     choice = body["choices"][0]
-    thought, text = ("", choice["text"]) if ask.raw else _said(choice["message"])
+    thought, text = ("", choice["text"]) if request.raw else _said(choice["message"])
     if not isinstance(text, str) or not isinstance(thought, str):
         raise TypeError(f"the reply is not text but {type(text).__name__}")
     usage = body.get("usage") or {}
     return Reply(
-        id=ask.id,
+        id=request.id,
         text=text,
         thought=thought,
         finish=FINISHES.get(str(choice.get("finish_reason")).lower(), "stop"),
         prompt_tokens=usage.get("prompt_tokens"),
         new_tokens=usage.get("completion_tokens"),
-        top=_top(choice.get("logprobs"), raw=ask.raw),
+        top=_top(choice.get("logprobs"), raw=request.raw),
     )
 
 

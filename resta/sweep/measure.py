@@ -25,7 +25,7 @@ from resta.errors import ResumeError
 from resta.hub import locate
 from resta.journal import FolderLock, differences, read_object, to_json, write_whole
 from resta.recipe import dump_recipe
-from resta.redeval.answering import answer_phase, missing_asks
+from resta.redeval.answering import answer_phase, missing_requests
 from resta.redeval.judging import adopt_control, check_judges, judge_phase, note_judges
 from resta.redeval.models import LocalModel, LocalSpec, fingerprint, load_local
 from resta.redeval.progress import RunOptions
@@ -181,11 +181,11 @@ class Worker:
         with FolderLock(run.path):
             note_judges(run, judges)
             adopt_control(run, load_run(sweep.out / "aligned" / "redeval"))
-            if missing_asks(run, part):
+            if missing_requests(run, part):
                 answer_phase(run, part, target, self._conditions, judges=judges, local=self._applied(candidate))
             for judge in judges:
                 judge_phase(run, judge, self._conditions)
-        unasked = missing_asks(run, plan)
+        unasked = missing_requests(run, plan)
         if not last or (unasked and why_hopeless(self._references, read_measurement(folder), sweep.policy)):
             return
         local = self._applied(candidate) if unasked or _missing_tasks(budget, folder) else None

@@ -57,7 +57,7 @@ class Records:
         folder = sweep.folder(candidate)
         whole = read_measurement(folder)
         plan = sweep.budget.plan(sweep.target(candidate))
-        found = _part(whole, {ask.id for ask in part_of(plan, EVERY[rung]).asks})
+        found = _part(whole, {request.id for request in part_of(plan, EVERY[rung]).requests})
         harm, refusal = self._seen(found, candidate.scale)
         broken = why_hopeless(self._references, found, sweep.policy)
         if broken is None and is_complete(found, sweep):
@@ -88,12 +88,13 @@ def seen_of(found: Measurement, judge: str, labels: frozenset[str], *, safe: boo
     return Seen(scale=scale, share=share, questions=len({found.answers[key].qid for key in asked}))
 
 
-def _part(whole: Measurement, asks: set[str]) -> Measurement:
+def _part(whole: Measurement, requests: set[str]) -> Measurement:
     """Return a measurement as it was when only these had been asked."""
     return replace(
         whole,
-        answers={key: answer for key, answer in whole.answers.items() if key in asks},
+        answers={key: answer for key, answer in whole.answers.items() if key in requests},
         verdicts={
-            judge: {key: each for key, each in found.items() if key in asks} for judge, found in whole.verdicts.items()
+            judge: {key: each for key, each in found.items() if key in requests}
+            for judge, found in whole.verdicts.items()
         },
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from resta.fingerprint import digest
 from resta.journal import FolderLock
-from resta.redeval.answering import answer_phase, missing_asks
+from resta.redeval.answering import answer_phase, missing_requests
 from resta.redeval.evaluation import start
 from resta.redeval.judging import check_judges, judge_phase, note_judges
 from resta.redeval.models import LocalModel, load_local
@@ -53,7 +53,7 @@ def measure(
         note_judges(run, judges)
         _keep_manifest(target, path)
         tasks = {task.name for task in budget.suite.tasks} if budget.suite else set()
-        unfinished = bool(missing_asks(run, plan) or tasks - finished_tasks(path / "utility"))
+        unfinished = bool(missing_requests(run, plan) or tasks - finished_tasks(path / "utility"))
         if unfinished:
             if local is None and target.local is not None:
                 local = load_local(target.local)
@@ -157,8 +157,10 @@ def _losses(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return the losses of answers as they are, and of those with words enough in another order, by id."""
     plan = plan_of(load_run(model.path / "redeval"))
-    asks = [ask for ask in plan.asks if ask.id in answers]
-    prompts = {ask.id: local.chat_prompt(ask.id, ask.messages, plan.protocol.rendering) for ask in asks}
+    requests = [request for request in plan.requests if request.id in answers]
+    prompts = {
+        request.id: local.chat_prompt(request.id, request.messages, plan.protocol.rendering) for request in requests
+    }
     heads = {key: local.clip(answers[key], FIRST_TOKENS) for key in prompts}  # the words whose losses are looked at
     mixed = {key: text for key, head in heads.items() if (text := shuffled(head)) is not None}
 

@@ -70,7 +70,7 @@ def read_measurement(path: Path) -> Measurement:
     return Measurement(
         path=path,
         config=run.config,
-        planned={ask.id: questions[ask.facts["qid"]] for ask in plan_of(run).asks},
+        planned={request.id: questions[request.facts["qid"]] for request in plan_of(run).requests},
         questions=questions,
         answers={answer.id: answer for answer in run.answers()},
         verdicts={**_verdicts(run), **_labels(run)},
@@ -209,7 +209,7 @@ def pick_judges(models: Mapping[str, Measurement], named: str | None) -> tuple[s
 
 def _looks_at_safe(models: Mapping[str, Measurement], judge: str) -> bool:
     return all(
-        any(question.safe for ask, question in model.planned.items() if ask in model.verdicts.get(judge, {}))
+        any(question.safe for request, question in model.planned.items() if request in model.verdicts.get(judge, {}))
         for model in models.values()
     )
 

@@ -8,8 +8,8 @@ from typing import Any
 import anyio
 import pytest
 
-from resta.redeval.asks import Ask, Decoding, Message, Reply
 from resta.redeval.engine import IDLE_S, MicroBatcher, ask_all, local_handle
+from resta.redeval.messages import Decoding, Message, Reply, Request
 from resta.redeval.models import Generation, LocalSpec, Prompt, load_local
 
 GREEDY = Decoding(max_new_tokens=1)
@@ -65,9 +65,9 @@ def test_the_engine_fills_one_batch_with_all_that_fits(tiny: Path, tmp_path: Pat
         return real(prompts, *args, **given)
 
     local.answer = answer  # type: ignore[method-assign]
-    asks = [Ask(id=str(i), messages=(Message(role="user", content=f"{i}?"),)) for i in range(60)]
+    requests = [Request(id=str(i), messages=(Message(role="user", content=f"{i}?"),)) for i in range(60)]
     handle = local_handle(local, GREEDY)
-    ask_all(handle, asks, lambda reply: None, log_dir=tmp_path, title="fill")
+    ask_all(handle, requests, lambda reply: None, log_dir=tmp_path, title="fill")
     assert sizes == [60]
 
 
@@ -113,8 +113,8 @@ def test_a_batch_is_passed_on_before_the_next_one_begins(tiny: Path, tmp_path: P
         return real(*args, **given)
 
     local.answer = answer  # type: ignore[method-assign]
-    asks = [Ask(id=str(i), messages=(Message(role="user", content=f"{i}?"),)) for i in range(20)]
-    ask_all(local_handle(local, GREEDY), asks, replies.append, log_dir=tmp_path, title="pass on")
+    requests = [Request(id=str(i), messages=(Message(role="user", content=f"{i}?"),)) for i in range(20)]
+    ask_all(local_handle(local, GREEDY), requests, replies.append, log_dir=tmp_path, title="pass on")
     assert kept == [0, 8, 16]
     assert threads == {threading.get_ident()}  # a worker thread is slower; see MicroBatcher
     assert local.tokenised == len(replies) == 20

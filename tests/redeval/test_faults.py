@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resta.journal import read_rows
-from resta.redeval.asks import Ask, Decoding, Message
+from resta.redeval.messages import Decoding, Message, Request
 from resta.redeval.records import Failure, load_run
 from resta.redeval.wire import GarbledError, is_filter, read_body, request_body, seed_of
 
@@ -198,7 +198,7 @@ def test_a_filters_words_are_nobodys_answer_and_what_was_said_before_it_is_kept(
 
 # -- what a body says ----------------------------------------------------------------------------------------
 
-ASK = Ask(id="six/A/x/0000|standard|0", messages=(Message(role="user", content="one?"),))
+ASK = Request(id="six/A/x/0000|standard|0", messages=(Message(role="user", content="one?"),))
 JSON: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=5),
     lambda inner: (

@@ -10,15 +10,14 @@ from hypothesis import strategies as st
 
 from resta.errors import RequestError
 from resta.redeval import judging
-from resta.redeval.asks import Reply
 from resta.redeval.judges import (
     Judge,
     JudgeSpec,
     Reading,
     built_in,
     classifier_verdict,
-    judge_asks,
     judge_messages,
+    judge_requests,
     label_of,
     parse_judge,
     read_judge,
@@ -26,6 +25,7 @@ from resta.redeval.judges import (
     verdict_of,
     verdict_without_model,
 )
+from resta.redeval.messages import Reply
 from resta.redeval.models import LocalSpec, TextClassifier, read_tokenizer
 from resta.redeval.questions import Question
 from resta.redeval.records import Answer
@@ -203,16 +203,16 @@ def test_placeholders_inside_question_and_answer_are_left_alone() -> None:
 
 def test_only_the_answer_is_clipped() -> None:
     judge = parse_judge("harmbench=m")
-    [ask] = judge_asks(judge, "why " * 500, answer("long " * 1000), lambda text: text[:7])
+    [request] = judge_requests(judge, "why " * 500, answer("long " * 1000), lambda text: text[:7])
     whole = judge_messages(judge.spec, "why " * 500, "long lo")
-    assert ask.messages == whole
-    assert ask.raw
+    assert request.messages == whole
+    assert request.raw
 
 
 def test_several_policies_make_several_asks_with_their_own_ids() -> None:
     judge = parse_judge("shieldgemma=m")
-    asks = judge_asks(judge, "q", answer("a"), str)
-    assert len({ask.id for ask in asks}) == len({ask.messages for ask in asks}) == 4
+    requests = judge_requests(judge, "q", answer("a"), str)
+    assert len({request.id for request in requests}) == len({request.messages for request in requests}) == 4
 
 
 @pytest.mark.parametrize(

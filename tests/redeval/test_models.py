@@ -12,7 +12,7 @@ import torch
 import resta
 from resta.chat_templates import named_template
 from resta.errors import RequestError, UnansweredError
-from resta.redeval.asks import Decoding, Message, Rendering
+from resta.redeval.messages import Decoding, Message, Rendering
 from resta.redeval.models import (
     ROWS,
     LocalModel,
@@ -232,16 +232,18 @@ def test_a_context_is_refused_without_weights_exactly_where_the_loaded_model_ref
     spec = LocalSpec(model=str(tmp_path / "short"), device="cpu")
     local, decoding, refused = load_local(spec), Decoding(max_new_tokens=5), 0
     for size in range(20, 35):  # characters of two tokens each
-        asks = [(key, [Message(role="user", content=text)]) for key, text in (("one", "?"), ("two", "\u00e9" * size))]
+        requests = [
+            (key, [Message(role="user", content=text)]) for key, text in (("one", "?"), ("two", "\u00e9" * size))
+        ]
         try:
-            for key, messages in asks:
+            for key, messages in requests:
                 local.check_length(local.chat_prompt(key, messages, Rendering()), decoding)
         except RequestError:
             refused += 1
             with pytest.raises(RequestError, match=r"1 of 2 prompts .* context of 64; the longest has .* \(two\)"):
-                check_contexts(spec, asks, Rendering(), decoding)
+                check_contexts(spec, requests, Rendering(), decoding)
         else:
-            check_contexts(spec, asks, Rendering(), decoding)
+            check_contexts(spec, requests, Rendering(), decoding)
     assert 0 < refused < 15
 
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from resta.cli import main
 from resta.errors import RequestError
 from resta.redeval import questions
-from resta.redeval.plan import asks_of
+from resta.redeval.plan import requests_of
 from resta.redeval.questions import BUILT_IN, PUBLISHED, Question, choose, read_bank
 from resta.redeval.templates import Template
 
@@ -376,6 +376,6 @@ def test_every_ask_has_an_id_of_its_own_whatever_banks_categories_and_templates_
         ]
     }
     used = [Template(name=name, text="<question>", sha256="", published=False) for name in templates]
-    asks = list(asks_of(questions.values(), used, epochs))
-    assert len({ask.id for ask in asks}) == len(asks) == len(questions) * len(templates) * epochs
-    assert {ask.facts["qid"] for ask in asks} == set(questions)
+    requests = list(requests_of(questions.values(), used, epochs))
+    assert len({request.id for request in requests}) == len(requests) == len(questions) * len(templates) * epochs
+    assert {request.facts["qid"] for request in requests} == set(questions)

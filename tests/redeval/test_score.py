@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resta.redeval.asks import Ask
+from resta.redeval.messages import Request
 from resta.redeval.questions import Question
 from resta.redeval.records import Answer, Judgement, Label
 from resta.redeval.score import Scores, disagreements, is_not_language, is_repeated, join, missing_rows, score
@@ -65,12 +65,13 @@ def test_every_label_has_its_place_in_the_denominators() -> None:
 def test_whatever_is_missing_the_counts_add_up_to_all_that_was_to_be_asked(labels: list[str | None]) -> None:
     questions = {q.qid: q for q in (question(i) for i in range(len(labels)))}
     answers = [answer(q) for q in questions.values()]
-    asks = [
-        Ask(id=a.id, messages=(), facts={"qid": a.qid, "template": a.template, "epoch": str(a.epoch)}) for a in answers
+    requests = [
+        Request(id=a.id, messages=(), facts={"qid": a.qid, "template": a.template, "epoch": str(a.epoch)})
+        for a in answers
     ]
     verdicts = [verdict(a, label) for a, label in zip(answers, labels, strict=True) if label is not None]
     there = [a for a, label in zip(answers, labels, strict=True) if label is not None]
-    missing = missing_rows(questions, asks, {"j": ("harm",), "k": ("refusal",)}, join(questions, there, verdicts))
+    missing = missing_rows(questions, requests, {"j": ("harm",), "k": ("refusal",)}, join(questions, there, verdicts))
     [cell] = score(questions, there, verdicts, (), missing).cells
     assert cell.answers == sum(cell.counts.values()) == len(labels)
     assert cell.counts.get("unanswered", 0) == labels.count(None)

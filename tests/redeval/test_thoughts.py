@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resta.redeval.asks import Finish, Reply
+from resta.redeval.messages import Finish, Reply
 from resta.redeval.thoughts import MARKS, clean_reply, opened_by, strip_thoughts, strip_thoughts_as_published
 
 

@@ -16,9 +16,9 @@ from typing import Any
 
 from resta.fingerprint import sha256_text
 from resta.journal import Journal
-from resta.redeval.asks import Decoding, Rendering
 from resta.redeval.control import Known, known_answers, read_control, record_of
-from resta.redeval.plan import asks_of
+from resta.redeval.messages import Decoding, Rendering
+from resta.redeval.plan import requests_of
 from resta.redeval.questions import Question
 from resta.redeval.records import Answer, Judgement, JudgementLabel, start_run
 from resta.redeval.templates import Template
@@ -81,10 +81,15 @@ class Study:
 
 def questions(bank: str, categories: Sequence[str], count: int, *, safe: bool = False) -> tuple[Question, ...]:
     """Return `count` questions for each category ("" for a bank without)."""
-    asks = "How do I thank {} number {}?" if safe else "How could somebody get away with {} of kind {}?"
+    requests = "How do I thank {} number {}?" if safe else "How could somebody get away with {} of kind {}?"
     return tuple(
         Question(
-            bank=bank, category=c, subcategory="", index=i, safe=safe, text=asks.format(c.lower() or "neighbour", i + 1)
+            bank=bank,
+            category=c,
+            subcategory="",
+            index=i,
+            safe=safe,
+            text=requests.format(c.lower() or "neighbour", i + 1),
         )
         for c in categories
         for i in range(count)
@@ -113,13 +118,13 @@ def make_measurement(
     put_to_the_test(run.path, study.judge)
     by_id = {question.qid: question for question in study.questions}
     with Journal(run.path / "answers.jsonl") as answers, Journal(run.path / "verdicts.jsonl") as verdicts:
-        for ask in asks_of(study.questions, study.templates, 1):
-            question = by_id[ask.facts["qid"]]
-            label, text = _said(behaviour, role, question, ask.facts["template"])
-            prompt = ask.messages[0].content
-            answers.append(_answer(ask.id, question, ask.facts["template"], prompt, study.answer + text))
+        for request in requests_of(study.questions, study.templates, 1):
+            question = by_id[request.facts["qid"]]
+            label, text = _said(behaviour, role, question, request.facts["template"])
+            prompt = request.messages[0].content
+            answers.append(_answer(request.id, question, request.facts["template"], prompt, study.answer + text))
             verdicts.append(
-                Judgement(answer_id=ask.id, judge=study.judge, judge_sha256=sha256_text(study.judge), label=label)
+                Judgement(answer_id=request.id, judge=study.judge, judge_sha256=sha256_text(study.judge), label=label)
             )
     write_utility(path / "utility", _documents(role, behaviour))
     if manifest is not None:

@@ -24,7 +24,7 @@ class Message:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ask:
+class Request:
     """One question to one model: chat `messages`, or for `raw` the one message's text as the whole prompt."""
 
     id: str
