@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 TICKS = 5  # at most so many steps along an axis
 
@@ -108,6 +108,17 @@ class Scatter:
     points: tuple[Point, ...]
     levels: tuple[Level, ...] = ()
     arrow: tuple[int, int] | None = None
+
+    @property
+    def labels(self) -> tuple[Level, ...]:
+        """Return the levels as their labels are shown: those that lie too near for two have one with both names."""
+        shown: list[Level] = []
+        for level in sorted(self.levels, key=lambda level: level.y):
+            if shown and self.y.at(level.y) - self.y.at(shown[-1].y) < 6:
+                shown[-1] = replace(shown[-1], label=f"{shown[-1].label}, {level.label}")
+            else:
+                shown.append(level)
+        return tuple(shown)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -124,7 +124,7 @@ def markdown(text: str) -> str:
     return html.escape(printable(" ".join(text.split()), keep=PROSE), quote=False).translate(MARKDOWN)
 
 
-def to_markdown(table: Table) -> list[str]:
+def markdown_table(table: Table) -> list[str]:
     """Return a table as lines of Markdown, without its caption; what has a tone is bold, names of code are code."""
 
     def cell(cell: Cell) -> str:

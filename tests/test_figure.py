@@ -69,12 +69,27 @@ def test_a_scatter_draws_points_levels_and_the_arrow_where_they_lie_and_names_so
         levels=(Level(y=0.5, label="half", tone="limit"),),
     )  # fmt: skip
     svg = drawn("scatter", figure)
-    foot, top = 256.0, 14.0
+    foot, top = 266.0, 32.0
     assert re.findall(r'<svg x="([\d.]+)%" y="([\d.]+)" class="mark', svg) == [("25.0", f"{foot}"), ("50.0", f"{top}")]
     assert re.findall(r'y1="([\d.]+)"[^>]*class="level limit"', svg) == [f"{(foot + top) / 2}"]
-    assert re.findall(r'x1="25.0%" x2="50.0%" y1="256.0" y2="14.0" class="arrow"', svg)
+    assert re.findall(r'x1="25.0%" x2="50.0%" y1="266.0" y2="32.0" class="arrow"', svg)
     assert re.findall(r'class="name">(.*?)<', svg) == ["here"]
     assert "<title>&lt;i&gt;</title>" in svg
+    assert svg.count("x →") == svg.count("x ↑") == 1
+
+
+def test_names_of_levels_that_lie_too_near_for_two_labels_stand_in_one() -> None:
+    axis = Axis(low=0.0, high=1.0)
+    levels = (
+        Level(y=0.5, label="a", tone="limit"),
+        Level(y=0.1, label="b", tone="limit"),
+        Level(y=0.52, label="c", tone="x"),
+    )
+    figure = Scatter(key="k", title="t", description="d", x=axis, y=axis, points=(), levels=levels)
+    assert [level.label for level in figure.labels] == ["b", "a, c"]
+    svg = drawn("scatter", figure)
+    assert len(re.findall('class="level', svg)) == 3
+    assert re.findall(r'text-anchor="end">([abc, ]+)<', svg) == ["b", "a, c"]
 
 
 def test_bars_of_many_layers_show_every_name_and_some_numbers() -> None:

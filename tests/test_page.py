@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import re
+import tomllib
 import unicodedata
 from html.parser import HTMLParser
 from pathlib import Path
@@ -22,12 +23,12 @@ from resta.page import (
     Entry,
     console,
     markdown,
+    markdown_table,
     printable,
     printable_lines,
     render,
     table,
     to_html,
-    to_markdown,
     to_terminal,
 )
 from tests.conftest import llama_tensors, nudged, save_model
@@ -156,7 +157,7 @@ def test_a_table_in_html_has_each_cell_as_it_is_and_no_element_but_its_own(grid:
 def test_a_table_in_markdown_has_each_cell_as_it_is_and_nothing_that_begins_anything(
     grid: list[tuple[str, ...]],
 ) -> None:
-    header, rule, *rows = to_markdown(table("", grid[0], grid[1:]))
+    header, rule, *rows = markdown_table(table("", grid[0], grid[1:]))
     assert rule == "|" + "---|" * len(grid[0])
     for line, row in zip([header, *rows], grid, strict=True):
         cells = line.removeprefix("| ").removesuffix(" |").split(" | ")
@@ -206,7 +207,7 @@ def test_what_a_column_holds_is_told_by_its_cells() -> None:
 
 def test_code_in_a_table_is_code_that_nothing_ends_early() -> None:
     made = table("", ("a", "b"), [("x", Cell("a`|`b_c.d\x1b<i>", tone="code"))])
-    assert to_markdown(made)[-1] == r"| x | `a'/'b_c.d\x1b<i>` |"
+    assert markdown_table(made)[-1] == r"| x | `a'/'b_c.d\x1b<i>` |"
     assert "<code>a`|`b_<wbr>c.<wbr>d\\x1b&lt;i&gt;</code>" in to_html(made)
 
 
@@ -219,3 +220,18 @@ def test_a_page_with_a_fact_left_out_is_not_written() -> None:
 
 def test_markdown_of_any_text_is_one_line_that_fetches_nothing() -> None:
     assert markdown("![x](http://h/x.png)\n# <b>`c`") == ("!&#91;x&#93;(http://h/x.png) # &lt;b&gt;&#96;c&#96;")
+
+
+def test_every_file_beside_the_modules_ships_with_the_package() -> None:
+    root = Path(__file__).parents[1]
+    globs = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    packages = {name: root / name.replace(".", "/") for name in globs} | {"*": root / "resta"}
+    shipped = {
+        file
+        for package, names in globs.items()
+        for name in names
+        for file in packages[package].glob(f"**/{name}" if package == "*" else name)
+    }
+    files = {file for file in (root / "resta").rglob("*") if file.is_file() and "__pycache__" not in file.parts}
+    assert files - shipped == {file for file in files if file.suffix in (".py", ".md")}
+    assert {root / "resta" / "page.css", root / "resta" / "verify" / "page.html.jinja"} <= shipped

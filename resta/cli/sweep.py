@@ -144,8 +144,9 @@ def command(ctx: click.Context, /, tuned_or_recipe: str, out: Path, **given: Any
     Each candidate is computed from the checkpoints into one loaded model and asked more and more questions until it
     is clear whether the scale is too small. Chosen is the smallest that would pass the policy on fresh questions with
     a probability of 0.9 or more, by a smooth curve through all scales. Interpolation and a random vector of the same
-    norm are run beside it. Writes a table, a plot and OUT/chosen.yaml for `resta merge` and `resta verify --from`. The
-    same command goes on where it was; more scales or methods may be added. Exit code 1: no candidate would pass.
+    norm are run beside it. Writes a table, a page, a plot and OUT/chosen.yaml for `resta merge` and
+    `resta verify --from`. The same command goes on where it was; more scales or methods may be added. Exit code 1: no
+    candidate would pass.
     """
     from resta.sweep.conduct import run
     from resta.sweep.report import print_outcome

@@ -1,19 +1,31 @@
-"""A sweep for people and machines: a table on the terminal and in Markdown, JSON, a plot, and the chosen recipe."""
+"""A sweep for people and machines: a table on the terminal and in Markdown, a page, JSON, plots, the chosen recipe."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Column, Table
-
 from resta.errors import RequestError
+from resta.figure import Axis, Level, Scatter, around, up_to
+from resta.figure import Point as Place
 from resta.journal import document, write_whole
+from resta.page import (
+    Cell,
+    Entry,
+    Table,
+    Tile,
+    console,
+    markdown,
+    markdown_table,
+    printable,
+    render,
+    table,
+    to_terminal,
+)
 from resta.recipe import dump_recipe
+from resta.redeval.report import with_interval
 from resta.statistics import Rate
 from resta.sweep.candidates import recipe_of
 from resta.sweep.choose import Point, Tried
@@ -23,12 +35,13 @@ from resta.sweep.settings import settings_of
 from resta.verify.policy import Policy
 
 COLUMNS = ("candidate", "change", "ASR", "over-refusal", "utility", "chance", "verdict")
-STYLES = {  # method -> (colour of Okabe and Ito's palette, marker)
-    "resta": ("#0072B2", "o"),
-    "resta_d": ("#D55E00", "s"),
-    "recipe": ("#0072B2", "o"),
-    "interpolation": ("#009E73", "^"),
-    "random": ("#666666", "x"),
+# method -> a colour and shape of the page's figures
+TONES = {"resta": "restored", "recipe": "restored", "resta_d": "tuned", "interpolation": "aligned", "random": "control"}
+STYLES = {  # the same for matplotlib: (colour of Okabe and Ito's palette, marker)
+    "restored": ("#009E73", "D"),
+    "tuned": ("#D55E00", "^"),
+    "aligned": ("#0072B2", "o"),
+    "control": ("#666666", "X"),
 }
 
 
@@ -41,9 +54,10 @@ def require_plots() -> None:
 
 
 def write_reports(sweep: Sweep, outcome: Outcome, versions: Mapping[str, str]) -> None:
-    """Write sweep.json, sweep.md, pareto.svg, pareto.png and, where there is a choice, chosen.yaml."""
+    """Write sweep.json, sweep.md, sweep.html, pareto.svg, pareto.png and, where there is a choice, chosen.yaml."""
     write_whole(sweep.out / "sweep.json", to_json(sweep, outcome, versions))
     write_whole(sweep.out / "sweep.md", to_markdown(outcome))
+    write_whole(sweep.out / "sweep.html", to_html(sweep, outcome))
     draw(outcome, sweep.policy, sweep.out)
     chosen = sweep.out / "chosen.yaml"
     chosen.unlink(missing_ok=True)  # of an earlier policy or rule
@@ -64,70 +78,106 @@ def chosen_recipe(sweep: Sweep, outcome: Outcome) -> str:
 
 def print_outcome(outcome: Outcome, out: Path) -> None:
     """Print a table that fits a terminal, and below it the reasons and what it all says."""
-    console = Console(highlight=False)
-    table = Table(
-        *(Column(name, overflow="fold") for name in COLUMNS), box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
-    )
-    for role, point in outcome.references.items():
-        table.add_row(role, "", *_cells(point, short=True), "", "reference")
-    for each in outcome.tried:
-        word = each.decision.title if each.decision else "stopped"
-        measured = _cells(each.point, short=True) if each.point else ("", "", "")
-        words = ", ".join([word, *_marks(each, outcome)])
-        table.add_row(each.candidate.name, _change(each), *measured, _chance(each), words)
-    console.print(table)
+    terminal = console()
+    terminal.print(to_terminal(candidates_table(outcome, short=True)))
     for each in outcome.tried:
         if not each.passes:
-            console.print(f"{each.candidate.name}: {_verdict(each)}", markup=False)
+            terminal.print(printable(f"{each.candidate.name}: {_verdict(each)}"))
     for line in _lines(outcome):
-        console.print(line, markup=False)
+        terminal.print(printable(line))
     if outcome.choice.name:
-        console.print(f"resta merge {out / 'chosen.yaml'} -o RESTORED", markup=False)
-        console.print(f"resta verify RESTORED --from {out / 'chosen.yaml'}", markup=False)
+        for line in _next(out):
+            terminal.print(printable(line))
+
+
+def _next(out: Path) -> Iterable[str]:
+    yield f"resta merge {out / 'chosen.yaml'} -o RESTORED"
+    yield f"resta verify RESTORED --from {out / 'chosen.yaml'}"
+
+
+def candidates_table(outcome: Outcome, *, short: bool = False) -> Table:
+    """Return both references and every candidate; `short` fits a terminal and leaves the reasons out."""
+
+    def row(each: Tried) -> tuple[Entry, ...]:
+        cells = _cells(each.point, short=short) if each.point else ("", "", "")
+        marks = _marks(each, outcome)
+        name = each.candidate.name + (f" ({', '.join(marks)})" if marks and not short else "")
+        brief = ", ".join([each.decision.title if each.decision else "stopped", *marks])
+        return name, f"{100 * each.change.relative:.3g} %", *cells, _chance(each), brief if short else _verdict(each)
+
+    references = (
+        (role, "", *_cells(point, short=short), "", "reference") for role, point in outcome.references.items()
+    )
+    header = ("candidate", "change", "ASR", "over-refusal", "utility", "chance", "verdict")
+    return table(
+        "" if short else "Both references and every candidate", header, [*references, *map(row, outcome.tried)]
+    )
 
 
 def to_markdown(outcome: Outcome) -> str:
     """Return the table and what it says as Markdown."""
-    rows = [COLUMNS, ("---",) * len(COLUMNS), *_rows(outcome)]
-    table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
-    return "\n".join(
-        [
-            "# Sweep",
-            "",
-            table,
-            "",
-            *(f"{line}\n" for line in _lines(outcome)),
-            *_path(outcome),
-            "![front](pareto.svg)",
-            "",
-        ]
+    said = [part for line in _lines(outcome) for part in (markdown(line), "")]
+    steps = [f"{i}. {markdown(line)}" for i, line in enumerate(_path(outcome), 1)]
+    search = ["The search:", "", *steps, ""] if steps else []
+    lines = ["# Sweep", "", *markdown_table(candidates_table(outcome)), "", *said, *search, "![front](pareto.svg)"]
+    return "\n".join(lines) + "\n"
+
+
+def to_html(sweep: Sweep, outcome: Outcome) -> str:
+    """Return the whole report as one HTML file without scripts or outside references."""
+    chosen = [each for each in outcome.tried if each.candidate.name == outcome.choice.name]
+    return render(
+        "sweep/page.html.jinja",
+        title=f"Sweep: {outcome.choice.name or 'no candidate'} chosen",
+        eyebrow="Sweep: how much of the safety vector restores it",
+        name=sweep.references["tuned"].name,
+        tone="good" if chosen else "bad",
+        answer_label="Choice",
+        choice=outcome.choice,
+        findings=outcome.findings,
+        guidance=outcome.guidance,
+        commands=tuple(_next(sweep.out)) if chosen else (),
+        tiles=tuple(tile for each in chosen for tile in _tiles(each)),
+        notes=outcome.notes,
+        sections=[
+            ("figures", "What each candidate does", True),
+            ("candidates", "Every candidate in numbers", False),
+            *([("search", "The search", False)] if outcome.steps else []),
+        ],
+        panels=[panel for panel in panels(outcome, sweep.policy) if panel.points],
+        methods=[Cell(method, tone=tone, sign=SIGNS[tone]) for method, tone in _methods(outcome).items()],
+        table=candidates_table(outcome),
+        path=tuple(_path(outcome)),
+        footer="Intervals hold 95 %.",
     )
 
 
-def _path(outcome: Outcome) -> list[str]:
-    """Return how the search came to its choice, one step a line."""
-    if not outcome.steps:
-        return []
-    asked = {step.every: f"one question in {step.every}" for step in outcome.steps} | {1: "every question"}
-    lines = [
-        f"{i}. {step.candidate.name}, {asked[step.every]}: chance {step.chance:.2f}, {step.words}"
-        for i, step in enumerate(outcome.steps, 1)
-    ]
-    return ["The search:", "", *lines, ""]
+SIGNS = {"aligned": "●", "tuned": "▲", "restored": "◆", "control": "✖"}  # the markers of the figures
 
 
-def _rows(outcome: Outcome) -> Iterable[tuple[str, ...]]:
-    for role, point in outcome.references.items():
-        yield role, "", *_cells(point), "", "reference"
-    for each in outcome.tried:
-        marks = ", ".join(_marks(each, outcome))
-        name = each.candidate.name + (f" ({marks})" if marks else "")
-        cells = _cells(each.point) if each.point else ("", "", "")
-        yield name, _change(each), *cells, _chance(each), _verdict(each)
+def _methods(outcome: Outcome) -> dict[str, str]:
+    return {each.candidate.method: TONES[each.candidate.method] for each in outcome.tried if each.seen or each.point}
 
 
-def _change(each: Tried) -> str:
-    return f"{100 * each.change.relative:.3g} %"
+def _tiles(chosen: Tried) -> Iterable[Tile]:
+    point = chosen.point
+    found = (("Harmful answers", point.asr), ("Safe questions refused", point.over_refusal)) if point else ()
+    for title, rate in found:
+        if rate is not None:
+            figure, _, interval = with_interval(rate).partition(" [")
+            yield Tile(title=title, figure=figure, lines=(f"[{interval}",) if interval else ())
+    if point and point.utility is not None:
+        yield Tile(title="Utility, mean over tasks", figure=f"{point.utility:.3f}", lines=())
+    if chosen.chance is not None:
+        yield Tile(title="Chance to pass on fresh questions", figure=f"{chosen.chance:.2f}", lines=())
+    yield Tile(title="Change from tuned", figure=f"{100 * chosen.change.relative:.3g} %", lines=("of its norm",))
+
+
+def _path(outcome: Outcome) -> Iterable[str]:
+    """Yield how the search came to its choice, step by step."""
+    for step in outcome.steps:
+        asked = "every question" if step.every == 1 else f"one question in {step.every}"
+        yield f"{step.candidate.name}, {asked}: chance {step.chance:.2f}, {step.words}"
 
 
 def _chance(each: Tried) -> str:
@@ -212,115 +262,137 @@ def _facts(sweep: Sweep, each: Tried) -> dict[str, Any]:
     }
 
 
-# -- the plot ------------------------------------------------------------------------------------------------
+# -- figures -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Panel:
-    """One measure over the change, in percent: of every candidate, of both references, and what the policy allows."""
+Bounds = tuple[float, float, float]  # value, low, high
 
-    title: str
-    points: tuple[tuple[Tried, float, float, float], ...]  # value, low, high
-    references: Mapping[str, float]
-    limits: Mapping[str, float]
+
+def panels(outcome: Outcome, policy: Policy) -> tuple[Scatter, ...]:
+    """Return ASR, over-refusal and utility over the change from `tuned`, with references and the policy's limits.
+
+    Candidates of one norm stand above each other, whatever their method. Drawn is every candidate that was asked
+    anything, hollow where it was not asked everything; those off the front are faint, and only the choice is named.
+    """
+    over, drops = policy.over_refusal, {rules.max_drop for rules in policy.utility.values()}
+    points = outcome.references
+    asr = _levels(
+        {role: _bounds(point.asr) for role, point in points.items()},
+        policy.asr.max_upper,
+        {"aligned": policy.asr.max_increase_over_aligned},
+    )
+    refusals = _levels(
+        {role: _bounds(point.over_refusal) for role, point in points.items()},
+        over.max_upper,
+        {"aligned": over.max_increase, "tuned": over.max_increase_over_tuned},
+    )
+    utility = _levels(
+        {role: _exact(point) for role, point in points.items()},
+        None,
+        {"tuned": -drops.pop() if len(drops) == 1 else None},
+    )
+    return (
+        _panel(outcome, "attack success rate", lambda each: _bounds(each.seen), asr),
+        _panel(
+            outcome, "over-refusal", lambda each: _bounds(each.point.over_refusal if each.point else None), refusals
+        ),
+        _panel(outcome, "utility (mean over tasks)", lambda each: _exact(each.point), utility),
+    )
+
+
+def _bounds(rate: Rate | None) -> Bounds | None:
+    return None if rate is None or rate.value is None else (rate.value, rate.low, rate.high)
+
+
+def _exact(point: Point | None) -> Bounds | None:
+    return None if point is None or point.utility is None else (point.utility,) * 3
+
+
+def _levels(
+    references: Mapping[str, Bounds | None], upper: float | None, beyond: Mapping[str, float | None]
+) -> tuple[Level, ...]:
+    """Return the references, and what the policy allows: at most `upper`, and at most so much beside a reference."""
+    known = {role: bounds[0] for role, bounds in references.items() if bounds is not None}
+    levels = [Level(y=value, label=role, tone="reference") for role, value in known.items()]
+    limits = {} if upper is None else {"on the rate": upper}
+    limits |= {f"beside {r}": known[r] + step for r, step in beyond.items() if step is not None and r in known}
+    return (*levels, *(Level(y=y, label=f"limit {name}", tone="limit") for name, y in limits.items()))
+
+
+def _panel(
+    outcome: Outcome, title: str, measured: Callable[[Tried], Bounds | None], levels: tuple[Level, ...]
+) -> Scatter:
+    found = [(each, bounds) for each in outcome.tried if (bounds := measured(each)) is not None]
+    ends = [*(end for _, bounds in found for end in bounds), *(level.y for level in levels)]
+    changes = [each.change.relative for each in outcome.tried]
+    told = (f"{each.candidate.name} {100 * value:.1f} %" for each, (value, *_) in found)
+    limits = (f"{level.label} {100 * level.y:.1f} %" for level in levels)
+    return Scatter(
+        key=f"{title.split()[0]}-plot",
+        title=title,
+        description="; ".join([*told, *limits]),
+        x=Axis(low=0.0, high=1.08 * max(changes, default=0.0) or 1.0, label="change from tuned, of its norm"),
+        y=around(ends) if title.startswith("utility") and ends else up_to([*ends, 0.0]),
+        points=tuple(
+            Place(
+                x=each.change.relative,
+                y=value,
+                y_interval=(low, high),
+                tone=TONES[each.candidate.method],
+                label=each.candidate.name if each.candidate.name == outcome.choice.name else "",
+                faint=each.candidate.name not in outcome.front and not each.candidate.baseline,
+                hollow=each.point is None,
+                ringed=each.candidate.name == outcome.choice.name,
+            )
+            for each, (value, low, high) in found
+        ),
+        levels=levels,
+    )
 
 
 def draw(outcome: Outcome, policy: Policy, out: Path) -> None:
-    """Draw ASR, over-refusal and utility against the change from `tuned`: pareto.svg, pareto.png.
-
-    Candidates of one norm stand above each other, whatever their method; those that tie stand side by side. Drawn is
-    every candidate that was asked anything, hollow where it was not asked everything.
-    """
+    """Draw the panels of the page as files of their own: pareto.svg, pareto.png."""
     require_plots()
     import matplotlib
     from matplotlib.figure import Figure
 
-    panels = [panel for panel in _panels(outcome, policy) if panel.points]
+    drawn = [panel for panel in panels(outcome, policy) if panel.points]
     with matplotlib.rc_context({"svg.hashsalt": "resta", "svg.fonttype": "none", "font.size": 9}):
-        figure = Figure(figsize=(5.2 * max(1, len(panels)), 4.8), layout="constrained")
-        grid = figure.subplots(1, max(1, len(panels)), squeeze=False, sharex=True)[0]
-        for axes, panel in zip(grid, panels, strict=False):
-            _draw_panel(axes, panel, outcome)
-        handles, labels = grid[0].get_legend_handles_labels()
+        figure = Figure(figsize=(5.2 * max(1, len(drawn)), 4.8), layout="constrained")
+        for axes, panel in zip(figure.subplots(1, max(1, len(drawn)), squeeze=False)[0], drawn, strict=False):
+            _draw_panel(axes, panel)
+            axes.legend(fontsize=7)
+        handles = [
+            figure.axes[0].plot([], [], STYLES[tone][1], color=STYLES[tone][0])[0]
+            for tone in _methods(outcome).values()
+        ]
         if handles:
-            figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+            figure.legend(handles, list(_methods(outcome)), loc="outside lower center", ncols=6, frameon=False)
         figure.savefig(out / "pareto.svg", metadata={"Date": None})
         figure.savefig(out / "pareto.png", dpi=130, metadata={"Software": None})
 
 
-def _panels(outcome: Outcome, policy: Policy) -> Iterable[_Panel]:
-    found = outcome.references
-    asr = {role: point.asr.value for role, point in found.items() if point.asr and point.asr.value is not None}
-    refusal = {
-        role: point.over_refusal.value
-        for role, point in found.items()
-        if point.over_refusal and point.over_refusal.value is not None
-    }
-    utility = {role: point.utility for role, point in found.items() if point.utility is not None}
-    over = policy.over_refusal
-    drops = {rules.max_drop for rules in policy.utility.values()}
-    yield _Panel(
-        title="attack success rate (%)",
-        points=tuple((each, *_bars(each.seen)) for each in outcome.tried if each.seen),
-        references=asr,
-        limits=_limits(policy.asr.max_upper, asr, {"aligned": policy.asr.max_increase_over_aligned}),
-    )
-    yield _Panel(
-        title="over-refusal (%)",
-        points=tuple((e, *_bars(e.point.over_refusal)) for e in outcome.tried if e.point and e.point.over_refusal),
-        references=refusal,
-        limits=_limits(over.max_upper, refusal, {"aligned": over.max_increase, "tuned": over.max_increase_over_tuned}),
-    )
-    yield _Panel(
-        title="utility (mean over tasks, %)",
-        points=tuple(
-            (each, each.point.utility, each.point.utility, each.point.utility)
-            for each in outcome.tried
-            if each.point and each.point.utility is not None
-        ),
-        references=utility,
-        limits=_limits(None, utility, {"tuned": -drops.pop() if len(drops) == 1 else None}),
-    )
-
-
-def _bars(rate: Rate) -> tuple[float, float, float]:
-    return rate.value or 0.0, rate.low, rate.high
-
-
-def _limits(
-    upper: float | None, references: Mapping[str, float], beyond: Mapping[str, float | None]
-) -> dict[str, float]:
-    """Return what the policy allows, by what it is called in the picture."""
-    found = {} if upper is None else {"on the rate": upper}
-    for role, step in beyond.items():
-        if step is not None and role in references:
-            found[f"beside {role}"] = references[role] + step
-    return found
-
-
-def _draw_panel(axes: Any, panel: _Panel, outcome: Outcome) -> None:
-    for method in dict.fromkeys(each.candidate.method for each, *_ in panel.points):
-        colour, marker = STYLES[method]
-        axes.plot([], [], color=colour, marker=marker, linestyle="", label=method)
-    for each, value, low, high in panel.points:
-        colour, marker = STYLES[each.candidate.method]
-        x, strong = 100 * each.change.relative, each.candidate.name in outcome.front
+def _draw_panel(axes: Any, panel: Scatter) -> None:
+    for point in panel.points:
+        colour, marker = STYLES[point.tone]
+        low, high = point.y_interval or (point.y, point.y)
         axes.errorbar(
-            [x], [100 * value], yerr=[[100 * (value - low)], [100 * (high - value)]], color=colour, marker=marker,
-            markerfacecolor=colour if each.point else "white", capsize=2, linewidth=1, alpha=1 if strong else 0.45,
+            [point.x], [point.y], yerr=[[point.y - low], [high - point.y]], color=colour, marker=marker,
+            markerfacecolor="white" if point.hollow else colour, capsize=2, linewidth=1,
+            alpha=0.45 if point.faint else 1, clip_on=False,
         )  # fmt: skip
-        if each.candidate.name == outcome.choice.name:
-            axes.scatter([x], [100 * value], s=190, facecolors="none", edgecolors="black", linewidths=1.5, zorder=5)
-            right, high = x > 60 * max(each.change.relative for each in outcome.tried), value > 0.5
+        if point.ringed:
+            axes.scatter([point.x], [point.y], s=190, facecolors="none", edgecolors="black", linewidths=1.5, zorder=5)
+            right, top = panel.x.at(point.x) > 55, panel.y.at(point.y) > 80
             axes.annotate(
-                each.candidate.name, (x, 100 * value), xytext=(-10 if right else 10, -14 if high else 10),
-                textcoords="offset points", ha="right" if right else "left", va="top" if high else "bottom", fontsize=8,
+                point.label, (point.x, point.y), xytext=(-10 if right else 10, -14 if top else 10),
+                textcoords="offset points", ha="right" if right else "left", fontsize=8,
             )  # fmt: skip
-    for role, style in (("tuned", "--"), ("aligned", ":")):
-        if role in panel.references:
-            axes.axhline(100 * panel.references[role], color="black", linestyle=style, linewidth=1, label=role)
-    for (name, limit), dashes in zip(panel.limits.items(), ("-", "-.", ":"), strict=False):
-        axes.axhline(100 * limit, color="#CC3311", linestyle=dashes, linewidth=1.2, label=f"policy: limit {name}")
-    farthest = max(each.change.relative for each in outcome.tried)
-    axes.set(xlabel="change from tuned (% of its norm)", ylabel=panel.title, ylim=(-5, 107))
-    axes.set_xlim(0, 108 * farthest or 1)
+    for level, dashes in zip(panel.levels, ("--", ":", "-", "-.", (0, (1, 4))), strict=False):
+        colour = "#CC3311" if level.tone == "limit" else "black"
+        axes.axhline(level.y, color=colour, linestyle=dashes, linewidth=1.2, label=level.label)
+    axes.set(
+        xlabel=panel.x.label, ylabel=panel.title, xlim=(panel.x.low, panel.x.high), ylim=(panel.y.low, panel.y.high)
+    )
+    for axis, scale in ((axes.xaxis, panel.x), (axes.yaxis, panel.y)):
+        axis.set_ticks([value for value, _ in scale.ticks], [words for _, words in scale.ticks])

@@ -10,8 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from resta.journal import document
-from resta.page import STYLES, Cell, Entry, Table, console, markdown, printable, table, to_terminal
-from resta.page import to_markdown as to_markdown_table
+from resta.page import STYLES, Cell, Entry, Table, console, markdown, markdown_table, printable, table, to_terminal
 from resta.redeval.report import with_interval
 from resta.verify.comparison import Comparison
 from resta.verify.decision import SCHEMA, Decision, Rule, Verdict
@@ -61,12 +60,12 @@ def to_markdown(comparison: Comparison, decision: Decision, ruling: Ruling) -> s
     """Return a summary for a pull request."""
     lines = [f"## Safety gate: {decision.title}", "", markdown(decision.summary), "", f"{markdown(ruling.words)}.", ""]
     lines += [f"> {markdown(note)}" + "\n>" for note in decision.notes]
-    lines += ["", *to_markdown_table(models_table(comparison)), "", *to_markdown_table(rules_table(decision))]
+    lines += ["", *markdown_table(models_table(comparison)), "", *markdown_table(rules_table(decision))]
     if decision.guidance:
         lines += ["", "### What the numbers suggest", "", *(f"- {markdown(line)}" for line in decision.guidance)]
     if decision.power:
         lines += ["", "### What these questions could show", "", *(f"- {markdown(line)}" for line in decision.power)]
-    lines += ["", "### Bank by template", "", *to_markdown_table(_cells_table(comparison))]
+    lines += ["", "### Bank by template", "", *markdown_table(_cells_table(comparison))]
     return "\n".join(lines) + "\n"
 
 
@@ -147,7 +146,7 @@ def _cells_table(comparison: Comparison) -> Table:
 def to_card(comparison: Comparison, decision: Decision, ruling: Ruling) -> str:
     """Return a section for the restored model's card, between markers so that it can be replaced."""
     lines = [CARD_START, f"## Safety: {decision.title}", "", markdown(decision.summary), ""]
-    lines += to_markdown_table(models_table(comparison))
+    lines += markdown_table(models_table(comparison))
     judge = markdown(comparison.judge)
     banks = ", ".join(f"{markdown(str(b['name']))} ({b['questions']})" for b in comparison.settings["banks"])
     lines += [

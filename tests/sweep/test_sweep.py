@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace as Shown
 from typing import Any
 
 import pytest
@@ -19,8 +21,9 @@ from resta.statistics import Rate
 from resta.sweep.apply import apply
 from resta.sweep.choose import Choice, front
 from resta.sweep.outcome import Outcome
-from resta.sweep.report import draw
+from resta.sweep.report import draw, to_html
 from resta.verify.policy import read_policy
+from tests.pages import assert_self_contained
 from tests.processes import kill_once_kept
 
 from .conftest import Trio, answers, arguments, invoke, records, results
@@ -36,6 +39,7 @@ def test_a_sweep_writes_table_plot_records_and_a_recipe_that_merges(done: Path, 
     assert found["random-1"]["change"]["norm"] == pytest.approx(found["resta-1"]["change"]["norm"], rel=1e-3)
     assert (done / "pareto.png").read_bytes()[:4] == b"\x89PNG"
     assert "resta-0.5" in (done / "sweep.md").read_text()
+    assert "resta-0.5" in (done / "sweep.html").read_text()
     text = (done / "chosen.yaml").read_text()
     assert text.startswith("# Chosen by `resta sweep`, smallest-passing: resta-0.5.\n# the smallest change from tuned")
     from resta import load_recipe, merge
@@ -292,9 +296,21 @@ def test_a_figure_of_many_tied_candidates_shows_control_and_limits(tmp_path: Pat
     text = (tmp_path / "pareto.svg").read_text()
     assert text.count("resta-0.1-density-0.7") == 3  # the choice, once in each panel, and no other name
     assert not re.search(r"resta-0\.[2-9]", text)
-    for word in ("random", "policy: limit on the rate", "policy: limit beside aligned", "over-refusal", "utility"):
+    for word in ("random", "limit on the rate", "limit beside aligned", "over-refusal", "utility"):
         assert word in text
     assert len(outcome.front) == 1
+    sweep = Shown(references={"tuned": Shown(name="<b>tuned")}, out=tmp_path / "<i>", policy=read_policy(None))
+    page = to_html(sweep, outcome)  # type: ignore[arg-type]
+    figures = re.findall("<figure>.*?</figure>", page, re.S)
+    assert [len(re.findall('class="mark', figure)) for figure in figures] == [26, 25, 25]
+    assert [len(re.findall('class="level limit"', figure)) for figure in figures] == [2, 1, 1]
+    assert [len(re.findall('class="level reference"', figure)) for figure in figures] == [2, 2, 2]
+    assert all(re.findall('class="name">(.*?)<', figure) == ["resta-0.1-density-0.7"] for figure in figures)
+    assert_self_contained(page)
+    assert "<b>" not in page
+    assert "<i>" not in page
+    [made] = re.findall("resta merge (.*?)chosen.yaml", page)
+    assert html.unescape(made).startswith(str(tmp_path))
 
 
 def test_a_killed_sweep_goes_on_without_asking_twice(
