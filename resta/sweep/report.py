@@ -34,7 +34,6 @@ from resta.sweep.outcome import Outcome
 from resta.sweep.settings import settings_of
 from resta.verify.policy import Policy
 
-COLUMNS = ("candidate", "change", "ASR", "over-refusal", "utility", "chance", "verdict")
 # method -> a colour and shape of the page's figures
 TONES = {"resta": "restored", "recipe": "restored", "resta_d": "tuned", "interpolation": "aligned", "random": "control"}
 STYLES = {  # the same for matplotlib: (colour of Okabe and Ito's palette, marker)
