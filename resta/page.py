@@ -117,11 +117,15 @@ def to_terminal(table: Table) -> rich.table.Table:
 
 # What could begin something in Markdown, as entities, which never do: a link or picture, emphasis, code, a cell's end.
 MARKDOWN = str.maketrans({letter: f"&#{ord(letter)};" for letter in "\\`*[]|~"})
+INTERVAL = re.compile(
+    r"(\[[-+\d., ]+\])(?![(\[:])"
+)  # a figure's, which is left as it is: no link, and no link's address
 
 
 def markdown(text: str) -> str:
     """Return text as one line that Markdown shows as it is, and that fetches and begins nothing."""
-    return html.escape(printable(" ".join(text.split()), keep=PROSE), quote=False).translate(MARKDOWN)
+    parts = INTERVAL.split(html.escape(printable(" ".join(text.split()), keep=PROSE), quote=False))
+    return "".join(part if i % 2 else part.translate(MARKDOWN) for i, part in enumerate(parts))
 
 
 def markdown_table(table: Table) -> list[str]:
