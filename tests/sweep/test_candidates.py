@@ -161,3 +161,15 @@ def test_interpolation_may_be_asked_for_by_its_earlier_name() -> None:
     )
     grid = _grid(context.params, is_recipe=False)
     assert (grid.methods, grid.interpolation_scales) == (("interpolation",), (0.2,))
+
+
+def test_flags_of_coverage_and_configs_go_into_every_candidates_recipe(trio: dict[str, Path]) -> None:
+    from resta.cli.sweep import _family, command
+
+    words = [str(trio["tuned"]), "--aligned", str(trio["aligned"]), "--base", str(trio["base"]), "--scale", "0.5"]
+    words += ["--min-coverage", "0.5", "--allow-config", "rope_theta", "-o", "x"]
+    context = command.make_context("sweep", words)
+    found = _family(str(trio["tuned"]), context.params)
+    for candidate in candidates_of(Grid(scales=(0.5,))):
+        recipe = recipe_of(candidate, found)
+        assert (recipe.min_coverage, recipe.allow_config) == (0.5, ("rope_theta",))
