@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resta.dialect import Word, parse
-from resta.errors import RecipeError, RequestError
+from resta.errors import RequestError
 from resta.recipe import Recipe as Merge
 from resta.recipe import load_recipe
 from resta.redeval.judges import JudgeSpec, read_judge
@@ -281,7 +281,7 @@ def test_whatever_stands_where_a_value_should_is_taken_or_refused_in_our_words(n
     inner[key] = data.draw(VALUES)
     try:
         check(model, plain)
-    except RecipeError as error:
+    except RequestError as error:
         message = str(error)
     else:
         return
@@ -290,7 +290,7 @@ def test_whatever_stands_where_a_value_should_is_taken_or_refused_in_our_words(n
 
 
 def test_a_number_that_nobody_can_write_is_still_one_sentence() -> None:
-    with pytest.raises(RecipeError, match="judge: expected text, found a number of too many digits"):
+    with pytest.raises(RequestError, match="judge: expected text, found a number of too many digits"):
         check(Policy, {"judge": 10**5000})
 
 

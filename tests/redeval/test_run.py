@@ -54,7 +54,9 @@ def test_a_local_run_asks_every_question_once_and_reports(tiny: Path, bank: Path
     assert {v.judge for v in verdicts(out)} == {"refusal-strings"}
     assert "1 questions of six repeat an earlier one; asked once" in shown
     assert "smoke test, not a measurement" in shown
-    for control in json.loads((out / "report.json").read_text())["scores"]["controls"]["refusal-strings"]:
+    report = json.loads((out / "report.json").read_text(), parse_constant=pytest.fail)  # NaN is not JSON
+    assert (report["schema"], report["kind"]) == (1, "redeval")
+    for control in report["scores"]["controls"]["refusal-strings"]:
         assert control["passed"]
         assert control["p"] < 0.01
         assert control["at"] in (out / "report.md").read_text()
