@@ -26,7 +26,7 @@ from resta.checkpoint import (
     read_json,
     read_weights,
 )
-from resta.engine import carry_out, computed
+from resta.engine import carry_out, compute_tensors
 from resta.errors import RequestError, RestaError
 from resta.hub import Located, locate
 from resta.plan import make_plan
@@ -371,7 +371,7 @@ def test_an_input_that_changes_during_the_merge_leaves_no_output(
 
 def test_the_iterator_over_tensors_notices_a_changed_input_too(trio: dict[str, str]) -> None:
     plan = make_plan(half_trio(trio))
-    assert len(list(computed(plan))) == len(plan.steps)
+    assert len(list(compute_tensors(plan))) == len(plan.steps)
     rewrite(Path(trio["base"]).resolve() / SINGLE)
     with pytest.raises(RestaError, match="changed while it was being merged"):
-        list(computed(plan))
+        list(compute_tensors(plan))
