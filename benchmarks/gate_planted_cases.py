@@ -28,7 +28,7 @@ from resta.verify.gate import decide
 from resta.verify.measurement import Measurement
 from resta.verify.policy import read_policy
 from resta.version import VERSION
-from tests.verify.made import JUDGE
+from tests.verify.builders import JUDGE
 from tests.verify.planted import SALAD, at_rates, judge_says, losses_of, measurements
 
 POLICY = read_policy(None)

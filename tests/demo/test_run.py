@@ -22,7 +22,7 @@ from resta.sweep.outcome import Outcome
 from resta.verify import Verification
 from resta.verify.decision import Decision, Verdict
 from tests.demo.test_models import BRIEF
-from tests.sweep.made import tried
+from tests.sweep.builders import tried
 
 
 def point(name: str, asr: float) -> Point:

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from sft_tiny import exchange, sentencepiece_like, tiny_config
 from transformers import LlamaForCausalLM
+
+from tests.sft.builders import exchange, sentencepiece_like, tiny_config
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,7 @@ import pytest
 from resta.sweep.baselines import Beside, beside, interpolation_words, nearest, pick_vector, random_words
 from resta.sweep.choose import Choice
 from resta.verify.policy import Policy
-
-from .made import measurement, questions, tried
+from tests.sweep.builders import measurement, questions, tried
 
 NONE = Choice(name=None, rule="smallest-passing", reason="")
 TUNED = tried("resta-9", asr=1.0).point

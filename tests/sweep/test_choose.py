@@ -4,8 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resta.sweep.choose import choose, dominates, front
-
-from .made import tried
+from tests.sweep.builders import tried
 
 
 def test_the_smallest_change_that_passes_is_chosen() -> None:

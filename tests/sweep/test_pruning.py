@@ -8,8 +8,7 @@ from resta.verify.comparison import compare
 from resta.verify.decision import Verdict
 from resta.verify.gate import decide
 from resta.verify.policy import AsrRules, DegenerateRules, Limit, OverRefusalRules, Policy
-
-from .made import measurement, questions
+from tests.sweep.builders import measurement, questions
 
 EVERY = 4
 

@@ -20,7 +20,7 @@ from resta.verify.documents import Document
 from resta.verify.gate import decide
 from resta.verify.measurement import ROLES, Measurement
 from resta.verify.policy import Policy
-from tests.verify.made import JUDGE, VOCABULARY, WORDS, judge_facts
+from tests.verify.builders import JUDGE, VOCABULARY, WORDS, judge_facts
 
 SALAD = "of the and to"  # how an answer begins whose losses are those of words in no order
 Flags = np.ndarray  # (questions, templates, models), bool: who gave in, or refused, where

@@ -21,7 +21,7 @@ from resta.verify.gate import decide
 from resta.verify.parts import all_within
 from resta.verify.policy import Policy, default_policy, read_policy
 from resta.verify.report import to_card, to_markdown
-from tests.verify.made import a_ruling
+from tests.verify.builders import a_ruling
 from tests.verify.planted import at_rates, exactly, gate, losses_of, measurements, planted
 
 

@@ -20,7 +20,7 @@ from resta.verify.junit import to_junit
 from resta.verify.measurement import ROLES, Measurement, is_measurement, pick_judges, read_measurement
 from resta.verify.policy import Policy, default_policy, read_policy
 from resta.verify.report import CARD_START, to_card, to_json, to_markdown, with_section
-from tests.verify.made import (
+from tests.verify.builders import (
     ALIGNED,
     HOSTILE,
     RESTORED,

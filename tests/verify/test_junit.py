@@ -12,7 +12,7 @@ import pytest
 
 from resta.verify.decision import Outcome
 from resta.verify.junit import to_junit
-from tests.verify.made import RESTORED, Case, make_hostile_case, make_named_case
+from tests.verify.builders import RESTORED, Case, make_hostile_case, make_named_case
 
 TIME = r"(([0-9]{0,3},)*[0-9]{3}|[0-9]{0,3})*(\.[0-9]{0,3})?"  # seconds; thousands may be set off by commas
 MANY = float("inf")

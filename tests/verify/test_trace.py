@@ -14,7 +14,7 @@ from resta.verify.gate import decide
 from resta.verify.policy import read_policy
 from resta.verify.trace import DECISIONS, SHOWN, make_ruling, with_earlier
 from resta.verify.views import VIEWS, remove_reports, write_reports
-from tests.verify.made import Case, make_named_case
+from tests.verify.builders import Case, make_named_case
 
 LAX = "asr: {max_upper: 0.9}\nunparsed: {max: 0.5}\n"
 VERSIONS = {"resta": "0.1.0"}

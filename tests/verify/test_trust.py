@@ -22,7 +22,7 @@ from resta.verify.generated import EMPTY, MOST, look
 from resta.verify.measurement import HUMAN, ROLES, Measurement, pick_judges, read_measurement
 from resta.verify.policy import Policy, read_policy
 from resta.verify.sameness import buckets
-from tests.verify.made import (
+from tests.verify.builders import (
     ALIGNED,
     JUDGE,
     RESTORED,

@@ -11,8 +11,7 @@ import pytest
 
 from resta.verify.report import to_json
 from resta.verify.written import verdict_schema
-
-from .made import RESTORED, Case, make_named_case
+from tests.verify.builders import RESTORED, Case, make_named_case
 
 
 @pytest.fixture(scope="module")

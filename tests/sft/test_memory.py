@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from sft_tiny import tiny_config
 from transformers import LlamaForCausalLM
 
 from resta.sft import memory
 from resta.sft.recipe import Recipe
 from resta.sft.train import Job
+from tests.sft.builders import tiny_config
 
 
 def job_of(base: Path, **changes: Any) -> Job:

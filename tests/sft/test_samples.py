@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sft_tiny import exchange, sentencepiece_like
 
 from resta.errors import RequestError
 from resta.sft.chat import open_chat
 from resta.sft.data import mix
 from resta.sft.recipe import Recipe
 from resta.sft.samples import Prepared, columns, lengths, prepare
+from tests.sft.builders import exchange, sentencepiece_like
 
 Write = Callable[..., Path]
 CHAT = open_chat(sentencepiece_like(), template="vicuna_v1.1", root=Path(), pad_token=None)
@@ -62,7 +62,7 @@ def test_a_control_token_in_the_text_is_refused_by_line_or_dropped(write_rows: W
 
 
 def test_a_template_failure_names_the_row(write_rows: Write) -> None:
-    from sft_tiny import byte_level
+    from tests.sft.builders import byte_level
 
     chat = open_chat(byte_level(), template="gemma", root=Path(), pad_token=None)
     row = {"messages": [{"role": "system", "content": "x"}, *exchange("Why?", "Because.")["messages"]]}

@@ -10,11 +10,11 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sft_tiny import exchange
 
 from resta.errors import RequestError
 from resta.sft.data import Conversation, format_of, load, mix, tidy
 from resta.sft.recipe import Recipe, Source
+from tests.sft.builders import exchange
 
 Write = Callable[..., Path]
 ASKED, SAID = "What is 2 and 2?", "It is 4."

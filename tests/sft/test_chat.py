@@ -8,11 +8,11 @@ import pytest
 import trl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sft_tiny import byte_level, sentencepiece_like
 
 from resta.chat_templates import named_template
 from resta.errors import RequestError
 from resta.sft.chat import Chat, control_token, encode, open_chat, render, tokenize
+from tests.sft.builders import byte_level, sentencepiece_like
 
 HERE = Path()
 TALK = [

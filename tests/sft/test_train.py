@@ -18,7 +18,6 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from sft_tiny import exchange
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from resta.adapter import read_adapter
@@ -30,6 +29,7 @@ from resta.sft.finetune import carry_out as run
 from resta.sft.recipe import Recipe
 from resta.sft.train import Job
 from tests.processes import wait_until
+from tests.sft.builders import exchange
 
 Make = Callable[..., Job]
 TRAIN: dict[str, Any] = {
@@ -159,8 +159,9 @@ def test_a_full_model_loads_in_transformers_in_the_format_of_its_base(make: Make
 
 
 def test_tied_weights_are_saved_once_after_rounding(make: Make, tmp_path: Path) -> None:
-    from sft_tiny import sentencepiece_like, tiny_config
     from transformers import LlamaForCausalLM
+
+    from tests.sft.builders import sentencepiece_like, tiny_config
 
     tied = tmp_path / "tied"
     tokenizer = sentencepiece_like()
@@ -519,8 +520,9 @@ def test_qlora_without_its_library_says_what_to_install(make: Make, monkeypatch:
 
 def test_qlora_trains_an_adapter_that_loads_on_the_base(make: Make, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    from sft_tiny import sentencepiece_like, tiny_config
     from transformers import LlamaForCausalLM
+
+    from tests.sft.builders import sentencepiece_like, tiny_config
 
     torch.manual_seed(0)
     base, tokenizer = tmp_path / "wide", sentencepiece_like()  # 4-bit blocks are 64 weights wide

@@ -14,12 +14,12 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from sft_tiny import exchange
 
 from resta.sft import recipe as recipes
 from resta.sft.finetune import carry_out as run
 from resta.sft.recipe import Recipe
 from resta.sft.train import Job
+from tests.sft.builders import exchange
 
 
 def settings_of(case: str, base: Path, sums: Path, red: Path) -> dict[str, Any]:

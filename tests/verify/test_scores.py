@@ -17,7 +17,7 @@ from resta.verify.gate import decide
 from resta.verify.measurement import ROLES, Measurement, read_measurement
 from resta.verify.policy import Policy
 from resta.verify.scores import value_of
-from tests.verify.made import ALIGNED, RESTORED, TUNED, make_measurement, usual_study
+from tests.verify.builders import ALIGNED, RESTORED, TUNED, make_measurement, usual_study
 
 DROP = (0.0, 1.0, -1.0)
 
