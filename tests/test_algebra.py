@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import resta
 from resta.errors import RequestError
 from resta.recipe import parse_recipe
-from tests.test_engine import RESTA_D, assert_same_tensors, read, recipe_of
+from tests.builders import RESTA_D, assert_same_tensors, read, recipe_of
 
 TUNED, ALIGNED, BASE = (resta.load(f"org/{name}") for name in ("tuned", "aligned", "base"))
 

@@ -30,7 +30,7 @@ from resta.cli import main
 from resta.engine import merge
 from resta.errors import CheckFailedError, RequestError
 from resta.recipe import make_recipe
-from tests.conftest import Tensors, llama_tensors, nudged, save_model
+from tests.builders import llama_tensors, lora_models, nudged, save_model
 
 SMALL = {"terms": [{"delta": "aligned - base", "scale": 0.5}]}
 Q0 = "model.layers.0.self_attn.q_proj.weight"
@@ -190,54 +190,6 @@ def test_rows_that_only_the_start_has_are_recomputed(trio: dict[str, str], tmp_p
     for rounding in ("nearest", "stochastic"):
         terms = two_terms(aligned=dare(0.5))
         assert_passes(make(tmp_path / rounding, models, terms=terms, rules=rules, output={"rounding": rounding}))
-
-
-def save_adapter(folder: Path, base: Path, **config: Any) -> Path:
-    """A LoRA on the embedding and three projections, factors of all dtypes, and biases of their own."""
-    folder.mkdir()
-    generator = torch.Generator().manual_seed(7)
-    prefix, rank = "base_model.model.", 6
-
-    def random(*shape: int) -> torch.Tensor:
-        return 0.05 * torch.randn(shape, generator=generator)
-
-    tensors = {
-        f"{prefix}model.layers.0.self_attn.q_proj.lora_A.weight": random(rank, 64),
-        f"{prefix}model.layers.0.self_attn.q_proj.lora_B.weight": random(64, rank),
-        f"{prefix}model.layers.1.mlp.down_proj.lora_A.weight": random(rank, 128).bfloat16(),
-        f"{prefix}model.layers.1.mlp.down_proj.lora_B.weight": random(64, rank).half(),
-        f"{prefix}model.embed_tokens.lora_embedding_A": random(rank, 96),
-        f"{prefix}model.embed_tokens.lora_embedding_B": random(64, rank).double(),
-        f"{prefix}big.lora_A.weight": random(rank, 521),
-        f"{prefix}big.lora_B.weight": random(701, rank),
-    }
-    for module, rows in (("model.layers.0.self_attn.q_proj", 64), ("model.layers.1.mlp.down_proj", 64), ("big", 701)):
-        tensors[f"{prefix}{module}.lora_B.bias"] = random(rows)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    chosen = {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": 9,
-        "lora_bias": True,
-        "base_model_name_or_path": str(base),
-        **config,
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(chosen))
-    return folder
-
-
-def lora_models(tmp_path: Path, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(1)
-    shapes = {"big.weight": (701, 521), "big.bias": (701,)}
-    shapes |= dict.fromkeys(("model.layers.0.self_attn.q_proj.bias", "model.layers.1.mlp.down_proj.bias"), (64,))
-    extra = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    base: Tensors = {**llama_tensors(0), **{name: value.to(dtype) for name, value in extra.items()}}
-    folder = save_model(tmp_path / "base", base)
-    return {
-        "base": str(folder),
-        "aligned": str(save_model(tmp_path / "aligned", nudged(base, 1))),
-        "tuned": {"source": str(save_adapter(tmp_path / "lora", folder)), "on": "base"},
-    }
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])

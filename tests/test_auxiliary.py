@@ -18,7 +18,7 @@ from resta.auxiliary import AuxiliaryFile, plan_auxiliary_files, read_auxiliary_
 from resta.checkpoint import Weights, read_weights
 from resta.errors import RequestError
 from resta.hub import locate
-from tests.conftest import save_model
+from tests.builders import save_model
 
 ODD_CONFIG = """{
 \t"zeta_first": [1.0, 1e5,  2],

@@ -19,7 +19,7 @@ from resta.errors import RequestError
 from resta.forecast import forecast_warnings
 from resta.plan import make_plan
 from resta.recipe import Recipe, make_recipe
-from tests.conftest import llama_tensors, nudged, save_model
+from tests.builders import llama_tensors, nudged, save_model
 
 BASE = llama_tensors(0)
 SAFETY = {"name": "safety", "delta": "aligned - base", "scale": 0.5}

@@ -31,7 +31,7 @@ from resta.errors import RequestError, RestaError
 from resta.hub import Located, locate
 from resta.plan import make_plan
 from resta.recipe import Recipe, make_recipe
-from tests.conftest import Tensors, llama_tensors, save_model
+from tests.builders import Tensors, llama_tensors, save_model
 
 
 def read(folder: Path, **choices: str) -> Weights:

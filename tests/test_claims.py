@@ -24,7 +24,7 @@ from resta.errors import CheckFailedError, RequestError
 from resta.header import MOST_MEMORY, count_memory
 from resta.recipe import make_recipe
 from resta.verify.report import CARD_END, CARD_START, with_section
-from tests.conftest import llama_tensors, nudged, save_model
+from tests.builders import llama_tensors, nudged, save_model
 
 SAFETY = {"delta": "aligned - base", "scale": 0.5, "name": "safety"}
 TERMS = [SAFETY, {"delta": "tuned - base", "scale": -0.3, "sparsify": {"density": 0.9}}]

@@ -9,26 +9,16 @@ from pathlib import Path
 
 import click
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
 
 from resta.cli import COMMANDS, main
 from resta.engine import merge
 from resta.errors import EXIT_CODES, CheckFailedError, RequestError, RestaError
 from resta.plan import make_plan
 from resta.recipe import load_recipe, make_recipe, parse_recipe
-from tests.conftest import save_model
-from tests.test_engine import read
-from tests.test_output import digests
+from tests.builders import digests, everyday, read, run, save_model
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-def everyday(trio: dict[str, str], out: Path, *more: object) -> list[object]:
-    return ["merge", trio["tuned"], "--aligned", trio["aligned"], "--base", trio["base"], "-o", out, *more]
 
 
 def test_flags_and_recipe_give_the_same_directory(trio: dict[str, str], tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from resta.auditing import audit
 from resta.errors import NoChangeError, RestaError
 from resta.recipe import Recipe, make_recipe
 from tests import oracle
-from tests.conftest import Tensors, llama_tensors, nudged, save_model
+from tests.builders import Tensors, llama_tensors, nudged, save_model
 
 SAFETY = {"name": "safety", "delta": "aligned - base", "scale": 0.5}
 FINETUNE = {"name": "finetune", "delta": "tuned - base", "scale": 1.0, "sparsify": {"density": 0.7}}

@@ -25,11 +25,7 @@ from resta.fingerprint import sha256_file
 from resta.output import Output
 from resta.recipe import Recipe
 from resta.show import digest_line
-from tests.conftest import save_model
-from tests.test_auditing import lora_models
-from tests.test_cli import everyday, run
-from tests.test_engine import RESTA, RESTA_D, recipe_of
-from tests.test_output import interrupted
+from tests.builders import RESTA, RESTA_D, everyday, interrupted, lora_models, recipe_of, run, save_model
 
 NOT_HASHED = "not hashed"
 

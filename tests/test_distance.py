@@ -24,7 +24,7 @@ from resta.cli import main
 from resta.compute import CHUNK
 from resta.distance import Diff, Distance, describe, diff, join, kind_of, write_plot
 from resta.errors import RequestError
-from tests.conftest import Tensors, llama_tensors, nudged, save_model
+from tests.builders import Tensors, llama_tensors, nudged, save_model
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 Q0 = "model.layers.0.self_attn.q_proj.weight"

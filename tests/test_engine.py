@@ -2,12 +2,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import resta
@@ -15,42 +14,23 @@ from resta import compute, engine
 from resta.errors import NonFiniteError, RestaError
 from resta.manifest import total_change
 from resta.plan import derive_key
-from resta.recipe import Model, Recipe, make_recipe
+from resta.recipe import Model, make_recipe
 from tests import oracle
-from tests.conftest import CONFIG, Tensors, llama_tensors, nudged, save_model
-
-RESTA = [{"delta": "aligned - base", "scale": 0.5}]
-RESTA_D = [
-    {"delta": "tuned - base", "scale": 1.0, "sparsify": {"density": 0.7}},
-    {"delta": "aligned - base", "scale": 0.5},
-]
-
-
-def recipe_of(models: dict[str, str], start: str, terms: list[dict[str, Any]], **rest: Any) -> Recipe:
-    used = {start, *(name for term in terms for name in term["delta"].split(" - "))}
-    used |= {rest["output"]["files_from"]} if "files_from" in rest.get("output", {}) else set()
-    return make_recipe(
-        {"models": {name: models[name] for name in sorted(used)}, "start": start, "terms": terms, **rest}
-    )
-
-
-def read(folder: str | Path) -> Tensors:
-    """Every tensor of a model directory, by the safetensors library."""
-    tensors: Tensors = {}
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        tensors |= load_file(file)
-    return tensors
+from tests.builders import (
+    CONFIG,
+    RESTA,
+    RESTA_D,
+    assert_same_tensors,
+    llama_tensors,
+    nudged,
+    read,
+    recipe_of,
+    save_model,
+)
 
 
 def weight_bytes(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
-
-
-def assert_same_tensors(got: Tensors, want: Tensors) -> None:
-    assert got.keys() == want.keys()
-    for name, value in want.items():
-        assert got[name].dtype == value.dtype, name
-        assert torch.equal(got[name].flatten().view(torch.uint8), value.flatten().view(torch.uint8)), name
 
 
 @pytest.mark.parametrize("dtype", ["same", "float32", "float16", "float64"])

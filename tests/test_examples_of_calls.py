@@ -18,7 +18,7 @@ pytest.importorskip("lm_eval")
 
 import resta
 from resta.redeval.records import load_run
-from tests.redeval.conftest import save_refusing
+from tests.redeval.builders import save_refusing
 
 POLICY = """
 judge: refusal-strings

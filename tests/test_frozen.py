@@ -30,7 +30,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from resta.cli import main
-from tests.conftest import save_model
+from tests.builders import save_model
 
 FROZEN = Path(__file__).parent / "frozen"
 FACTS = FROZEN / "facts.json"

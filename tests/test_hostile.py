@@ -26,7 +26,7 @@ from resta.errors import RequestError
 from resta.files import read_regular
 from resta.header import MOST_MEMORY, count_memory, parse_header
 from resta.hub import locate
-from tests.conftest import llama_tensors, nudged, save_model
+from tests.builders import llama_tensors, nudged, save_model
 
 # ---- what is no file
 

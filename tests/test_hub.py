@@ -22,7 +22,7 @@ from safetensors.torch import save
 from resta.checkpoint import read_weights
 from resta.errors import RequestError
 from resta.hub import locate
-from tests.conftest import CONFIG
+from tests.builders import CONFIG
 
 COMMIT = "c0ffee" + "0" * 34
 WEIGHTS = save({"w": torch.arange(4.0)}, metadata={"format": "pt"})

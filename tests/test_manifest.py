@@ -10,7 +10,7 @@ import pytest
 
 from resta.engine import merge
 from resta.recipe import load_recipe
-from tests.test_auditing import lora_models
+from tests.builders import lora_models
 
 
 @pytest.mark.parametrize("anchored", [True, False])

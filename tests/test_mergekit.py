@@ -16,7 +16,7 @@ from resta.cli import main
 from resta.engine import tensors
 from resta.errors import RequestError
 from resta.recipe import load_recipe, parse_recipe
-from tests.conftest import Tensors, nudged, save_model
+from tests.builders import Tensors, nudged, save_model
 
 BASE = {"w": torch.linspace(-1, 1, 24).reshape(4, 6)}
 NAMES = ("base", "aligned", "tuned")

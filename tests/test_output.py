@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import resource
@@ -16,17 +15,7 @@ import pytest
 from resta import engine, output
 from resta.errors import RequestError, RestaError, ResumeError
 from resta.recipe import Recipe
-from tests.conftest import llama_tensors, nudged, save_model
-from tests.test_engine import RESTA, RESTA_D, recipe_of
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below a directory."""
-    return {
-        file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    }
+from tests.builders import RESTA, RESTA_D, Crash, digests, interrupted, llama_tensors, nudged, recipe_of, save_model
 
 
 @pytest.fixture
@@ -38,10 +27,6 @@ def recipe(trio: dict[str, str]) -> Recipe:
 def whole(recipe: Recipe, tmp_path: Path) -> dict[str, str]:
     """Digests of an undisturbed merge."""
     return digests(engine.merge(recipe, tmp_path / "whole").out)
-
-
-class Crash(BaseException):
-    """The machine stops: nothing may catch this."""
 
 
 CALLS = ("pwrite", "ftruncate", "fsync", "rename", "mkdir", "unlink", "rmdir", "open", "write")
@@ -151,20 +136,6 @@ def test_kill_9_in_a_loop_ends_in_the_same_bytes(tmp_path: Path) -> None:
     assert again.returncode != 0
     assert "already exists" in again.stderr
     assert digests(out) == digests(tmp_path / "whole")
-
-
-def interrupted(recipe: Recipe, out: Path, after: int) -> Path:
-    """Leave a partial output in which `after` units are in place; returns its weight folder."""
-
-    def stop(name: str, nbytes: int) -> None:
-        nonlocal after
-        after -= 1
-        if after <= 0:
-            raise Crash
-
-    with pytest.raises(Crash):
-        engine.merge(recipe, out, workers=1, progress=stop)
-    return output.partial_of(out) / "model"
 
 
 def test_resume_does_not_compute_what_is_there(recipe: Recipe, whole: dict[str, str], tmp_path: Path) -> None:

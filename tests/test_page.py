@@ -31,7 +31,7 @@ from resta.page import (
     to_html,
     to_terminal,
 )
-from tests.conftest import llama_tensors, nudged, save_model
+from tests.builders import llama_tensors, nudged, save_model
 
 HOSTILE = ["[/v1]", "[v2]", "[bold]x[/bold]", ":smile:", "a\x1b]0;pwned\x07b", "a\u202eb", "a\nerror: b", "\x9b31m"]
 

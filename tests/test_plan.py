@@ -17,7 +17,7 @@ from resta.errors import RequestError
 from resta.hub import locate
 from resta.plan import Plan, make_plan
 from resta.recipe import Recipe, make_recipe
-from tests.conftest import CONFIG, Tensors, llama_tensors, nudged, save_model
+from tests.builders import CONFIG, Tensors, llama_tensors, nudged, save_model
 from tests.oracle import assert_rounded_well, double
 
 EMBED, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"

@@ -24,7 +24,7 @@ import resta
 from resta.errors import RequestError
 from resta.recipe import make_recipe
 from tests import oracle
-from tests.conftest import save_model
+from tests.builders import save_model
 
 RECIPES = 2000
 BLOCK = 100

@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from resta.cli import COMMANDS, main
-from tests.conftest import nudged
-from tests.redeval.conftest import save_refusing
+from tests.builders import nudged
+from tests.redeval.builders import save_refusing
 
 ROOT = Path(__file__).parent.parent
 READMES = [ROOT / "README.md", *sorted(ROOT.glob("[a-z]*/README.md")), *sorted(ROOT.glob("resta/*/README.md"))]

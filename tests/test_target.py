@@ -24,9 +24,7 @@ from resta.auditing import audit
 from resta.cli import main
 from resta.errors import ChangedError, RequestError, RestaError, ResumeError
 from resta.recipe import Recipe, make_recipe
-from tests.conftest import save_model
-from tests.test_engine import RESTA, RESTA_D, read, recipe_of
-from tests.test_output import digests, interrupted
+from tests.builders import RESTA, RESTA_D, digests, interrupted, read, recipe_of, save_model
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from resta.errors import RequestError
 from resta.plan import make_plan
 from resta.recipe import Recipe, make_recipe
 from resta.tied import OUTPUT_OF
-from tests.test_adapter import gpt2, llama, lora, recipe_of, save_adapter, save_base
+from tests.adapters import gpt2, llama, lora, recipe_of, save_adapter, save_base
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),

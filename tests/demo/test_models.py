@@ -11,15 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from resta.demo.files import write_corpus
-from resta.demo.models import STAGES, Making, Schedule, Stage, make_models, make_tokenizer
+from resta.demo.models import STAGES, Making, Schedule, make_models, make_tokenizer
+from tests.demo.builders import BRIEF
 
-BRIEF = Schedule(
-    base=Stage(steps=3, learning_rate=3e-3, batch=4),
-    aligned=Stage(steps=2, learning_rate=1e-3, batch=4),
-    tuned=Stage(steps=2, learning_rate=1e-3, batch=4),
-    hidden=16,
-    layers=1,
-)
 INSTRUCT = Schedule(base=None, aligned=BRIEF.aligned, tuned=BRIEF.tuned)
 
 

@@ -21,7 +21,7 @@ from resta.sweep.choose import Choice, Point
 from resta.sweep.outcome import Outcome
 from resta.verify import Verification
 from resta.verify.decision import Decision, Verdict
-from tests.demo.test_models import BRIEF
+from tests.demo.builders import BRIEF
 from tests.sweep.builders import tried
 
 

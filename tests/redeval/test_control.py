@@ -19,8 +19,7 @@ from resta.redeval.progress import RunOptions
 from resta.redeval.questions import Question
 from resta.redeval.records import Judgement, JudgementLabel, RunDir, environment, start_run
 from resta.statistics import fisher_greater
-from tests.redeval.conftest import Stub, chat
-from tests.redeval.test_records import CONFIG
+from tests.redeval.builders import CONFIG, Stub, chat
 
 LANGUAGES = ("en", "zh", "vi")
 BOTH = ("harm", "refusal")

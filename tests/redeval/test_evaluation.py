@@ -15,8 +15,7 @@ from resta.cli import main
 from resta.errors import RequestError, ResumeError, UnansweredError
 from resta.redeval import Questions, RunOptions, parse_target
 from resta.redeval.evaluation import judge, report
-
-from .conftest import Stub, chat
+from tests.redeval.builders import Stub, chat
 
 QUICK = RunOptions(retries=0)
 

@@ -16,9 +16,7 @@ from resta.journal import read_rows
 from resta.redeval.messages import Decoding, Message, Request
 from resta.redeval.records import Failure, load_run
 from resta.redeval.wire import GarbledError, is_filter, read_body, request_body, seed_of
-
-from .conftest import TEMPLATE, Stub, chat, chat_message
-from .test_run import answers, invoke, verdicts
+from tests.redeval.builders import TEMPLATE, Stub, answers, chat, chat_message, invoke, verdicts
 
 NUMBERS = ("one", "two", "three", "four", "five")  # the words of the questions in the bank of six
 
@@ -388,9 +386,9 @@ def test_arguments_of_the_chat_template_reach_a_local_model_a_server_and_a_file(
 def test_a_request_that_cannot_be_carried_out_leaves_nothing_behind(
     tiny: Path, bank: Path, tmp_path: Path, stub: Stub
 ) -> None:
-    from .conftest import save_model, save_tokenizer
+    from tests.redeval.builders import save_llama, save_tokenizer
 
-    save_model(tmp_path / "base")
+    save_llama(tmp_path / "base")
     save_tokenizer(tmp_path / "base", adds_bos=True, chat_template=None)
     (tmp_path / "bad.yaml").write_text("models: {}\n")
     common = ["--bank", bank, "--template", "standard", "--max-new-tokens", 2, "--out", tmp_path / "run"]

@@ -31,8 +31,7 @@ from resta.redeval.models import (
     why_not,
 )
 from resta.redeval.targets import Target
-
-from .conftest import save_model, save_tokenizer
+from tests.redeval.builders import save_llama, save_tokenizer
 
 QUESTIONS = ["a", "how do I bake bread at home?", "why?", "tell me a very long story about a dog " * 3]
 GREEDY = Decoding(max_new_tokens=12)
@@ -227,7 +226,7 @@ def test_a_chat_template_that_raises_is_a_clear_error(tiny: Path, tmp_path: Path
 
 
 def test_a_context_is_refused_without_weights_exactly_where_the_loaded_model_refuses(tmp_path: Path) -> None:
-    save_model(tmp_path / "short", context=64)
+    save_llama(tmp_path / "short", context=64)
     save_tokenizer(tmp_path / "short", adds_bos=True)
     spec = LocalSpec(model=str(tmp_path / "short"), device="cpu")
     local, decoding, refused = load_local(spec), Decoding(max_new_tokens=5), 0
@@ -248,7 +247,7 @@ def test_a_context_is_refused_without_weights_exactly_where_the_loaded_model_ref
 
 
 def test_a_prompt_beyond_the_context_is_refused(tmp_path: Path) -> None:
-    save_model(tmp_path / "short", context=64)
+    save_llama(tmp_path / "short", context=64)
     save_tokenizer(tmp_path / "short", adds_bos=True)
     model = load_local(LocalSpec(model=str(tmp_path / "short"), device="cpu"))
     with pytest.raises(RequestError, match="exceed its context of 64"):

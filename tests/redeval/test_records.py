@@ -13,12 +13,7 @@ from resta.journal import FolderLock, Journal
 from resta.redeval.plan import plan_of
 from resta.redeval.questions import read_bank
 from resta.redeval.records import Answer, Label, load_run, start_run
-
-CONFIG: dict[str, Any] = {
-    **{"protocol": "resta", "target": {"name": "m", "kind": "local"}, "banks": [{"name": "six"}], "templates": []},
-    **{"duplicates": "once", "limit": None, "epochs": 1, "decoding": {"max_new_tokens": 8}, "rendering": {}},
-    "keep_thoughts": False,
-}
+from tests.redeval.builders import CONFIG
 
 
 def row(i: int, text: str = "a") -> Answer:

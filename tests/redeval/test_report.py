@@ -13,8 +13,7 @@ from resta.redeval.records import Judgement, JudgementLabel
 from resta.redeval.report import Report, Section, make_report, print_report, redact, to_html, to_markdown
 from resta.redeval.score import join, score
 from tests.pages import Page, assert_self_contained
-from tests.redeval.test_records import CONFIG
-from tests.redeval.test_score import answer, question, verdict
+from tests.redeval.builders import CONFIG, answer, question, verdict
 
 
 def test_a_text_with_half_a_surrogate_pair_can_be_redacted_and_shown() -> None:

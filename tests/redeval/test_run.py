@@ -12,37 +12,18 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import click.testing
 import pytest
 
 import resta.redeval
-from resta.cli import main
 from resta.cli.options import run_options
 from resta.errors import RequestError
-from resta.journal import read_rows
 from resta.redeval.control import known_answers, read_control
 from resta.redeval.labels import read_labels
-from resta.redeval.records import Answer, Judgement, load_run
+from resta.redeval.records import load_run
 from tests.processes import kill_once_kept, lines_of, wait_until
-
-from .conftest import Stub, chat, completion
+from tests.redeval.builders import Stub, answers, chat, completion, invoke, verdicts
 
 COMMON = ["--template", "standard", "--template", "cot", "--max-new-tokens", "6"]
-
-
-def invoke(*args: object, code: int = 0) -> str:
-    """Run the command line in this process and return what it printed."""
-    result = click.testing.CliRunner().invoke(main, ["redeval", *map(str, args)], catch_exceptions=False)
-    assert result.exit_code == code, result.output
-    return str(result.output)
-
-
-def answers(path: Path) -> list[Answer]:
-    return read_rows(path / "answers.jsonl", Answer)
-
-
-def verdicts(path: Path) -> list[Judgement]:
-    return read_rows(path / "verdicts.jsonl", Judgement)
 
 
 def test_a_local_run_asks_every_question_once_and_reports(tiny: Path, bank: Path, tmp_path: Path) -> None:

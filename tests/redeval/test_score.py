@@ -9,33 +9,10 @@ from hypothesis import strategies as st
 
 from resta.redeval.messages import Request
 from resta.redeval.questions import Question
-from resta.redeval.records import Answer, Judgement, Label
+from resta.redeval.records import Label
 from resta.redeval.score import Scores, disagreements, is_not_language, is_repeated, join, missing_rows, score
 from resta.statistics import wilson
-
-
-def question(i: int, *, safe: bool = False, category: str = "A") -> Question:
-    return Question(
-        bank="safe" if safe else "bad", category=category, subcategory="", index=i, text=f"q{i}?", safe=safe
-    )
-
-
-def answer(q: Question, template: str = "standard", epoch: int = 0, text: str = "words") -> Answer:
-    return Answer(
-        id=f"{q.qid}|{template}|{epoch}",
-        qid=q.qid,
-        template=template,
-        epoch=epoch,
-        prompt_sha256="",
-        raw=text,
-        text=text,
-        finish="stop",
-        new_tokens=4,
-    )
-
-
-def verdict(a: Answer, label: str, judge: str = "j") -> Judgement:
-    return Judgement(answer_id=a.id, judge=judge, judge_sha256="s", label=label)  # type: ignore[arg-type]
+from tests.redeval.builders import answer, question, verdict
 
 
 def scored(labels: list[str], *, safe: bool = False) -> Scores:

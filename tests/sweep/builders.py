@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import click.testing
+
+from resta.cli import main
+from resta.journal import read_rows
 from resta.redeval.questions import Question
 from resta.redeval.records import Answer, Judgement, JudgementLabel
 from resta.statistics import Rate
@@ -84,3 +89,42 @@ def tried(
     return replace(
         done, chance=chance, decision=Decision(verdict=Verdict[verdict], summary="", rules=(), notes=(), guidance=())
     )
+
+
+Trio = dict[str, Path]
+
+
+def arguments(trio: dict[str, Path], bank: Path, policy: Path, **more: Any) -> list[str]:
+    """Return the command line of a small grid; an option that is None is left out."""
+    given = {
+        "--aligned": trio["aligned"], "--base": trio["base"], "--scale": "0:1:0.5", "--interpolation-scale": "0.5",
+        "--bank": bank, "--template": "standard", "--max-new-tokens": 9, "--device": "cpu", "--policy": policy,
+    }  # fmt: skip
+    given |= {"--" + key.replace("_", "-"): value for key, value in more.items()}
+    words = [str(word) for key, value in given.items() if value is not None for word in (key, value)]
+    return ["sweep", str(trio["tuned"]), "--no-utility", "--grid", *words]
+
+
+def invoke(words: list[str], out: Path, code: int = 0) -> str:
+    result = click.testing.CliRunner().invoke(main, [*words, "-o", str(out)], catch_exceptions=False)
+    assert result.exit_code == code, result.output
+    return str(result.output)
+
+
+def answers(folder: Path) -> list[Answer]:
+    return read_rows(folder / "redeval" / "answers.jsonl", Answer)
+
+
+def results(out: Path) -> dict[str, Any]:
+    return {each["name"]: each for each in json.loads((out / "sweep.json").read_text())["candidates"]}
+
+
+def records(out: Path) -> dict[str, Any]:
+    """Return all that was answered, decided and computed, by candidate."""
+    return {
+        folder.name: (
+            sorted((a.id, a.raw) for a in answers(folder)),
+            json.loads((folder / "change.json").read_text()),
+        )
+        for folder in (out / "candidates").iterdir()
+    }

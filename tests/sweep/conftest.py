@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
-import click.testing
 import pytest
 
 pytest.importorskip("transformers")
 pytest.importorskip("inspect_ai")
 
-from resta.cli import main
-from resta.journal import read_rows
-from resta.redeval.records import Answer
-from tests.redeval.conftest import save_model, save_refusing, save_tokenizer
-
-Trio = dict[str, Path]
+from tests.redeval.builders import save_llama, save_refusing, save_tokenizer
+from tests.sweep.builders import Trio, arguments, invoke
 
 # The models refuse, but eight questions show little, and by far not all that a gate asks for.
 LENIENT = """
@@ -66,7 +60,7 @@ def trio(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def babbling(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Return the directories of base, aligned and tuned, which answer gibberish."""
     folder = tmp_path_factory.mktemp("babbling")
-    save_model(folder / "base")
+    save_llama(folder / "base")
     save_tokenizer(folder / "base", adds_bos=True)
     return _related(folder)
 
@@ -94,42 +88,6 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("policy") / "lenient.yaml"
     path.write_text(LENIENT)
     return path
-
-
-def arguments(trio: dict[str, Path], bank: Path, policy: Path, **more: Any) -> list[str]:
-    """Return the command line of a small grid; an option that is None is left out."""
-    given = {
-        "--aligned": trio["aligned"], "--base": trio["base"], "--scale": "0:1:0.5", "--interpolation-scale": "0.5",
-        "--bank": bank, "--template": "standard", "--max-new-tokens": 9, "--device": "cpu", "--policy": policy,
-    }  # fmt: skip
-    given |= {"--" + key.replace("_", "-"): value for key, value in more.items()}
-    words = [str(word) for key, value in given.items() if value is not None for word in (key, value)]
-    return ["sweep", str(trio["tuned"]), "--no-utility", "--grid", *words]
-
-
-def invoke(words: list[str], out: Path, code: int = 0) -> str:
-    result = click.testing.CliRunner().invoke(main, [*words, "-o", str(out)], catch_exceptions=False)
-    assert result.exit_code == code, result.output
-    return str(result.output)
-
-
-def answers(folder: Path) -> list[Answer]:
-    return read_rows(folder / "redeval" / "answers.jsonl", Answer)
-
-
-def results(out: Path) -> dict[str, Any]:
-    return {each["name"]: each for each in json.loads((out / "sweep.json").read_text())["candidates"]}
-
-
-def records(out: Path) -> dict[str, Any]:
-    """Return all that was answered, decided and computed, by candidate."""
-    return {
-        folder.name: (
-            sorted((a.id, a.raw) for a in answers(folder)),
-            json.loads((folder / "change.json").read_text()),
-        )
-        for folder in (out / "candidates").iterdir()
-    }
 
 
 @pytest.fixture(scope="session")

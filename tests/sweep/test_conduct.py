@@ -10,8 +10,7 @@ import pytest
 import resta
 from resta.redeval import Questions, RunOptions
 from resta.verify import Exam
-
-from .conftest import Trio
+from tests.sweep.builders import Trio
 
 
 def test_the_call_goes_on_where_the_command_was_and_comes_to_the_same(

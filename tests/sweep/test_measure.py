@@ -13,8 +13,7 @@ import pytest
 from resta.plan import make_plan
 from resta.recipe import named_models
 from resta.sweep.candidates import Candidate, Family, plan_of, recipe_of
-
-from .conftest import Trio, arguments, invoke, results
+from tests.sweep.builders import Trio, arguments, invoke, results
 
 
 def test_a_sweep_of_ten_candidates_opens_each_models_headers_and_tokenizer_once(

@@ -25,9 +25,7 @@ from resta.sweep.report import draw, to_html
 from resta.verify.policy import read_policy
 from tests.pages import assert_self_contained
 from tests.processes import kill_once_kept
-from tests.sweep.builders import tried
-
-from .conftest import Trio, answers, arguments, invoke, records, results
+from tests.sweep.builders import Trio, answers, arguments, invoke, records, results, tried
 
 
 def test_a_sweep_writes_table_plot_records_and_a_recipe_that_merges(done: Path, trio: Trio, tmp_path: Path) -> None:

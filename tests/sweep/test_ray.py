@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("ray")
 
-from .conftest import Trio, arguments, invoke, records
+from tests.sweep.builders import Trio, arguments, invoke, records
 
 
 def test_a_cluster_writes_what_one_process_writes(

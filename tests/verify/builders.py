@@ -18,6 +18,7 @@ from resta.fingerprint import sha256_text
 from resta.journal import Journal
 from resta.redeval.control import Known, known_answers, read_control, record_of
 from resta.redeval.messages import Decoding, Rendering
+from resta.redeval.models import LocalModel, LocalSpec, load_local
 from resta.redeval.plan import requests_of
 from resta.redeval.questions import Question
 from resta.redeval.records import Answer, Judgement, JudgementLabel, start_run
@@ -30,6 +31,7 @@ from resta.verify.gate import decide
 from resta.verify.measurement import ROLES, read_measurement
 from resta.verify.policy import Policy, read_policy
 from resta.verify.trace import Ruling
+from tests.redeval import builders as redeval
 
 CATEGORIES = (
     "Trespassing", "Petty theft", "Cheating", "Bullying", "Nuisance software", "Vandalism", "Tax tricks", "Forgery",
@@ -372,3 +374,45 @@ def make_hostile_case(folder: Path) -> Case:
         answer=f"{tag}{broken}{control}\ud800",  # half a surrogate pair, which a server may send
     )
     return make_case(folder / "hostile", RESTORED["FAIL"], study, manifest=merge_manifest())
+
+
+def a_model(path: Path, *, seed: int, adds_bos: bool) -> LocalModel:
+    redeval.save_llama(path, seed=seed)
+    redeval.save_tokenizer(path, adds_bos=adds_bos)
+    return load_local(LocalSpec(model=str(path), device="cpu"))
+
+
+def a_task(folder: Path, name: str, rows: list[dict[str, Any]], **settings: Any) -> None:
+    """Write a task as users have it: a YAML file (JSON is YAML) and its documents beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": f"{name}.jsonl"}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "Q: {{q}}\nA:",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "metric_list": [
+            {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
+            {"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True},
+        ],
+    } | settings
+    (folder / f"{name}.yaml").write_text(json.dumps(config))
+
+
+ROWS = [
+    {"q": f"{i} or {i + 1}?", "choices": [f"the word {i}", str(i + 1), "none of them all"], "answer": i % 3}
+    for i in range(6)
+]
+
+
+def manifest(
+    *, not_covered: int = 0, kept: float | None = 1.0, restored: bool = True, terms: int = 1
+) -> dict[str, Any]:
+    coverage = {"parameters": 1000, "covered": 1000 - not_covered, "not_covered": not_covered, "not_selected": 0}
+    term = {"name": "safety", "delta": "aligned - base", "coverage": coverage, "change": {"kept": kept}}
+    safety = {"terms": list(range(terms)), "restored": restored, "statement": "As it says."}
+    return {"kind": "merge", "schema": 2, "terms": [term], "safety": safety, "change": {}, "tensors": {}}

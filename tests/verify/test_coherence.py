@@ -23,13 +23,13 @@ from resta.verify.coherence import (
     shuffled,
     write_losses,
 )
-from tests.redeval.conftest import save_model, save_tokenizer
+from tests.redeval.builders import save_llama, save_tokenizer
 
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> LocalModel:
     path = tmp_path_factory.mktemp("models") / "tiny"
-    save_model(path)
+    save_llama(path)
     save_tokenizer(path, adds_bos=True)
     return load_local(LocalSpec(model=str(path), device="cpu"))
 

@@ -19,9 +19,8 @@ from resta.verify.decision import Limit
 from resta.verify.gate import decide
 from resta.verify.policy import Policy
 from resta.verify.report import to_json
-from tests.verify.builders import a_ruling
+from tests.verify.builders import a_ruling, manifest
 from tests.verify.planted import Flags, at_rates, exactly, planted
-from tests.verify.test_origin import manifest
 
 EVERYTHING = Policy.model_validate(
     {

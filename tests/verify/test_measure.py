@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from resta.cli import main
 from resta.redeval import models
-from tests.redeval.conftest import Stub, chat, save_model, save_refusing, save_tokenizer
+from tests.redeval.builders import Stub, chat, save_llama, save_refusing, save_tokenizer
 
 ROLES = ("aligned", "tuned", "restored")
 # What a handful of answers cannot show, which more of them are needed for.
@@ -41,7 +41,7 @@ def trio(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def babbling(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("babbling")
     for seed, role in enumerate(ROLES):
-        save_model(folder / role, seed=seed)
+        save_llama(folder / role, seed=seed)
         save_tokenizer(folder / role, adds_bos=True)
     return {role: folder / role for role in ROLES}
 
@@ -315,7 +315,7 @@ def test_a_context_that_a_prompt_does_not_fit_is_refused_before_anything_is_aske
     trio: dict[str, Path], tmp_path: Path, loads: list[str]
 ) -> None:
     short = tmp_path / "short"
-    save_model(short, context=60)
+    save_llama(short, context=60)
     save_tokenizer(short, adds_bos=True)
     done = verify({**trio, "tuned": short}, tmp_path / "out", "--no-utility")
     assert done.exit_code == 2

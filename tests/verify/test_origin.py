@@ -16,17 +16,9 @@ from resta.verify.decision import Decision, Verdict, by_name
 from resta.verify.gate import decide
 from resta.verify.measurement import note_manifest
 from resta.verify.policy import Policy
-from tests.conftest import llama_tensors, nudged, save_model
+from tests.builders import llama_tensors, nudged, save_model
+from tests.verify.builders import manifest
 from tests.verify.planted import exactly, planted
-
-
-def manifest(
-    *, not_covered: int = 0, kept: float | None = 1.0, restored: bool = True, terms: int = 1
-) -> dict[str, Any]:
-    coverage = {"parameters": 1000, "covered": 1000 - not_covered, "not_covered": not_covered, "not_selected": 0}
-    term = {"name": "safety", "delta": "aligned - base", "coverage": coverage, "change": {"kept": kept}}
-    safety = {"terms": list(range(terms)), "restored": restored, "statement": "As it says."}
-    return {"kind": "merge", "schema": 2, "terms": [term], "safety": safety, "change": {}, "tensors": {}}
 
 
 def made_by(facts: dict[str, Any], problem: str = "") -> Comparison:

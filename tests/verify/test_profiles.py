@@ -57,10 +57,10 @@ def plan_of(options: dict[str, Any], model: str) -> RunPlan:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    from tests.redeval.conftest import save_model, save_tokenizer
+    from tests.redeval.builders import save_llama, save_tokenizer
 
     folder = tmp_path_factory.mktemp("model")
-    save_model(folder)
+    save_llama(folder)
     save_tokenizer(folder, adds_bos=True)
     return str(folder)
 

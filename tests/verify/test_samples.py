@@ -20,8 +20,7 @@ from resta.verify.measurement import ROLES, note_places, read_measurement
 from resta.verify.sameness import buckets
 from resta.verify.samples import import_samples
 from resta.verify.utility import measure, read_suite
-from tests.verify.builders import ALIGNED, RESTORED, TUNED, make_measurement, usual_study
-from tests.verify.test_utility import ROWS, a_model, a_task
+from tests.verify.builders import ALIGNED, RESTORED, ROWS, TUNED, a_model, a_task, make_measurement, usual_study
 
 DATE = "2026-11-24T12-00-00.123456"
 

@@ -24,9 +24,9 @@ from resta.verify import utility
 from resta.verify.documents import DOCUMENTS, Document, read_documents, read_facts
 from resta.verify.regression import made
 from resta.verify.utility import PROFILES, REGRESSION, SMOKE, Served, Suite, Task, measure, read_suite, suite_facts
-from tests.redeval import conftest as redeval
+from tests.redeval import builders as redeval
+from tests.verify.builders import ROWS, a_model, a_task
 
-stub = redeval.stub  # the fixture: a server on the loopback
 HEARD: list[str] = []
 
 
@@ -49,12 +49,6 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
-def a_model(path: Path, *, seed: int, adds_bos: bool) -> LocalModel:
-    redeval.save_model(path, seed=seed)
-    redeval.save_tokenizer(path, adds_bos=adds_bos)
-    return load_local(LocalSpec(model=str(path), device="cpu"))
-
-
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[LocalModel, LocalModel]:
     folder = tmp_path_factory.mktemp("models")
@@ -62,33 +56,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[LocalModel, LocalM
         a_model(folder / "with_bos", seed=0, adds_bos=True),
         a_model(folder / "without", seed=1, adds_bos=False),
     )
-
-
-def a_task(folder: Path, name: str, rows: list[dict[str, Any]], **settings: Any) -> None:
-    """Write a task as users have it: a YAML file (JSON is YAML) and its documents beside it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = {
-        "task": name,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": f"{name}.jsonl"}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "Q: {{q}}\nA:",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "{{answer}}",
-        "metric_list": [
-            {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
-            {"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True},
-        ],
-    } | settings
-    (folder / f"{name}.yaml").write_text(json.dumps(config))
-
-
-ROWS = [
-    {"q": f"{i} or {i + 1}?", "choices": [f"the word {i}", str(i + 1), "none of them all"], "answer": i % 3}
-    for i in range(6)
-]
 
 
 def results(folder: Path) -> dict[str, float]:
@@ -487,7 +454,7 @@ def test_lm_eval_leaves_no_trace_and_is_heard_through_note_alone(
 
 
 def test_a_prompt_longer_than_the_context_is_counted_and_said(tmp_path: Path) -> None:
-    redeval.save_model(tmp_path / "short", context=64)
+    redeval.save_llama(tmp_path / "short", context=64)
     redeval.save_tokenizer(tmp_path / "short", adds_bos=True)
     model = load_local(LocalSpec(model=str(tmp_path / "short"), device="cpu"))
     a_task(tmp_path / "tasks", "long", [{"q": "x" * 100, "choices": ["a", "bc"], "answer": 0}])
