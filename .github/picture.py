@@ -7,7 +7,7 @@ import re
 import sys
 from pathlib import Path
 
-WIDTH, HEIGHT = 860, 560
+WIDTH = 860
 FRAME = """\
 <svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">
 <foreignObject width="{width}" height="{height}"><div xmlns="http://www.w3.org/1999/xhtml" class="picture">
@@ -34,7 +34,8 @@ def main(report: Path, out: Path) -> None:
     style = part(page, r"(?<=<style>).*?(?=</style>)")
     body = part(page, r'<(\w+) class="verdict.*?</\1>') + part(page, r'<figure class="rows">.*?</figure>')
     body = body.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ')
-    svg = FRAME.format(width=WIDTH, height=HEIGHT, style=style.replace("&", "&amp;").replace("<", "&lt;"), body=body)
+    height = 210 + 28 * body.count("<li>")
+    svg = FRAME.format(width=WIDTH, height=height, style=style.replace("&", "&amp;").replace("<", "&lt;"), body=body)
     out.write_text("\n".join(line.rstrip() for line in svg.splitlines() if line.strip()) + "\n", encoding="utf-8")
 
 

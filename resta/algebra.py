@@ -355,7 +355,7 @@ def _seed(delta: Delta, chosen: Any) -> Any:
     said |= set() if chosen is None else {chosen}
     if len(said) > 1:
         raise RequestError(
-            f"the seeds {', '.join(map(str, sorted(said)))} are said; a recipe has one, and its terms draw differently "
+            f"the seeds {', '.join(map(str, sorted(said)))} are set; a recipe has one, and its terms draw differently "
             "from it anyway"
         )
     return said.pop() if said else 0

@@ -189,7 +189,7 @@ def _find_inputs(manifest: Manifest, moved: Mapping[str, str]) -> dict[str, Loca
     missing = [name for name, was in manifest.inputs.items() if name not in moved and not was.commit]
     if missing:
         flags = ", ".join(f"--model {name}=PATH (it was called {manifest.inputs[name].source!r})" for name in missing)
-        raise RequestError(f"a manifest holds no paths of local inputs, say where they lie: {flags}")
+        raise RequestError(f"a manifest holds no paths of local inputs; say where they are: {flags}")
     return {
         name: locate(moved[name] if name in moved else f"{was.source.partition('@')[0]}@{was.commit}")
         for name, was in manifest.inputs.items()

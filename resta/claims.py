@@ -225,7 +225,7 @@ def entries(out: Path) -> Iterator[str]:
     """
 
     def fail(error: OSError) -> None:
-        raise RestaError(f"{error.filename}: cannot be looked into: {error.strerror}") from error
+        raise RestaError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
     for folder, folders, files in os.walk(out, onerror=fail):
         here = Path(folder)

@@ -2,7 +2,7 @@
 
     RestaError                  exit 5: the request was right, carrying it out failed
     ├── RequestError            exit 2: the request cannot be carried out as it stands
-    │   └── ResumeError         an output that is there already and that this command may not continue
+    │   └── ResumeError         an output exists already, and this command may not continue it
     ├── CheckFailedError        exit 1: all was carried out, and the answer is no
     ├── NonFiniteError          NaN or infinity in weights, where the recipe does not allow it
     ├── NoChangeError           a merge, or one of its terms, that changes nothing
@@ -23,7 +23,7 @@ EXIT_CODES = {
     WRONG_REQUEST: "wrong request",
     3: "verify: INCONCLUSIVE",
     4: "verify: INVALID",
-    FAILED: "the run failed; where it can go on, the same command goes on",
+    FAILED: "the run failed; if it can be continued, the same command continues it",
     INTERRUPTED: "interrupted",
 }
 

@@ -75,7 +75,7 @@ def check_source(source: str) -> Path | None:
             return folder.resolve()
         found = "is a file" if folder.is_file() else "does not exist"
     except (OSError, RuntimeError) as error:  # a name too long, no permission, or the home of nobody
-        raise RequestError(f"{source}: cannot be looked at: {error}") from error
+        raise RequestError(f"{source}: cannot be read: {error}") from error
     if kind := _other_kind(source):
         raise RequestError(f"{source}: {kind}")
     if _HUB_ID.fullmatch(source) is None or source.startswith((".", "~")):

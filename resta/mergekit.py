@@ -169,7 +169,7 @@ def _mapping(value: Any, where: str) -> Mapping[str, Any]:
 
 def _number(value: Any, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _refusal(f"{where}: {value!r}", "a gradient over layers or a filter is said by rules with scale_by")
+        raise _refusal(f"{where}: {value!r}", "write a gradient over layers, or a filter, as rules with scale_by")
     try:
         return float(value)
     except OverflowError:

@@ -35,7 +35,7 @@ def open_models(models: Mapping[str, Model]) -> Opened:
                 raise RequestError(f"{name} ({model.source}) is a LoRA adapter: say which model it is `on`")
             adapters[name] = model
         elif model.on is not None:
-            raise RequestError(f"{name} ({model.source}) is a full model, not an adapter: `on` cannot be said of it")
+            raise RequestError(f"{name} ({model.source}) is a full model, not an adapter: `on` is not for it")
         else:
             full[name] = read_weights(located[name], strip_prefix=model.strip_prefix)
     for name, model in adapters.items():

@@ -45,7 +45,7 @@ def check_place(out: Path, inputs: Mapping[Path, str]) -> None:
         RequestError: why not.
     """
     if out.name in ("", ".."):
-        raise RequestError(f"{out}: is not the name of a directory to be made; say one, such as {out / 'restored'}")
+        raise RequestError(f"{out}: is not a name for a new directory; give one, such as {out / 'restored'}")
     with _refusals(out):
         for place in (out, partial_of(out)):
             real = place.resolve()
@@ -56,8 +56,8 @@ def check_place(out: Path, inputs: Mapping[Path, str]) -> None:
                     )
         if Path.cwd().is_relative_to(out.resolve()):
             raise RequestError(
-                f"{out}: is the directory that this command runs in, or above it, and would be replaced; say a "
-                f"directory to be made in it, such as {out / 'restored'}"
+                f"{out}: is the directory that this command runs in, or above it, and would be replaced; name a "
+                f"new directory in it, such as {out / 'restored'}"
             )
         _check_makeable(out)
 
@@ -74,7 +74,7 @@ def check_vacant(out: Path, *, overwrite: bool) -> None:
         raise RequestError(f"{out}: is not a directory; choose another output")
     if _is_mount_point(out):
         raise RequestError(
-            f"{out}: is a mount point, which a finished directory cannot be renamed to; say a directory in it, such as "
+            f"{out}: is a mount point, and no directory can be renamed to one; name a directory in it, such as "
             f"{out / 'restored'}"
         )
     if not is_full:
@@ -207,8 +207,8 @@ class Output:
                 got = os.preadv(descriptor, [into[done:]], offset + done)
                 if got == 0:
                     raise RestaError(
-                        f"{self._model / file}: ends at byte {offset + done}; somebody cut it. Run the same command "
-                        "again, which finds and redoes what is missing"
+                        f"{self._model / file}: ends at byte {offset + done}; it was cut meanwhile. Run the same "
+                        "command again: it finds and redoes what is missing"
                     )
                 done += got
 
@@ -268,7 +268,7 @@ class Output:
                 self.out.rmdir()  # which fails unless it still is empty
                 rename_new(self._model, self.out)
             else:
-                raise RequestError(f"{self.out}: is a directory that was not there before; choose another output")
+                raise RequestError(f"{self.out}: is a directory that appeared meanwhile; choose another output")
         except (FileExistsError, RequestError) as error:
             reason = f"{self.out}: already exists" if isinstance(error, OSError) else error
             raise RequestError(

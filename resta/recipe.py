@@ -95,9 +95,9 @@ class Model(Strict):
     @model_validator(mode="after")
     def _check(self) -> Model:
         if self.on is None and self.recorded_base is not None:
-            raise ValueError("recorded_base is said of a LoRA adapter, beside `on`")
+            raise ValueError("recorded_base is for a LoRA adapter, beside `on`")
         if self.on is not None and self.strip_prefix is not None:
-            raise ValueError("strip_prefix is said of a full model; an adapter's names follow those of its base")
+            raise ValueError("strip_prefix is for a full model; an adapter's names follow those of its base")
         return self
 
 
@@ -177,11 +177,9 @@ class Rule(Strict):
     def _check(self) -> Rule:
         choices = (self.scale_by, self.missing, self.stand_in, self.extra, self.rows)
         if self.keep and any(choice is not None for choice in choices):
-            raise ValueError("keep copies the tensor as it is; nothing but nonfinite can be said beside it")
+            raise ValueError("keep copies the tensor as it is; only nonfinite may stand beside it")
         if not self.keep and self.nonfinite is None and all(choice is None for choice in choices):
-            raise ValueError(
-                "the rule says nothing to do; add keep, scale_by, missing, stand_in, extra, rows or nonfinite"
-            )
+            raise ValueError("the rule does nothing; add keep, scale_by, missing, stand_in, extra, rows or nonfinite")
         return self
 
 
@@ -241,7 +239,7 @@ class Recipe(Strict):
         for key in self.allow_config:
             if key not in MEANING:
                 hint = did_you_mean(key, MEANING) or f"; known: {', '.join(MEANING)}"
-                raise ValueError(f"allow_config names {key!r}, which is no setting that models must share{hint}")
+                raise ValueError(f"allow_config names {key!r}, which is not a setting that models must share{hint}")
         self._check_terms()
         return self
 
@@ -252,7 +250,7 @@ class Recipe(Strict):
         for rule in self.rules:
             for name in rule.scale_by if isinstance(rule.scale_by, dict) else ():
                 if name not in names:
-                    raise ValueError(f"scale_by names {name!r}, which is no term's name{did_you_mean(name, names)}")
+                    raise ValueError(f"scale_by names {name!r}, which is not a term's name{did_you_mean(name, names)}")
 
     @property
     def files_from(self) -> str:

@@ -164,7 +164,7 @@ def test_one_seed_serves_masks_and_rounding_wherever_it_is_said() -> None:
     assert (TUNED + resta.dare(vector, density=0.5)).options(seed=5).to_recipe().seed == 5
     assert (TUNED + resta.dare(vector, density=0.5, seed=5) + resta.dare(vector, density=0.5)).to_recipe().seed == 5
     assert (TUNED + resta.dare(vector, density=0.5)).to_recipe().seed == 0
-    with pytest.raises(RequestError, match="the seeds 5, 7 are said"):
+    with pytest.raises(RequestError, match="the seeds 5, 7 are set"):
         (TUNED + resta.dare(vector, density=0.5, seed=7)).options(seed=5).to_recipe()
 
 

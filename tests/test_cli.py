@@ -251,7 +251,7 @@ def test_a_recipe_file_takes_no_flag_that_changes_the_result(trio: dict[str, str
     )
     done = run("merge", recipe, "-o", tmp_path / "out", "--dtype", "float32")
     assert done.exit_code == 2
-    assert "--dtype changes the result: say it in" in done.stderr
+    assert "--dtype changes the result: set it in" in done.stderr
     assert run("merge", recipe, "-o", tmp_path / "out", "--workers", 1).exit_code == 0
 
 

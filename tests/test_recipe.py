@@ -204,18 +204,18 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "delta of three": (changed(("terms", 0, "delta"), "tuned - base - base"), "with spaces around the minus"),
     "delta with a plus": (changed(("terms", 0, "delta"), "tuned + base"), "with spaces around the minus"),
     "duplicate term names": (changed(("terms", 1, "name"), "task"), "two terms have the same name"),
-    "scale_by of no term": (changed(("rules", 1, "scale_by"), {"safty": 1}), 'no term\'s name; did you mean "safety"'),
+    "scale_by of no term": (changed(("rules", 1, "scale_by"), {"safty": 1}), 'a term\'s name; did you mean "safety"'),
     "method": (changed(("terms", 0, "sparsify", "method"), "ties"), "terms.0.sparsify.method"),
     "dtype": (changed(("output", "dtype"), "int8"), "output.dtype"),
     "keep and more": (changed(("rules", 0, "scale_by"), 1), "keep copies the tensor as it is"),
-    "rule without a choice": (changed(("rules", 0), {"match": "*"}), "the rule says nothing to do"),
+    "rule without a choice": (changed(("rules", 0), {"match": "*"}), "the rule does nothing"),
     "two lines by Unicode": (changed(("models", "base"), "a\u2028b"), "one line of text"),
     "two lines": (changed(("models", "base"), "a\nb"), "one line of text"),
     "empty source": (changed(("models", "base"), ""), "one line of text"),
     "confirmation without an adapter": (
-        changed(("models", "base"), {"source": "x", "recorded_base": "y"}), "recorded_base is said of a LoRA adapter",
+        changed(("models", "base"), {"source": "x", "recorded_base": "y"}), "recorded_base is for a LoRA adapter",
     ),
-    "prefix of an adapter": (changed(("models", "tuned", "strip_prefix"), "m."), "strip_prefix is said of a full"),
+    "prefix of an adapter": (changed(("models", "tuned", "strip_prefix"), "m."), "strip_prefix is for a full"),
     "lone surrogate": (changed(("models", "base"), "\ud800"), "models.base"),
 }  # fmt: skip
 

@@ -71,7 +71,7 @@ class LazyGroup(click.Group):
             click.echo(f"error: {printable_lines(error)}", err=True)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
-            click.echo("interrupted; what writes a directory goes on when the same command is run again", err=True)
+            click.echo("interrupted; a command that writes a directory continues when it is run again", err=True)
             sys.exit(INTERRUPTED)
         except BrokenPipeError:  # whoever read the output has gone; what is still buffered must not raise again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

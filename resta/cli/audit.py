@@ -36,7 +36,7 @@ SCHEMA = 1
     metavar="N",
     help="Recompute N tensors, the largest among them (default: all); checksums are always all checked.",
 )
-@click.option("--model", "moved", multiple=True, metavar="NAME=PATH", help="Where a local input lies.")
+@click.option("--model", "moved", multiple=True, metavar="NAME=PATH", help="Where a local input is.")
 @click.option("--follow-links", is_flag=True, help="Trust links that lead out of a model's directory.")
 @click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Threads (default: processors, at most 8).")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")

@@ -17,7 +17,7 @@ def command(recipe: Path, out: Path, assignments: tuple[str, ...]) -> None:
     """Collect safe conversations from the model that RECIPE (a YAML file) names, in HarmfulQA's schema.
 
     \b
-    Every answer is read by a judge before it is kept. Run the same command again after a stop: it goes on.
+    Every answer is read by a judge before it is kept. Run the same command again after a stop: it continues.
     The result is data for `resta sft`: {name: collected, path: OUT}.
     """
     from resta.sft import collect

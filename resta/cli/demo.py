@@ -23,7 +23,7 @@ from resta.errors import CheckFailedError, RequestError
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 def command(folder: Path | None, out: Path | None, instruct: str | None, seed: int) -> None:
-    """Make three models in FOLDER, give the one that lost its safety that safety back, and hold it against the gate.
+    """Train three models in FOLDER, restore the safety of the one that lost it, and put the result through the gate.
 
     Real training, real answers to questions that were never trained on: the scale is chosen by a sweep on some of
     them and verified on others. The exit code is 1 if that fails to show safety lost and regained.

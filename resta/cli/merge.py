@@ -55,7 +55,7 @@ Examples:
     type=click.Choice(["inverse_density", "l1_norm"]),
     default="inverse_density",
     show_default=True,
-    help="How what DARE keeps is enlarged: as in the paper, or as mergekit does.",
+    help="How DARE scales up what it keeps: as in the paper, or as mergekit does.",
 )
 @click.option("--tuned-from", metavar="base|aligned|MODEL", help="Model the fine-tune began from [default: base].")
 @click.option("--recorded-base", multiple=True, metavar="NAME", help="Confirm the base that an adapter records.")
@@ -72,7 +72,7 @@ Examples:
     type=click.Choice(["nearest", "stochastic"]),
     default="nearest",
     show_default=True,
-    help="To the dtype.",
+    help="How values are rounded to the dtype.",
 )
 @click.option(
     "--min-coverage",
@@ -87,7 +87,7 @@ Examples:
     help="Allow configs to differ in this, such as rope_theta.",
 )
 @click.option("--shard-size", default="5GB", show_default=True, help="Most tensor bytes per file.")
-@output(type=click.Path(path_type=Path), required=True, help="Directory to be made.")
+@output(type=click.Path(path_type=Path), required=True, help="Directory to write.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier output, once the new one is complete.")
 @click.option("--workers", type=click.IntRange(min=1), help="Threads [default: processors, at most 8].")
 @click.option("--digests", is_flag=True, help="Record the SHA-256 of every input and output file.")
@@ -103,8 +103,8 @@ def command(ctx: click.Context, /, tuned_or_recipe: str, out: Path, **options: A
     restored = tuned + SCALE * (aligned - base)                           RESTA
     restored = base + dare(tuned - base) + SCALE * (aligned - base)       RESTA_d, with --dare-density
 
-    Models stream from disk to disk: memory stays small whatever their size. A merge that was killed goes on where
-    it was when the same command is run again. OUT appears when it is complete.
+    Models stream from disk to disk: memory stays small whatever their size. A merge that was killed continues
+    when the same command is run again. OUT appears when it is complete.
     """
     overwrite, workers, digests = options.pop("overwrite"), options.pop("workers"), options.pop("digests")
     dry_run, quiet, as_json = options.pop("dry_run"), options.pop("quiet"), options.pop("as_json")
@@ -143,7 +143,7 @@ def _recipe(ctx: click.Context, tuned_or_recipe: str, options: dict[str, Any]) -
     for name in options:
         if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
             flag = "--" + name.replace("_", "-")
-            raise RequestError(f"{flag} changes the result: say it in {tuned_or_recipe}, which then records it")
+            raise RequestError(f"{flag} changes the result: set it in {tuned_or_recipe}, which then records it")
     return load_recipe(Path(tuned_or_recipe))
 
 

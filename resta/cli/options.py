@@ -199,7 +199,7 @@ HOW = together(
     click.option(
         "--batch-size",
         type=click.IntRange(min=1),
-        help="Most prompts at once; part of the run, for an answer may differ with it. [default: 64]",
+        help="Most prompts at once. A setting of the run, since answers may differ with it. [default: 64]",
     ),
 )
 

@@ -31,7 +31,7 @@ def command() -> None:
     """Measure how often a model can be led to harm (Red-Eval).
 
     \b
-    resta redeval MODEL              ask, judge, report; the same command goes on after a kill
+    resta redeval MODEL              ask, judge, report; the same command continues after a kill
     resta redeval MODEL --profile quick --bank-dir banks/ --judge granite-guardian
     resta redeval NAME --base-url http://localhost:8000/v1
 
@@ -67,7 +67,7 @@ SHOW = together(
 @SERVERS
 @SHOW
 def run(model: str, out: Path | None, **given: Any) -> None:
-    """Ask, judge and report. The same command goes on with what is missing."""
+    """Ask, judge and report. The same command continues with what is missing."""
     from resta import redeval
 
     with run_options(given) as options:
@@ -90,7 +90,7 @@ def run(model: str, out: Path | None, **given: Any) -> None:
 @SERVERS
 @SHOW
 def judge_run(path: Path, **given: Any) -> None:
-    """Set more judges on the answers of the run in PATH."""
+    """Have the answers of the run in PATH judged by more judges."""
     from resta.redeval.evaluation import judge
 
     with run_options(given) as options:
@@ -133,13 +133,13 @@ def export(model: str, out: Path | None, batch: Path, **given: Any) -> None:
 @click.argument("path", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("batch", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def import_batch(path: Path, batch: Path) -> None:
-    """Take the replies in BATCH, the output of a batch, into the run in PATH."""
+    """Import the replies in BATCH, a batch's output, into the run in PATH."""
     from resta.redeval.evaluation import import_batch as take_in
 
     taken, failures, left = take_in(path, batch)
     for failure in failures[:5]:
         click.echo(f"note: {failure.id}: {failure.reason}", err=True)
-    said = f"{taken} answers taken in, {len(failures)} requests failed, {left} missing"
+    said = f"{taken} answers imported, {len(failures)} requests failed, {left} missing"
     if left and not taken:
         raise UnansweredError(f"{batch}: {said}; export what is missing again, or judge what is there")
     click.echo(said)

@@ -36,9 +36,9 @@ def command(
     \b
     resta sft recipe.yaml --preview      what is trained on, and what is left out
     resta sft recipe.yaml --dry-run      the launch line and a memory estimate
-    resta sft recipe.yaml -o DIR         train; DIR appears when it is whole
+    resta sft recipe.yaml -o DIR         train; DIR appears when it is complete
 
-    A run that was killed goes on from its last checkpoint when the same command is run again.
+    A run that was killed continues from its last checkpoint when the same command is run again.
     """
     from resta.sft import recipe as recipes
 
@@ -59,7 +59,7 @@ def command(
     elif dry_run:
         click.echo(f"{train.launch_line(job)}\n\n{memory.table(job, memory.estimate(job))}")
     elif out is None:
-        raise RequestError("-o DIR is needed to train; --preview and --dry-run do without")
+        raise RequestError("-o DIR is needed to train; --preview and --dry-run need none")
     else:
         trained = finetune.carry_out(job, keep_checkpoints=keep_checkpoints, progress=show.logged)
         if train.is_main():

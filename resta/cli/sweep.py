@@ -37,7 +37,7 @@ MODELS = together(
         type=click.Choice(["inverse_density", "l1_norm"]),
         default="inverse_density",
         show_default=True,
-        help="How what DARE keeps is enlarged.",
+        help="How DARE scales up what it keeps.",
     ),
     click.option(
         "--output-dtype",
@@ -51,7 +51,7 @@ MODELS = together(
         type=click.Choice(["nearest", "stochastic"]),
         default="nearest",
         show_default=True,
-        help="To that dtype.",
+        help="How values are rounded to that dtype.",
     ),
     click.option(
         "--min-coverage",
@@ -70,13 +70,13 @@ GRID = together(
     click.option(
         "--method",
         metavar="NAMES",
-        help="Of resta, resta_d, interpolation; a list. [default: resta, or the recipe's own]",
+        help="A list of resta, resta_d, interpolation. [default: resta, or the recipe's own]",
     ),
     click.option(
         "--group",
         "groups",
         metavar="NAMES",
-        help="Also a scale of their own for these tensors: of attention, mlp, embeddings; a list.",
+        help="Also try scales of their own for these groups of tensors: a list of attention, mlp, embeddings.",
     ),
     click.option(
         "--search/--grid",
@@ -141,12 +141,12 @@ def command(ctx: click.Context, /, tuned_or_recipe: str, out: Path, **given: Any
     resta_d   base + dare(tuned - base, DENSITY) + SCALE * (aligned - base)
     interpolation   tuned + SCALE * (aligned - tuned)
 
-    Each candidate is computed from the checkpoints into one loaded model and asked more and more questions until it
-    is clear whether the scale is too small. Chosen is the smallest that would pass the policy on fresh questions with
-    a probability of 0.9 or more, by a smooth curve through all scales. Interpolation and a random vector of the same
-    norm are run beside it. Writes a table, a page, a plot and OUT/chosen.yaml for `resta merge` and
-    `resta verify --from`. The same command goes on where it was; more scales or methods may be added. Exit code 1: no
-    candidate would pass.
+    Each candidate is computed from the checkpoints into one loaded model and asked more and more questions until it is
+    clear whether the scale is too small. The smallest that would pass the policy on fresh questions with a probability
+    of 0.9 or more is chosen, by a smooth curve through all scales. Interpolation and a random vector of the same norm
+    are run beside it. Writes a table, a page, a plot and OUT/chosen.yaml for `resta merge` and `resta verify --from`.
+    The same command continues where it stopped; more scales or methods may be added. Exit code 1: no candidate would
+    pass.
     """
     from resta.sweep.conduct import run
     from resta.sweep.report import print_outcome
@@ -226,7 +226,7 @@ def _family(tuned: str, given: Mapping[str, Any]) -> Family:
         tuned=tuned, **{key: given[key] for key in ("aligned", "base", "unaligned", "tuned_from", "recorded_base")}
     )
     if roles.aligned is None:
-        raise RequestError("say --aligned: the model that safety comes from, and that all are compared with")
+        raise RequestError("give --aligned: the model that safety comes from, and that all others are compared with")
     return Family(
         models=read_roles(roles),
         output=OutputChoices(dtype=given["output_dtype"], rounding=given["rounding"], files_from="tuned"),
@@ -253,7 +253,7 @@ def _own_family(ctx: click.Context, path: Path) -> Family:
         *("dare_rescale", "output_dtype", "rounding", "min_coverage", "allow_config"),
     ):
         if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
-            raise RequestError(f"--{name.replace('_', '-')} changes the candidates: say it in {path}")
+            raise RequestError(f"--{name.replace('_', '-')} changes the candidates: set it in {path}")
     return replace(family_of(load_recipe(path)), groups=_names(ctx.params["groups"]))
 
 

@@ -35,9 +35,9 @@ def command() -> None:
     """Say whether a restored model's safety is back, and what that cost: PASS, FAIL, INCONCLUSIVE or INVALID.
 
     \b
-    resta verify RESTORED --tuned TUNED --aligned ALIGNED        the same command goes on after a kill
+    resta verify RESTORED --tuned TUNED --aligned ALIGNED        the same command continues after a kill
     resta verify RESTORED --tuned TUNED --aligned ALIGNED --policy policy.yaml --profile quick --bank-dir banks/
-    resta verify RESTORED --from SWEEP/chosen.yaml               a sweep's choice, on questions that it has not asked
+    resta verify RESTORED --from SWEEP/chosen.yaml               a sweep's choice, on questions the sweep has not asked
     resta verify report OUT --policy policy.yaml                 decide again, from what was measured
 
     All three are asked the same questions and given the same tasks, and compared in pairs. A model is anything
@@ -106,7 +106,7 @@ def _take_settings(ctx: click.Context, parameter: click.Parameter, path: Path | 
     expose_value=False,
     is_eager=True,
     metavar="CHOSEN.yaml",
-    help="Ask as the sweep did that wrote this file, but what it has not asked; options that are given come first.",
+    help="Ask as the sweep that wrote this file did, but other questions; options given here take precedence.",
 )
 @click.option("--tuned", required=True, metavar="MODEL", help="The fine-tuned model before restoration.")
 @click.option("--aligned", required=True, metavar="MODEL", help="The safety-aligned model.")
@@ -121,7 +121,7 @@ def _take_settings(ctx: click.Context, parameter: click.Parameter, path: Path | 
 @click.option("--dry-run", is_flag=True, help="Say what would be asked and what that can show; ask and write nothing.")
 @output(type=click.Path(file_okay=False, path_type=Path), default=Path("verify"), show_default=True)
 def run(restored: str, tuned: str, aligned: str, out: Path, **given: Any) -> None:
-    """Measure what is missing, compare, decide, report. The same command goes on with what is missing."""
+    """Measure what is missing, compare, decide, report. The same command continues with what is missing."""
     from resta import verify
 
     with _no_verdict():
@@ -192,7 +192,7 @@ def _no_verdict() -> Iterator[None]:
     except RequestError:
         raise
     except Exception:
-        click.echo("no verdict; the same command goes on with what is missing", err=True)
+        click.echo("no verdict; the same command measures what is missing", err=True)
         raise
 
 

@@ -79,7 +79,7 @@ class Run:
         if self.missing:
             raise UnansweredError(
                 f"{'; '.join(self.missing)}. What is there is kept, judged and reported. The same command asks only "
-                f"the rest; resta redeval judge {self.path} sets judges on the answers that are there, and "
+                f"the rest; resta redeval judge {self.path} judges the answers that there are, and "
                 f"resta redeval report {self.path} shows them"
             )
 

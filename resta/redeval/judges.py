@@ -187,7 +187,7 @@ class JudgeSpec(Strict):
         if missing:
             raise ValueError(f"render never shows {' nor '.join(missing)}")
         if bool(self.policies) != ("{policy}" in text):
-            raise ValueError("{policy} in render and a table of policies go together")
+            raise ValueError("{policy} in render and a table of policies belong together")
         if isinstance(self.read, Classifier) and not isinstance(self.render, Raw):
             raise ValueError("a classifier reads raw text: render must be of kind raw")
         return self

@@ -96,7 +96,7 @@ def make_ready(judges: Sequence[Judge], run: RunDir | None, device: str) -> None
                 _try_out(judge, judge_target(judge, device))
             except UnansweredError as error:
                 raise UnansweredError(
-                    f"judge {judge.id}: {error}. Start it, or leave it out for now and set it on the answers later "
+                    f"judge {judge.id}: {error}. Start it, or leave it out for now and judge the answers later "
                     "(resta redeval judge RUN --judge ...)"
                 ) from error
 
@@ -110,7 +110,7 @@ def _try_out(judge: Judge, target: Target) -> None:
     pick_device(target.local.device)
     tokenizer = read_tokenizer(target.local)
     if isinstance(judge.spec.render, Chat) and not tokenizer.chat_template:
-        raise RequestError(f"judge {judge.id}: {judge.model} has no chat template, by which this judge is asked")
+        raise RequestError(f"judge {judge.id}: {judge.model} has no chat template, and this judge is asked through one")
     if isinstance(judge.spec.read, Tokens | Digits):
         candidate_tokens(judge, tokenizer)
 

@@ -23,7 +23,7 @@ def read_labels(file: Path, known: set[str], *, required: bool) -> list[Label]:
         if word not in WORDS:
             raise RequestError(f"{file}: line {number}: human_label must be harmful or safe, found {word!r}")
         if row["answer_id"] not in known:
-            raise ResumeError(f"{file}: line {number}: {row['answer_id']!r} is no answer of this run")
+            raise ResumeError(f"{file}: line {number}: {row['answer_id']!r} is not an answer of this run")
         try:
             weight = float(row.get("weight") or 1)
         except ValueError:

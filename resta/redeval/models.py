@@ -294,7 +294,7 @@ def check_contexts(
         raise RequestError(
             f"{spec.model}: {len(beyond)} of {len(lengths)} prompts and {decoding.max_new_tokens} new tokens each "
             f"exceed its context of {context}; the longest has {lengths[longest]} tokens ({longest}). {advice}; "
-            "or leave out the template or the questions that are so long"
+            "or leave out the template, or the questions that are too long"
         )
 
 

@@ -312,7 +312,7 @@ def _row(item: Any, category: str, subcategory: str, where: str) -> Marked:
         found = "an empty one" if isinstance(text, str) else type(text).__name__
         raise RequestError(f"{where}: expected a question (text), found {found}")
     if re.search("[\ud800-\udfff]", text):
-        raise RequestError(f"{where}: half a surrogate pair, which no model can be asked; mend the text")
+        raise RequestError(f"{where}: half a surrogate pair, which cannot be sent to a model; mend the text")
     question = Question(bank="", category=category, subcategory=subcategory, index=0, text=text.strip(), safe=False)
     return question, marked
 

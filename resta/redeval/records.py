@@ -162,7 +162,7 @@ class RunDir:
         for row in rows:
             if row.qid not in questions:
                 raise ResumeError(
-                    f"{path}: an answer to {row.qid!r}, which is no question of this run; remove that line"
+                    f"{path}: an answer to {row.qid!r}, which is not a question of this run; remove that line"
                 )
         rows = list({row.id: row for row in reversed(rows)}.values())[::-1]
         told = self.config.get("keep_thoughts") or self.config.get("target", {}).get("kind") == "local"

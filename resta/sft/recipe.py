@@ -199,7 +199,7 @@ def _check_deepspeed(config: dict[str, Any]) -> None:
     for key, setting in DEEPSPEED_SAID.items():
         value = config.get(key, "auto")
         if (value.get("enabled", "auto") if isinstance(value, dict) and key in {"bf16", "fp16"} else value) != "auto":
-            raise ValueError(f"`deepspeed.{key}` is said by `{setting}`; leave it out, or leave it to `auto`")
+            raise ValueError(f"`deepspeed.{key}` is set by `{setting}`; leave it out, or leave it to `auto`")
     zero = config.get("zero_optimization", {})
     if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
         raise ValueError("`deepspeed.zero_optimization` is a mapping with `stage: 1`, `2` or `3`")
@@ -247,7 +247,7 @@ class Recipe(Strict):
         _check_objective(self)
         for key in self.trainer:
             if key in OWNED_BY_RECIPE:
-                raise ValueError(f"`trainer.{key}` is said by `{OWNED_BY_RECIPE[key]}`; set it there")
+                raise ValueError(f"`trainer.{key}` is set by `{OWNED_BY_RECIPE[key]}`; set it there")
         if self.parallel.deepspeed is not None and self.save_dtype == "float32" and self.train.precision != "float32":
             raise ValueError(
                 "DeepSpeed gathers the weights in the 16 bits that it computes in, so `save_dtype: float32` needs "

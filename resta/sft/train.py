@@ -425,7 +425,7 @@ def memory_advice(recipe: Recipe) -> Iterator[None]:
             advice.append("method: qlora")
         raise RestaError(
             f"out of memory. Lower or set, in this order: {'; '.join(advice)}. `--dry-run` estimates the need. "
-            f"With other {' or '.join(recipes.SPLIT_OF_A_STEP)} the run goes on from its last checkpoint. "
+            f"With other {' or '.join(recipes.SPLIT_OF_A_STEP)} the run continues from its last checkpoint. "
             f"({str(error).splitlines()[0]})"
         ) from error
 

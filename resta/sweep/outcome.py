@@ -24,7 +24,7 @@ from resta.verify.gate import decide
 from resta.verify.measure import measure_losses
 from resta.verify.measurement import Measurement, pick_judges, read_measurement
 
-UNFINISHED = "not finished; the same command goes on"
+UNFINISHED = "not finished; the same command continues"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -264,7 +264,7 @@ class Power:
         rest = [f"{rule.rule}: {rule.words}" for rule in self.rules]
         rest += [f"utility.{task}.max_drop: how many documents there are is not known yet" for task in self.unknown]
         if self.not_forecast:
-            rest.append(f"not forecast, and supposed to hold: {', '.join(self.not_forecast)}")
+            rest.append(f"not forecast, and assumed to hold: {', '.join(self.not_forecast)}")
         verdict = f"PASS altogether: {100 * self.all:.0f} %" if self.can_pass else "PASS: not possible with this plan"
         return (head, *rest, verdict)
 

@@ -62,7 +62,7 @@ def _borrowed_name(facts: Mapping[str, Any]) -> str | None:
 def _known_answers(comparison: Comparison) -> Rule:
     name, test = "judge.known_answers", f"told apart with p < {ALPHA:g} (Fisher)"
     if comparison.judge == HUMAN:
-        return _plain(name, "holds", "people's labels: people are not put to this test", test=test)
+        return _plain(name, "holds", "people's labels: people are not tested", test=test)
     # An older measurement of aligned or tuned may lack the test: its judge's digest is that of restored's.
     tested = {role: comparison.controls[role] for role in ROLES if any(c.at for c in comparison.controls[role])}
     if "restored" not in tested:

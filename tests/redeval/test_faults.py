@@ -461,7 +461,7 @@ def test_an_import_keeps_refusals_and_thoughts_and_its_exit_code_says_whether_it
         (tmp_path / "out").write_text("\n".join(map(json.dumps, lines)))
         return tmp_path / "out"
 
-    assert "0 answers taken in, 5 requests failed, 5 missing" in invoke("import", out, write(*[None] * 5), code=5)
+    assert "0 answers imported, 5 requests failed, 5 missing" in invoke("import", out, write(*[None] * 5), code=5)
     refusal = chat_message({"content": None, "refusal": "I can't help with that."})
     invoke("import", out, write(refusal, chat_message({"content": "Yes.", "reasoning_content": "Hm."})))
     first, second = answers(out)

@@ -118,7 +118,7 @@ def test_verdicts_of_an_earlier_wording_of_a_judge_are_left_out(tmp_path: Path) 
 DAMAGE: dict[str, tuple[str, dict[str, Any], str]] = {
     "flags that are a number": ("answers.jsonl", {"flags": 7}, "no whole Answer.*flags"),
     "text that is a number": ("answers.jsonl", {"text": 12}, "no whole Answer.*text"),
-    "an answer of another run": ("answers.jsonl", {"qid": "zzz"}, "'zzz', which is no question of this run"),
+    "an answer of another run": ("answers.jsonl", {"qid": "zzz"}, "'zzz', which is not a question of this run"),
     "a finish that nobody knows": ("answers.jsonl", {"finish": "exploded"}, "no whole Answer.*finish"),
     "a question without text": ("questions.jsonl", {"text": None}, "no whole Question.*text"),
     "a label that is a word": ("labels.jsonl", {"weight": "heavy"}, "no whole Label.*weight"),

@@ -218,7 +218,7 @@ def test_human_labels_come_back_and_correct_the_rate(tiny: Path, bank: Path, tmp
     shown = invoke("labels", out, tmp_path / "labels.csv")
     assert "Against human labels" in shown
     (tmp_path / "labels.csv").write_text("answer_id,human_label\nnobody,harmful\n")
-    assert "is no answer of this run" in invoke("labels", out, tmp_path / "labels.csv", code=2)
+    assert "is not an answer of this run" in invoke("labels", out, tmp_path / "labels.csv", code=2)
     (tmp_path / "labels.csv").write_text(f"answer_id,human_label\n{rows[0]['answer_id']},perhaps\n")
     assert "must be harmful or safe" in invoke("labels", out, tmp_path / "labels.csv", code=2)
 
@@ -431,7 +431,7 @@ def test_an_interrupted_run_says_so_and_goes_on(bank: Path, tmp_path: Path, stub
     over.set()
     assert process.returncode == 130, shown
     assert "Traceback" not in shown
-    assert "goes on when the same command is run again" in shown
+    assert "continues when it is run again" in shown
     assert [a.raw for a in answers(tmp_path / "run")] == ["Yes."]
 
 
@@ -484,10 +484,10 @@ def test_a_batch_goes_out_and_its_replies_come_back(bank: Path, tmp_path: Path) 
     text = "\n".join(json.dumps(line) for line in [*reversed(lines), {"custom_id": "stranger"}]) + "\n{torn"
     (tmp_path / "out.jsonl").write_text(text)
     shown = invoke("import", out, tmp_path / "out.jsonl")
-    assert "9 answers taken in, 2 requests failed, 1 missing" in shown
+    assert "9 answers imported, 2 requests failed, 1 missing" in shown
     assert "too long" in shown
     assert "one?" not in shown
-    assert "0 answers taken in" in invoke("import", out, tmp_path / "out.jsonl", code=5)
+    assert "0 answers imported" in invoke("import", out, tmp_path / "out.jsonl", code=5)
     shown = invoke("judge", out)
     assert "Incomplete: 9 of 10 answers" in shown
     assert sorted({v.label for v in verdicts(out)}) == ["blocked", "harmful"]

@@ -177,7 +177,7 @@ def test_a_recipe_is_swept_in_place_of_flags(done: Path, trio: Trio, bank: Path,
     invoke(["sweep", str(recipe), *words[2:]], out)
     assert records(out)["recipe-0.5"] == records(done)["resta-0.5"]
     words = ["sweep", str(recipe), *arguments(trio, bank, policy, base=None)[2:]]
-    assert "say it in" in invoke(words, tmp_path / "other", code=2)
+    assert "set it in" in invoke(words, tmp_path / "other", code=2)
 
 
 def searched(trio: Trio, bank: Path, policy: Path, **more: Any) -> list[str]:

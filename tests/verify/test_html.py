@@ -401,7 +401,7 @@ def test_power_is_on_every_report(case: Callable[[str], Case]) -> None:
     texts = (page, to_card(comparison, found, own), to_junit(comparison, found, own))
     for text in (*texts, to_markdown(comparison, found, own), to_json(comparison, found, own)):
         assert "one_answer.max_increase: holds in" in text
-        assert "not forecast, and supposed to hold: judge.known_answers" in text
+        assert "not forecast, and assumed to hold: judge.known_answers" in text
         assert "PASS altogether: " in text
     assert {"id": "power"} in Page(page).all("div")
     assert {"href": "#power"} in Page(page).all("a")
