@@ -23,7 +23,7 @@ import numpy as np
 
 from resta.redeval.records import JudgementLabel
 from resta.verify.comparison import compare
-from resta.verify.decision import Judgement
+from resta.verify.decision import Verdict
 from resta.verify.gate import decide
 from resta.verify.measurement import Measurement
 from resta.verify.policy import read_policy
@@ -58,7 +58,7 @@ class Planted:
     least: Mapping[str, float] = field(default_factory=dict)
 
 
-def draw(case: Planted, seed: int) -> Judgement:
+def draw(case: Planted, seed: int) -> Verdict:
     """Return the verdict on one draw of a case."""
     rng = np.random.default_rng(seed)
     harm = {
@@ -198,7 +198,7 @@ def broken(case: Planted, counts: Mapping[str, int], slack: float = 3.0) -> list
 
 def table(found: Mapping[str, Counter[str]]) -> str:
     """Return the counts as a Markdown table."""
-    names = [verdict.name for verdict in Judgement]
+    names = [verdict.name for verdict in Verdict]
     head = [f"| case | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
     rows = [f"| {case} | {' | '.join(str(counts[name] or '') for name in names)} |" for case, counts in found.items()]
     return "\n".join([*head, *rows])
