@@ -20,7 +20,6 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from resta.errors import ResumeError
@@ -193,7 +192,7 @@ def document(kind: str, content: Mapping[str, Any], *, schema: int) -> str:
 def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if isinstance(value, np.ndarray):
+    if hasattr(value, "tolist"):  # an array or a number of numpy, which a command that needs none does not import
         return _finite(value.tolist())
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
