@@ -160,7 +160,7 @@ def other_order(model: Any) -> None:
         layer.load_state_dict(state)
 
 
-# -- the command -----------------------------------------------------------------------------------------------
+# -- the command ---------------------------------------------------------------------------------------------
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:

@@ -3,13 +3,13 @@
     python benchmarks/realign_smollm2.py MODEL --data BANKS --out DIR [--minutes 90] [--report FOLDER]
 
 MODEL is SmolLM2-135M-Instruct, which refuses nothing: the base. Per seed it is taught to refuse (aligned), and six
-downstream models are tuned from aligned or from base, in full or with LoRA (CELLS). Each is then merged by every
-method at several scales (POINTS), by the engine and in memory, and asked the same held-out questions.
+downstream models are tuned from aligned or from base, in full or with LoRA (CELLS). Each is then merged by every method
+at several scales (POINTS), by the engine and in memory, and asked the same held-out questions.
 
-Everything done is kept in DIR: trained models, and one line of results per point. A killed study goes on where it
-was; `--minutes` ends it early, and the tables then speak of the seeds that are complete. `--seeds` shares the work out
-over processes that write to one DIR; the last call, without it, makes the tables of all.
-Answers are judged and dropped; what is kept are verdicts, by question id.
+Everything done is kept in DIR: trained models, and one line of results per point. A killed study goes on where it was;
+`--minutes` ends it early, and the tables then speak of the seeds that are complete. `--seeds` shares the work out over
+processes that write to one DIR; the last call, without it, makes the tables of all. Answers are judged and dropped;
+what is kept are verdicts, by question id.
 """
 
 from __future__ import annotations

@@ -2,12 +2,12 @@
 
     python benchmarks/redeval_speed.py MODEL --out benchmarks/results/redeval_HARDWARE_YYYYMM.md
 
-One run, one process, one model in memory, greedy, the same prompts for all: short questions and some five
-times as long. `plain` is one padded call of `generate` after another, prompts in their given order, at the
-best of several batch sizes, each tried once. Ours and plain at its best then take turns, and what counts is
-the median over these pairs, by the clock and by CPU time: the second hardly knows of what else the machine
-does. The loop of one and Inspect's provider are slow, so they get fewer prompts (the first ones); their
-rates are per answer and compare all the same. Throughput is answers per second.
+One run, one process, one model in memory, greedy, the same prompts for all: short questions and some five times as
+long. `plain` is one padded call of `generate` after another, prompts in their given order, at the best of several
+batch sizes, each tried once. Ours and plain at its best then take turns, and what counts is the median over these
+pairs, by the clock and by CPU time: the second hardly knows of what else the machine does. The loop of one and
+Inspect's provider are slow, so they get fewer prompts (the first ones); their rates are per answer and compare all the
+same. Throughput is answers per second.
 """
 
 from __future__ import annotations

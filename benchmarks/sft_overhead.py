@@ -2,9 +2,9 @@
 
     python benchmarks/sft_overhead.py BASE_MODEL [--steps 8] [--rounds 3]
 
-Start-up is the time from nothing loaded to the first training step (libraries imported before). A step is
-timed from its beginning to its end, on the clock and in processor time, which other programs disturb less.
-The two take turns, so that a machine that slows down slows both.
+Start-up is the time from nothing loaded to the first training step (libraries imported before). A step is timed from
+its beginning to its end, on the clock and in processor time, which other programs disturb less. The two take turns, so
+that a machine that slows down slows both.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """A PEFT LoRA directory as a checkpoint: the base's tensors, with `scaling * B @ A` on top of some of them.
 
-LoRA: W + (alpha / rank) B A (arXiv 2106.09685, eq. 3); rank-stabilised LoRA: alpha / sqrt(rank)
-(arXiv 2312.03732). The products are formed tile by tile during the merge and never stored. Unlike
-`peft`'s own merge, nothing is rounded to the base's dtype on the way. Whatever this file does not know is
-refused by name: an adapter applied in part is a different model.
+LoRA: W + (alpha / rank) B A (arXiv 2106.09685, eq. 3); rank-stabilised LoRA: alpha / sqrt(rank) (arXiv 2312.03732).
+The products are formed tile by tile during the merge and never stored. Unlike `peft`'s own merge, nothing is
+rounded to the base's dtype on the way. Whatever this file does not know is refused by name: an adapter applied in
+part is a different model.
 """
 
 from __future__ import annotations
@@ -279,8 +279,8 @@ def _low_rank(
 def _is_conv1d(module: str, shape: tuple[int, int], config: Mapping[str, Any], base: Weights, folder: Path) -> bool:
     """Whether a layer keeps its weight as (in, out), where B @ A has the shape (out, in).
 
-    peft goes by the class of each layer, and leaves in `fan_in_fan_out` what the last one was. Where a matrix is
-    not square its shape tells; where it is, the setting is believed unless the base mixes both kinds of layer.
+    peft goes by the class of each layer, and leaves in `fan_in_fan_out` what the last one was. Where a matrix is not
+    square its shape tells; where it is, the setting is believed unless the base mixes both kinds of layer.
     """
     target = base.tensors.get(f"{module}.weight")
     if target is not None and shape[0] != shape[1] and target.shape in (shape, shape[::-1]):

@@ -1,8 +1,8 @@
 """Merges as expressions: `(tuned + 0.5 * (aligned - base)).save("out")`.
 
 A checkpoint is a point and a delta is a direction: points can be subtracted, directions scaled and added, and a
-direction added to a point. Two points cannot be added, for the same reason as two dates. An expression reads
-nothing and computes nothing until it is saved or iterated over; it is a recipe, and `.recipe()` shows it.
+direction added to a point. Two points cannot be added, for the same reason as two dates. An expression reads nothing
+and computes nothing until it is saved or iterated over; it is a recipe, and `.recipe()` shows it.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ class _Term:
 class Delta(_Operand):
     """A direction in weight space: a sum of scaled differences of checkpoints.
 
-    It can be added, subtracted, scaled and divided by a number (Python's, numpy's or a torch tensor of one
-    element), and summed: `sum([a - base, b - base])`.
+    It can be added, subtracted, scaled and divided by a number (Python's, numpy's or a torch tensor of one element),
+    and summed: `sum([a - base, b - base])`.
     """
 
     terms: tuple[_Term, ...]
@@ -107,8 +107,7 @@ class Delta(_Operand):
     def named(self, name: str) -> Delta:
         """Return the delta with a name, by which rules and reports speak of it: `(aligned - base).named("safety")`.
 
-        Raises:
-            RequestError: the delta is a sum, whose parts are named one by one.
+        Raises RequestError: the delta is a sum, whose parts are named one by one.
         """
         if len(self.terms) != 1:
             raise RequestError("a name is given to one difference: (a - b).named(...); name the parts of a sum alone")
@@ -187,9 +186,9 @@ class Merge(_Operand):
         """Return the merge with choices of a recipe.
 
         Args:
-            **choices: `rules`, `seed`, `tokenizers`, `min_coverage` and the like as in a recipe; and what a recipe
-                says under `output`: dtype, rounding, shard_size, files_from. `files_from` may be a Checkpoint of the
-                expression.
+            **choices: `rules`, `seed`, `tokenizers`, `min_coverage` and the like as in a recipe; and what a
+                recipe says under `output`: dtype, rounding, shard_size, files_from. `files_from` may be a
+                Checkpoint of the expression.
 
         Raises:
             RequestError: no choice of that name.
@@ -205,8 +204,7 @@ class Merge(_Operand):
     def to_recipe(self) -> Recipe:
         """Return the validated recipe.
 
-        Raises:
-            RequestError: two seeds are said, or an option is not valid.
+        Raises RequestError: two seeds are said, or an option is not valid.
         """
         names = _names(_checkpoints(self))
         output = {

@@ -1,8 +1,8 @@
 """Check a finished merge against its manifest and its inputs, computing its tensors a second time.
 
-The arithmetic here is written from the definition, in numpy, and shares no code with the merge: not the
-kernels, not the loop. The recipe, the plan and the reading of headers are the merge's own. Two programs that
-make the same bytes in two ways are the evidence; that is why this is the one place with a second implementation.
+The arithmetic here is written from the definition, in numpy, and shares no code with the merge: not the kernels, not
+the loop. The recipe, the plan and the reading of headers are the merge's own. Two programs that make the same bytes in
+two ways are the evidence; that is why this is the one place with a second implementation.
 
     d   = sum over the terms, in order, of scale * mask * (to - from)       float32, or float64 if an input is F64
     out = round( start + d )                                                 once, to the output's dtype

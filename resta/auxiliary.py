@@ -1,7 +1,7 @@
 """The small files beside the weights: config, tokenizer, templates. Copied as they are, only the dtype corrected.
 
-A config that goes through a library comes out as that library's version writes it, and older readers then take
-other values from it; so it is edited as text.
+A config that goes through a library comes out as that library's version writes it, and older readers then take other
+values from it; so it is edited as text.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Read a checkpoint: one `model.safetensors`, or shards and their index, as {tensor name: where its bytes are}.
 
-A directory is taken as hostile until its files agree with each other. This module reads headers and byte
-ranges; it knows nothing of recipes, and of arithmetic only that a tensor may have a low-rank term on top.
+A directory is taken as hostile until its files agree with each other. This module reads headers and byte ranges; it
+knows nothing of recipes, and of arithmetic only that a tensor may have a low-rank term on top.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Stored:
 class LowRank:
     """A term `scaling * left @ right` on top of a stored tensor, as LoRA keeps it (arXiv 2106.09685, eq. 3).
 
-    `left` (rows, rank) and `right` (rank, columns) are stored as such or transposed; a vector (rows,) has
-    `right` None, which stands for one column of ones.
+    `left` (rows, rank) and `right` (rank, columns) are stored as such or transposed; a vector (rows,) has `right` None,
+    which stands for one column of ones.
     """
 
     left: Stored
@@ -148,8 +148,7 @@ def read_weights(located: Located, *, strip_prefix: str | None = None) -> Weight
 def read_json(path: Path, *, most_memory: int = MOST_MEMORY) -> dict[str, Any]:
     """Read one JSON object strictly.
 
-    Raises:
-        RequestError: too large, a link out of its directory, or not an object that every reader would read alike.
+    Raises RequestError: too large, a link out of its directory, or not an object that every reader would read alike.
     """
     try:
         if not inside(path, path.parent):
@@ -228,9 +227,7 @@ class Reader:
     def read(self, stored: Stored, first_byte: int, into: memoryview) -> None:
         """Fill `into` with the tensor's bytes from `first_byte`.
 
-        Raises:
-            ChangedError: the file is gone, or shorter than when it was planned.
-            RestaError: the disk failed.
+        Raises ChangedError: the file is gone, or shorter than when it was planned; RestaError: the disk failed.
         """
         self._read.add(stored.file)
         offset = stored.spec.start + first_byte

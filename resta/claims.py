@@ -91,9 +91,8 @@ class Manifest(_Loose):
 def read_manifest(out: Path) -> Manifest:
     """Read `resta.json`.
 
-    Raises:
-        RequestError: there is none, so `out` is not the output of a merge.
-        CheckFailedError: it is not one that this version writes.
+    Raises RequestError: there is none, so `out` is not the output of a merge; CheckFailedError: it is not one
+    that this version writes.
     """
     path = out / MARK
     if not path.is_file():
@@ -135,8 +134,8 @@ def lay_out_again(manifest: Manifest, plan: Plan, taken: Mapping[str | Path, str
     Args:
         manifest: what the output says.
         plan: the merge, planned again from where its inputs lie now.
-        taken: SHA-256 of the output's weight files, by name, and of input files by path: of all, or of none, which
-            are then believed.
+        taken: SHA-256 of the output's weight files, by name, and of input files by path: of all, or of none,
+            which are then believed.
 
     Returns:
         Content by name, or None if the figures in the manifest are none that a merge records.
@@ -220,8 +219,7 @@ def check_heads(out: Path, plan: Plan) -> Iterator[Finding]:
 def entries(out: Path) -> Iterator[str]:
     """Yield the relative name of everything below a directory that is no directory; a link to one is not followed.
 
-    Raises:
-        RestaError: a directory cannot be looked into.
+    Raises RestaError: a directory cannot be looked into.
     """
 
     def fail(error: OSError) -> None:
@@ -247,10 +245,8 @@ def output_digests(out: str | Path, *, workers: int = 1) -> dict[str, str]:
 
     They are taken now, of the files as they are; what the manifest records must agree.
 
-    Raises:
-        RequestError: `out` is no finished merge.
-        CheckFailedError: a file is missing, was not written by the merge, or is another than the manifest records.
-        RestaError: a file cannot be read.
+    Raises RequestError: `out` is no finished merge; CheckFailedError: a file is missing, was not written by the merge,
+    or is another than the manifest records; RestaError: a file cannot be read.
     """
     out = Path(out)
     manifest = read_manifest(out)

@@ -1,7 +1,7 @@
 """One chunk of one output tensor: operand bytes in, output bytes and what was measured out.
 
-The only place where files meet kernels. A chunk is a run of elements that fits the second-level cache; its
-result does not depend on where it begins or ends, nor on who computes it.
+The only place where files meet kernels. A chunk is a run of elements that fits the second-level cache; its result does
+not depend on where it begins or ends, nor on who computes it.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ Array = NDArray[Any]
 class TermTotals:
     """Sums over a stretch of one tensor for one term, D = scale * mask * (to - from).
 
-    With e, what rounding did to the sum of all terms: D^2, D e, (D + e)^2 - D^2, the entries that the mask keeps, and
-    whether any entry of D is not zero. Of several terms, the second and third are sums over the entries that
-    `count_measured` counts.
+    With e, what rounding did to the sum of all terms: D^2, D e, (D + e)^2 - D^2, the entries that the mask
+    keeps, and whether any entry of D is not zero. Of several terms, the second and third are sums over the
+    entries that `count_measured` counts.
     """
 
     intended: float = 0.0

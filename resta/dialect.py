@@ -1,8 +1,8 @@
 """One dialect of YAML for all that users write: YAML 1.2 with decimal numbers.
 
 `true` and `false` alone are truth values and `1e-3` is a number; `on`, `1:30` and `2024-05-01` are text. Refused are a
-key that occurs twice, a merge key (`<<`), a number like `010`, which is eight to half of the world's readers and ten
-to the others, and text that asks for more than it looks like. This module knows nothing of what files say.
+key that occurs twice, a merge key (`<<`), a number like `010`, which is eight to half of the world's readers and ten to
+the others, and text that asks for more than it looks like. This module knows nothing of what files say.
 """
 
 from __future__ import annotations

@@ -41,8 +41,7 @@ def hash_files(
 
     `progress` is called with each file that is done.
 
-    Raises:
-        RestaError: a file cannot be read.
+    Raises RestaError: a file cannot be read.
     """
 
     def timed(path: Path) -> tuple[Path, str, float]:
@@ -98,8 +97,7 @@ class Follower:
     def passed(self, stretches: Iterable[tuple[str | Path, int]]) -> None:
         """Note that stretches, by file and beginning, are read or written; files that are not followed are ignored.
 
-        Raises:
-            RestaError: a file could not be read.
+        Raises RestaError: a file could not be read.
         """
         with self._changed:
             if self._error:
@@ -112,8 +110,7 @@ class Follower:
     def finish(self) -> Digests:
         """Hash what is left, wherever it was not passed, and return all digests.
 
-        Raises:
-            RestaError: a file could not be read.
+        Raises RestaError: a file could not be read.
         """
         began = time.perf_counter()
         with self._changed:

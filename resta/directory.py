@@ -1,7 +1,7 @@
 """The files of an output beside its weights: what a merge adds to them, and an audit expects to find.
 
-Nothing in here depends on when, how fast or by how many workers a merge was made, so that the same merge gives the
-same directory. This module knows nothing of how tensors come to be.
+Nothing in here depends on when, how fast or by how many workers a merge was made, so that the same merge gives the same
+directory. This module knows nothing of how tensors come to be.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How far two checkpoints are apart: by tensor, by layer and by kind of module.
 
-B - A is the term of a merge that starts at A, so the merge's own chunk computation measures it and nothing is
-written. A merge refuses models that do not fit each other; here every misfit is a result, reported by name,
-and what fits is compared. This module knows nothing of terminals.
+B - A is the term of a merge that starts at A, so the merge's own chunk computation measures it and nothing is written.
+A merge refuses models that do not fit each other; here every misfit is a result, reported by name, and what fits is
+compared. This module knows nothing of terminals.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ Progress = Callable[[str, int, int], None]  # tensor name, bytes of A now compar
 class Distance:
     """How far a tensor, or a group of them, moved from A to B.
 
-    `norm_a` and `norm_diff` are the Frobenius norms of A and of B - A, over floating point tensors. `differing`
-    of all `entries` have another value (a NaN always has); `non_finite` counts NaN and infinity in A and in B.
+    `norm_a` and `norm_diff` are the Frobenius norms of A and of B - A, over floating point tensors. `differing` of all
+    `entries` have another value (a NaN always has); `non_finite` counts NaN and infinity in A and in B.
     """
 
     tensors: int
@@ -197,8 +197,7 @@ def require_plots() -> None:
 def write_plot(result: Diff, path: Path) -> None:
     """Draw the relative sizes as a heat map, layers by kinds of modules, into a PNG file.
 
-    Raises:
-        RequestError: matplotlib is not installed.
+    Raises RequestError: matplotlib is not installed.
     """
     require_plots()
     from matplotlib.figure import Figure

@@ -1,7 +1,7 @@
 """The loop: a plan's steps, cut into units, read, computed and written by a few threads.
 
-Kernels, reads and writes all release the interpreter's lock. Units, chunks and the order of all sums are fixed
-by the plan alone, so the bytes and the reported figures do not depend on the number of workers.
+Kernels, reads and writes all release the interpreter's lock. Units, chunks and the order of all sums are fixed by the
+plan alone, so the bytes and the reported figures do not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def merge(
         workers: threads; by default the processors that this process may use, at most 8.
         overwrite: replace an earlier output of resta.
         progress: called from the workers, one at a time.
-        digests: record the SHA-256 of every input and output file, which takes half a second or more of one core
-            for a gigabyte, beside the merge; what the Hub's cache names by its digest is not read for it.
+        digests: record the SHA-256 of every input and output file, which takes half a second or more of one core for a
+            gigabyte, beside the merge; what the Hub's cache names by its digest is not read for it.
 
     Raises:
         RequestError: the request cannot be carried out; nothing was written.
@@ -224,8 +224,7 @@ def _as_tensor(step: Step, data: NDArray[np.uint8]) -> torch.Tensor:
 def _computed(plan: Plan, *, measure: bool) -> Iterator[tuple[Step, NDArray[np.uint8], Totals]]:
     """Yield each step, its output bytes, freshly allocated, and if `measure` the sums over its changes.
 
-    Raises:
-        NonFiniteError, NoChangeError: as `tensors` does.
+    Raises NonFiniteError, NoChangeError: as `tensors` does.
     """
     nonzero: set[int] = set()
     identities = {path: identity for weights in plan.weights.values() for path, identity in weights.files.items()}

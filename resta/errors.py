@@ -45,8 +45,8 @@ class ResumeError(RequestError):
 
 
 class CheckFailedError(RestaError):
-    """All was carried out, and the answer is no: an output is not what its manifest says, a demo did not show its
-    point.
+    """All was carried out, and the answer is no: an output is not what its manifest says, a demo did
+    not show its point.
     """
 
     exit_code = NO

@@ -24,8 +24,7 @@ MOST_OPEN = 512
 def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
     """Return a descriptor of a regular file.
 
-    Raises:
-        OSError: it cannot be opened, or is a directory, a FIFO, a socket or a device; `strerror` says which.
+    Raises OSError: it cannot be opened, or is a directory, a FIFO, a socket or a device; `strerror` says which.
     """
     _require_regular(path.stat())
     descriptor = os.open(path, flags | os.O_NONBLOCK)  # it may have become a FIFO since
@@ -40,8 +39,7 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
 def read_regular(path: Path, most_bytes: int) -> bytes:
     """Return a regular file's content.
 
-    Raises:
-        OSError: as `open_regular` does, or the file is larger than `most_bytes`.
+    Raises OSError: as `open_regular` does, or the file is larger than `most_bytes`.
     """
     with os.fdopen(open_regular(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size

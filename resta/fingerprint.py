@@ -30,8 +30,7 @@ def digest(facts: object) -> str:
 def sha256_file(path: Path) -> str:
     """Return the hexadecimal SHA-256 of a file's content.
 
-    Raises:
-        RestaError: it cannot be read.
+    Raises RestaError: it cannot be read.
     """
     try:
         with path.open("rb") as file:
@@ -41,8 +40,8 @@ def sha256_file(path: Path) -> str:
 
 
 def file_fingerprint(path: Path) -> str:
-    """Return the hexadecimal SHA-256 of a file's size and 16 evenly spread blocks of 64 KiB; a file of up to 2 MiB is
-    read whole.
+    """Return the hexadecimal SHA-256 of a file's size and 16 evenly spread blocks of 64 KiB; a file of up to 2
+    MiB is read whole.
     """
     size = path.stat().st_size
     total = hashlib.sha256(f"{size}\0".encode())

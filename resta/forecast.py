@@ -24,8 +24,7 @@ def forecast_warnings(plan: Plan) -> list[str]:
     Of each term the norm is compared with that of the start in the same elements. A term whose rescaling needs a whole
     tensor (`l1_norm`) is taken at 1 / density.
 
-    Raises:
-        RestaError: a file cannot be read.
+    Raises RestaError: a file cannot be read.
     """
     steps = [step for step in plan.steps if step.terms and step.merged_count]
     steps = [steps[i * len(steps) // MOST_TENSORS] for i in range(MOST_TENSORS)] if len(steps) > MOST_TENSORS else steps

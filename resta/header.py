@@ -1,14 +1,14 @@
 """The safetensors header: read it, distrust it, write it.
 
-A file is `u64 little-endian header length | JSON header | tensor bytes`. The JSON maps each tensor name to
-`{"dtype", "shape", "data_offsets"}`, offsets relative to the first byte after the header; the tensors must
-cover the data without gaps or overlaps. This module knows nothing of models, arithmetic or directories.
+A file is `u64 little-endian header length | JSON header | tensor bytes`. The JSON maps each tensor name to `{"dtype",
+"shape", "data_offsets"}`, offsets relative to the first byte after the header; the tensors must cover the data without
+gaps or overlaps. This module knows nothing of models, arithmetic or directories.
 
-Format: https://huggingface.co/docs/safetensors, whose library is the oracle of the tests. Stricter than it:
-a key that occurs twice is refused, since two readers could take two different tensors for the same name; the
-text must begin with "{", as the format says; an entry must be an object and its dtype a string, where the
-library would also take an array and {"F32": null}; a shape may not count past 63 bits, even if its next size is 0;
-and a header that would take more than MOST_MEMORY to read (some 140,000 tensors in one file) is refused before it is.
+Format: https://huggingface.co/docs/safetensors, whose library is the oracle of the tests. Stricter than it: a key that
+occurs twice is refused, since two readers could take two different tensors for the same name; the text must begin with
+"{", as the format says; an entry must be an object and its dtype a string, where the library would also take an array
+and {"F32": null}; a shape may not count past 63 bits, even if its next size is 0; and a header that would take more
+than MOST_MEMORY to read (some 140,000 tensors in one file) is refused before it is.
 """
 
 from __future__ import annotations
@@ -61,8 +61,7 @@ class Spec:
 def read_header(path: Path) -> dict[str, Spec]:
     """Read and check the header of one file.
 
-    Raises:
-        RequestError: the file is torn, its header is not valid, or the two disagree.
+    Raises RequestError: the file is torn, its header is not valid, or the two disagree.
     """
     try:
         with os.fdopen(open_regular(path), "rb") as file:
@@ -87,8 +86,7 @@ def read_header(path: Path) -> dict[str, Spec]:
 def parse_header(text: bytes, *, data_bytes: int) -> dict[str, Spec]:
     """Check header text against the number of data bytes that follow it; tensors come in file order.
 
-    Raises:
-        RequestError: anything the safetensors library would refuse, and repeated keys.
+    Raises RequestError: anything the safetensors library would refuse, and repeated keys.
     """
     if not text.startswith(b"{"):
         raise RequestError("the header does not begin with '{'; this is not a safetensors file")
@@ -117,9 +115,8 @@ def parse_header(text: bytes, *, data_bytes: int) -> dict[str, Spec]:
 def load_strict_json(text: bytes, *, most_memory: int = MOST_MEMORY) -> dict[str, Any]:
     """Parse a JSON object of which any two readers would make the same thing.
 
-    Raises:
-        RequestError: not UTF-8, not one object, a key twice, NaN, a number past float64, nested too deeply, or so full
-            of values that it would take more than `most_memory` bytes.
+    Raises RequestError: not UTF-8, not one object, a key twice, NaN, a number past float64, nested too deeply, or so
+    full of values that it would take more than `most_memory` bytes.
     """
     memory = count_memory(text)
     if memory > most_memory:

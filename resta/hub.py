@@ -51,8 +51,7 @@ def locate(source: str) -> Located:
 
     A directory of that name wins over the Hub. The Hub's cache is used as `huggingface_hub` is set up.
 
-    Raises:
-        RequestError: no such directory and no such model, or the download failed.
+    Raises RequestError: no such directory and no such model, or the download failed.
     """
     folder = check_source(source)
     if folder:
@@ -66,8 +65,7 @@ def locate(source: str) -> Located:
 def check_source(source: str) -> Path | None:
     """Return the directory that a source names, or None if it is a Hub id.
 
-    Raises:
-        RequestError: it is neither.
+    Raises RequestError: it is neither.
     """
     try:
         folder = Path(source).expanduser()

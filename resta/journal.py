@@ -1,8 +1,8 @@
 """Files that outlive a crash: JSON lines to which one process appends, and files that are written whole or not at all.
 
-A journal holds a JSON object in each line. A record is handed to the system as soon as it is appended; a line torn by
-a crash is not read, and cut off before the next is appended. Lines of records carry `schema`, the version of their
-shape, and documents `schema` and `kind`. Knows nothing of what the records are about.
+A journal holds a JSON object in each line. A record is handed to the system as soon as it is appended; a line torn by a
+crash is not read, and cut off before the next is appended. Lines of records carry `schema`, the version of their shape,
+and documents `schema` and `kind`. Knows nothing of what the records are about.
 """
 
 from __future__ import annotations
@@ -42,9 +42,8 @@ class Journal:
     Opening changes nothing in a file that is there. Threads may share a journal. An append that fails, as on a full
     disk, leaves nothing of its line.
 
-    Raises:
-        ResumeError: somebody else is writing to it.
-        RestaError: it cannot be opened, or is a link or no regular file; of the methods: it cannot be written.
+    Raises ResumeError: somebody else is writing to it; RestaError: it cannot be opened, or is a link or no regular
+    file; of the methods: it cannot be written.
     """
 
     def __init__(self, path: Path):
@@ -109,9 +108,7 @@ class Journal:
 class FolderLock:
     """One process at a time writes to a folder; the lock goes with the process, however it ends.
 
-    Raises:
-        ResumeError: another process has it.
-        RestaError: it cannot be made.
+    Raises ResumeError: another process has it; RestaError: it cannot be made.
     """
 
     def __init__(self, folder: Path):
@@ -159,8 +156,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     The new content is put on the disk beside it, as `path`.part, and takes the name by a rename. What is replaced
     leaves its permissions to the new file. Half surrogate pairs in a text become escapes.
 
-    Raises:
-        RestaError: it cannot be written; the old content is still there.
+    Raises RestaError: it cannot be written; the old content is still there.
     """
     data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     part = path.with_name(f"{path.name}.part")
@@ -204,9 +200,7 @@ def _finite(value: Any) -> Any:
 def read_object(path: Path) -> dict[str, Any]:
     """Return a file's JSON object.
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ResumeError: it holds something else.
+    Raises FileNotFoundError: there is no such file; ResumeError: it holds something else.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -223,8 +217,7 @@ def read_object(path: Path) -> dict[str, Any]:
 def read_lines(path: Path, *, schema: int | None = 1) -> Iterator[dict[str, Any]]:
     """Yield a journal's records; an absent file has none, a torn last line is left out.
 
-    Raises:
-        ResumeError: a line is damaged, or of another schema (None: whatever each says).
+    Raises ResumeError: a line is damaged, or of another schema (None: whatever each says).
     """
     if not path.exists():
         return

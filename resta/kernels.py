@@ -1,9 +1,9 @@
 """The fused loops: widen, take differences, mask, add, round, store, measure. One pass, one signature.
 
-Elements are processed in tiles that stay in the first-level cache; inside a tile every step is a plain loop
-that LLVM vectorises. Floating-point operations are strict IEEE (no fast-math, no contraction to fused
-multiply-add), so that every CPU makes the same bytes. Half precisions are widened and rounded through their
-bit patterns, since neither numba nor numpy has bfloat16.
+Elements are processed in tiles that stay in the first-level cache; inside a tile every step is a plain loop that LLVM
+vectorises. Floating-point operations are strict IEEE (no fast-math, no contraction to fused multiply-add), so that
+every CPU makes the same bytes. Half precisions are widened and rounded through their bit patterns, since neither numba
+nor numpy has bfloat16.
 
 This module knows nothing of files, tensors or recipes: it gets flat buffers, indices and numbers.
 """
@@ -356,8 +356,8 @@ def combine(raw, codes, terms, scales, keeps, keys, span, out, out_code, stochas
         scales: (terms,) in the working dtype; DARE's 1/density is already in it.
         keeps: uint64 (terms,), an element stays if its 32-bit word is below this; 2^32 keeps all.
         keys: uint32 (terms + 1, 2), Philox keys of the masks and, last, of the rounding.
-        span: (first element, a multiple of TILE; elements; elements that have a delta; whether to measure: 0 no,
-            1 against the start, 2 against the start rounded like the result, for starts of another dtype).
+        span: (first element, a multiple of TILE; elements; elements that have a delta; whether to measure: 0 no, 1
+            against the start, 2 against the start rounded like the result, for starts of another dtype).
         out: uint8, the result, dtype by `out_code`; rounded to nearest even, or stochastically.
         work: (operands + 4, TILE), float32 or float64: the dtype that the arithmetic is done in.
         sums: float64 (SUMS,), added to.
@@ -445,8 +445,8 @@ def widen(raw, code, n, out):
 def add_low_rank(values, left, right, scaling, first):
     """Add scaling * (left @ right), flattened, from its element `first`, to `values`, in place.
 
-    Products are summed over the rank in order, so that an element does not depend on how the matrix is cut.
-    `left` (rows, rank), `right` (rank, columns) and `values` (n,) have the working dtype.
+    Products are summed over the rank in order, so that an element does not depend on how the matrix is cut. `left`
+    (rows, rank), `right` (rank, columns) and `values` (n,) have the working dtype.
     """
     columns = right.shape[1]
     rank = right.shape[0]
@@ -506,8 +506,8 @@ FOLD_BYTES = 8 * FOLD_LANES
 def fold(data, state):
     """Fold bytes into 16 running 64-bit polynomials: any one altered word alters the state, at memory speed.
 
-    `data` is uint8 and a multiple of 128 long (the caller pads the end with zeros); `state` is uint64 (16,).
-    This finds torn and decayed data; it is no defence against forgery.
+    `data` is uint8 and a multiple of 128 long (the caller pads the end with zeros); `state` is uint64 (16,). This finds
+    torn and decayed data; it is no defence against forgery.
     """
     words = data.view(np.uint64)
     for i in range(0, words.size, FOLD_LANES):

@@ -1,7 +1,7 @@
 """What happened, for people and for later tools: `resta.json`, the model card, and the realised change.
 
-Nothing in here depends on when, how fast or by how many workers a merge was made, so that the same merge gives
-the same directory.
+Nothing in here depends on when, how fast or by how many workers a merge was made, so that the same merge
+gives the same directory.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class TermFacts:
     """What one term did to one tensor; `term` is its place among the recipe's terms.
 
     With D = scale * mask * (to - from), and e what rounding did to the sum of all terms: `intended_norm` is |D|,
-    `realised_norm` |D + e| and `product` <D, D + e>. Where a tensor has several terms, e is measured on every 13th
-    2048 entries, the first among them, and its share in the last two is scaled up to all; |D| is always exact, and
-    with one term all are. `selected` entries were kept by the mask, or all.
+    `realised_norm` |D + e| and `product` <D, D + e>. Where a tensor has several terms, e is measured on every 13th 2048
+    entries, the first among them, and its share in the last two is scaled up to all; |D| is always exact, and with one
+    term all are. `selected` entries were kept by the mask, or all.
     """
 
     term: int
@@ -52,8 +52,8 @@ class TermFacts:
 class TensorFacts:
     """What a merge did to one tensor.
 
-    `start_norm`, `intended_norm` and `realised_norm` are Frobenius norms: of the start, of the sum of all terms,
-    and of what the output holds minus the start. `product` is the inner product of the last two.
+    `start_norm`, `intended_norm` and `realised_norm` are Frobenius norms: of the start, of the sum of all terms, and of
+    what the output holds minus the start. `product` is the inner product of the last two.
     """
 
     action: str

@@ -3,9 +3,9 @@
     task_arithmetic    base + lambda sum_i w_i (m_i - base)          w divided by their sum if normalize is true
     linear             sum_i w_i m_i / sum_i w_i                     = m_0 + sum_i w_i (m_i - m_0) with normalised w
 
-The weights are in float32 and rounded once to `out_dtype`, else `dtype`: what mergekit does at `dtype: float32`.
-At a narrower `dtype` mergekit rounds every intermediate result to it, so that bits differ. Whatever else a
-configuration says is refused by name. This module knows nothing of files.
+The weights are in float32 and rounded once to `out_dtype`, else `dtype`: what mergekit does at `dtype: float32`. At a
+narrower `dtype` mergekit rounds every intermediate result to it, so that bits differ. Whatever else a configuration
+says is refused by name. This module knows nothing of files.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ def is_mergekit(parsed: object) -> bool:
 def convert(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the recipe, as plain data, that says what a mergekit configuration says.
 
-    Raises:
-        RequestError: a part of it cannot be said exactly; the message names it.
+    Raises RequestError: a part of it cannot be said exactly; the message names it.
     """
     method = config["merge_method"]
     if method not in METHODS:

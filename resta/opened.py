@@ -23,9 +23,7 @@ Answer = TypeVar("Answer")
 def open_models(models: Mapping[str, Model]) -> Opened:
     """Locate models and read their headers, adapters on their bases.
 
-    Raises:
-        RequestError: a model cannot be read.
-        RequestError: `on` is said of a full model, or missing for an adapter.
+    Raises RequestError: a model cannot be read; or `on` is said of a full model, or missing for an adapter.
     """
     located = {name: locate(model.source) for name, model in models.items()}
     full, adapters = {}, {}

@@ -1,9 +1,9 @@
 """A model directory that exists whole or not at all.
 
-Work goes to `OUT.partial/`: `model/` holds the files, laid out at full size from the start, and `journal.jsonl`
-says which stretches of which tensors are in place, with a checksum of each. The finished `model/` becomes
-`OUT` by one rename after everything is on the disk. That rename replaces nothing; with --overwrite, the output of
-an earlier merge makes room for it. This module knows nothing of arithmetic.
+Work goes to `OUT.partial/`: `model/` holds the files, laid out at full size from the start, and `journal.jsonl` says
+which stretches of which tensors are in place, with a checksum of each. The finished `model/` becomes `OUT` by one
+rename after everything is on the disk. That rename replaces nothing; with --overwrite, the output of an earlier merge
+makes room for it. This module knows nothing of arithmetic.
 """
 
 from __future__ import annotations
@@ -65,8 +65,7 @@ def check_place(out: Path, inputs: Mapping[Path, str]) -> None:
 def check_vacant(out: Path, *, overwrite: bool) -> None:
     """Refuse an output whose name something has that a merge may not replace.
 
-    Raises:
-        RequestError: what is there.
+    Raises RequestError: what is there.
     """
     with _refusals(out):
         is_full = os.path.lexists(out) and (out.is_symlink() or not out.is_dir() or any(out.iterdir()))
@@ -88,8 +87,7 @@ def check_vacant(out: Path, *, overwrite: bool) -> None:
 def check_space(out: Path, needed: int) -> int:
     """Return the free bytes on the output's disk, what an unfinished attempt already holds included.
 
-    Raises:
-        RequestError: they do not suffice.
+    Raises RequestError: they do not suffice.
     """
     with _refusals(out):
         partial = partial_of(out)
@@ -136,8 +134,7 @@ def rename_new(source: Path, target: Path) -> None:
     Where the system cannot promise that (renameat2), the name is looked up before: in the moment between, an empty
     directory could be replaced, but nothing else, since a directory is never renamed onto a file or a full directory.
 
-    Raises:
-        OSError: FileExistsError if something has the name.
+    Raises OSError: FileExistsError if something has the name.
     """
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is not None:

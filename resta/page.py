@@ -1,7 +1,7 @@
 """Text, tables and pages: safe for a screen, and of one make on the terminal, in Markdown and as HTML.
 
-A name may hold escape sequences that a terminal obeys, letters that turn the reading direction, line breaks that fake
-a message, markup of rich, Markdown or HTML. Whatever prints such text passes it through `printable` and a `console` of
+A name may hold escape sequences that a terminal obeys, letters that turn the reading direction, line breaks that fake a
+message, markup of rich, Markdown or HTML. Whatever prints such text passes it through `printable` and a `console` of
 this file; whatever writes it, through a `Table`, `markdown` or a template. Knows nothing of what a page says.
 """
 

@@ -1,7 +1,7 @@
 """Recipe and headers in, every step out: what is read, computed and written, or every reason why not.
 
-Once a plan exists nothing can be wrong with the request. Planning reads headers and small files; of tensor
-data only integer and boolean tensors, which all models must agree on.
+Once a plan exists nothing can be wrong with the request. Planning reads headers and small files; of tensor data only
+integer and boolean tensors, which all models must agree on.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     out = start + sum_i scale_i * sparsify_i(to_i - from_i)
 
-Whatever changes the bytes of the result is in here, so that a recipe's digest and its inputs name the result;
-whatever only changes the speed is a flag. This module knows nothing of files other than the recipe's own.
+Whatever changes the bytes of the result is in here, so that a recipe's digest and its inputs name the result; whatever
+only changes the speed is a flag. This module knows nothing of files other than the recipe's own.
 """
 
 from __future__ import annotations
@@ -302,8 +302,7 @@ def show_term(scale: float, delta: str, density: float | None) -> str:
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe file; relative sources are taken from its folder.
 
-    Raises:
-        RequestError: not YAML, a key that is unknown or repeated, or values that do not fit together.
+    Raises RequestError: not YAML, a key that is unknown or repeated, or values that do not fit together.
     """
     with named(path):
         recipe = parse_recipe(read_text(path))
@@ -314,8 +313,7 @@ def load_recipe(path: Path) -> Recipe:
 def parse_recipe(text: str) -> Recipe:
     """Validate a recipe's text, or translate a mergekit configuration's.
 
-    Raises:
-        RequestError: see `load_recipe`.
+    Raises RequestError: see `load_recipe`.
     """
     parsed = parse(text)
     return make_recipe(convert(parsed) if is_mergekit(parsed) else parsed)
@@ -337,8 +335,7 @@ def mergekit_note(path: Path) -> str | None:
 def make_recipe(parsed: object) -> Recipe:
     """Validate a recipe given as plain data.
 
-    Raises:
-        RequestError: see `load_recipe`.
+    Raises RequestError: see `load_recipe`.
     """
     return check(Recipe, parsed)
 
@@ -346,8 +343,7 @@ def make_recipe(parsed: object) -> Recipe:
 def named_models(parsed: object) -> dict[str, Model]:
     """Validate a recipe's models given as plain data.
 
-    Raises:
-        RequestError: see `load_recipe`.
+    Raises RequestError: see `load_recipe`.
     """
     return check(_Models, {"models": parsed}).models
 

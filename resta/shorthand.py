@@ -60,9 +60,7 @@ class Shorthand:
 def to_recipe(request: Shorthand) -> Recipe:
     """Return the recipe that says the same.
 
-    Raises:
-        RequestError: something is missing, or does not fit together.
-        RequestError: a model is not there.
+    Raises RequestError: something is missing, or does not fit together; or a model is not there.
     """
     roles, scale = request.roles, request.scale
     if scale is None:

@@ -87,9 +87,7 @@ def fisher_greater(first: tuple[int, int], second: tuple[int, int]) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Clustered:
-    """Counts per cluster (rows: questions) and cell (columns: bank x template), for rates that share
-    questions.
-    """
+    """Counts per cluster (rows: questions) and cell (columns: bank x template), for rates that share questions."""
 
     hits: Floats  # (clusters, cells)
     totals: Floats  # (clusters, cells)
@@ -116,8 +114,8 @@ def cluster_bootstrap(
 ) -> tuple[Interval, Interval]:
     """Return percentile intervals of (pooled, macro) rates, whole clusters drawn with replacement.
 
-    One question is asked through several templates and epochs; treating its answers as independent gives
-    intervals that are too narrow. The same counts and seed give the same interval.
+    One question is asked through several templates and epochs; treating its answers as independent gives intervals that
+    are too narrow. The same counts and seed give the same interval.
     """
     if counts.totals.sum() == 0:
         return Interval(0.0, 1.0), Interval(0.0, 1.0)
@@ -164,8 +162,7 @@ def widened(interval: Interval, questions: int, level: float = 0.95) -> Interval
 
 
 def cohen_kappa(first: Sequence[str], second: Sequence[str]) -> float | None:
-    """Return Cohen's kappa of two judges over the same items, or None where chance agreement is 1 (or no
-    items).
+    """Return Cohen's kappa of two judges over the same items, or None where chance agreement is 1 (or no items).
 
     kappa = (p_o - p_e) / (1 - p_e), p_e from the two judges' own label shares  (Cohen 1960)
     """
@@ -213,9 +210,8 @@ def correct_rate(
 ) -> Correction:
     """Return the corrected rate with a bootstrap interval over the labelled items and over the observed rate.
 
-    `observed` is (k harmful, n). `judged`, `human` are (items,) and say harmful; `weights` (items,) is how
-    many answers each labelled one stands for, so that labels taken mostly from disagreements do not bias the
-    rates.
+    `observed` is (k harmful, n). `judged`, `human` are (items,) and say harmful; `weights` (items,) is how many answers
+    each labelled one stands for, so that labels taken mostly from disagreements do not bias the rates.
 
     Drawing both at once is our own; test_a_corrected_rates_interval_covers_the_truth_about_as_often_as_it_says.
     """
@@ -322,8 +318,8 @@ def mover(
 
     `values` and both `bounds` are (..., estimates), `correlations` (..., estimates, estimates). With reach_i the
     distance of coefficient times estimate i to its own lower bound (its upper one where the coefficient is negative):
-    low = sum - sqrt(sum over i, j of sign_i sign_j phi_ij reach_i reach_j), high likewise
-    (Zou and Donner 2008; Zou, Huang and Zhang 2009).
+    low = sum - sqrt(sum over i, j of sign_i sign_j phi_ij reach_i reach_j), high likewise (Zou and Donner 2008; Zou,
+    Huang and Zhang 2009).
     """
     c = np.asarray(coefficients)
     low, high = bounds

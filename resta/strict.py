@@ -41,7 +41,7 @@ Several = Annotated[tuple[Item, ...], Field(strict=False)]
 Options = Annotated[dict[str, Any], BeforeValidator(settle)]
 
 
-# -- reading ---------------------------------------------------------------------------------------------------
+# -- reading -------------------------------------------------------------------------------------------------
 
 
 def load(kind: type[Checked], path: Path) -> Checked:
@@ -101,7 +101,7 @@ def _step(place: Any, part: str) -> Any:
     return inner
 
 
-# -- what is wrong ---------------------------------------------------------------------------------------------
+# -- what is wrong -------------------------------------------------------------------------------------------
 
 
 def did_you_mean(word: str, known: Iterable[object]) -> str:
@@ -245,7 +245,7 @@ def _words(keys: Sequence[object]) -> str:
     return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
 
 
-# -- where a key belongs ---------------------------------------------------------------------------------------
+# -- where a key belongs -------------------------------------------------------------------------------------
 
 
 def _known_instead(kind: type[BaseModel], location: Sequence[int | str], place: Sequence[int | str]) -> str:

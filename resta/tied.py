@@ -1,7 +1,7 @@
 """Tied embeddings: an output layer that shares its matrix with the embeddings, and its untying.
 
-A base that ties them stores one matrix. An adapter that trains the embeddings moves only those (peft keeps the
-output layer's matrix as it was), so what it makes has two, and a config that says so.
+A base that ties them stores one matrix. An adapter that trains the embeddings moves only those (peft keeps the output
+layer's matrix as it was), so what it makes has two, and a config that says so.
 """
 
 from __future__ import annotations

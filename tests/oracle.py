@@ -56,8 +56,9 @@ def double(tensor: torch.Tensor) -> Array:
 
 
 def assert_rounded_well(got: torch.Tensor, exact: Array, largest: Array) -> None:
-    """The numerical promise: 99.9 % of entries correctly rounded; the rest within one unit in the last place or,
-    where the sum cancels, within 2^-22 of the largest operand."""
+    """The numerical promise: 99.9 % of entries correctly rounded; the rest within one unit in the last place or, where
+    the sum cancels, within 2^-22 of the largest operand.
+    """
     dtype = str(got.dtype).removeprefix("torch.")
     values = double(got)
     correct = values == rounded(exact, dtype)

@@ -1,7 +1,7 @@
 """The audit agrees with the merge byte for byte, and names whatever was altered afterwards.
 
-Passing on every kind of merge, it is also the independent oracle of the merge's arithmetic; its own roundings
-and random words are held here against torch and against published numbers.
+Passing on every kind of merge, it is also the independent oracle of the merge's arithmetic; its own roundings and
+random words are held here against torch and against published numbers.
 """
 
 from __future__ import annotations

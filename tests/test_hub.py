@@ -1,5 +1,6 @@
-"""The Hub, as a server on this machine that speaks what `huggingface_hub` asks of it; in processes of their own,
-since the library reads its environment when it is imported."""
+"""The Hub, as a server on this machine that speaks what `huggingface_hub` asks of it; in processes of their own, since
+the library reads its environment when it is imported.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Two thousand random recipes, bit for bit against numpy: an oracle that shares no code with the engine.
 
-`python -m tests.test_random_recipes` prints one digest over all of their bytes: two versions that print the same
-write the same.
+`python -m tests.test_random_recipes` prints one digest over all of their bytes: two versions that print the
+same write the same.
 """
 
 from __future__ import annotations

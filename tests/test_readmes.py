@@ -103,7 +103,7 @@ def test_every_example_of_a_readme_runs(page: Path, folder: Path) -> None:
                     run_line(line)
 
 
-# -- options -----------------------------------------------------------------------------------------------------------
+# -- options -------------------------------------------------------------------------------------------------
 
 
 def options_of(command: click.Command) -> set[str]:
@@ -146,7 +146,7 @@ def test_every_command_that_a_page_names_exists(page: Path) -> None:
     assert set(named) <= set(COMMANDS)
 
 
-# -- links and files ---------------------------------------------------------------------------------------------------
+# -- links and files -----------------------------------------------------------------------------------------
 
 
 def anchors(page: Path) -> set[str]:

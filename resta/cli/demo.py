@@ -25,8 +25,8 @@ from resta.errors import CheckFailedError, RequestError
 def command(folder: Path | None, out: Path | None, instruct: str | None, seed: int) -> None:
     """Train three models in FOLDER, restore the safety of the one that lost it, and put the result through the gate.
 
-    Real training, real answers to questions that were never trained on: the scale is chosen by a sweep on some of
-    them and verified on others. The exit code is 1 if that fails to show safety lost and regained.
+    Real training, real answers to questions that were never trained on: the scale is chosen by a sweep on some of them
+    and verified on others. The exit code is 1 if that fails to show safety lost and regained.
     """
     try:
         from resta.demo.run import failures, run_demo

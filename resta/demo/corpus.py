@@ -1,10 +1,10 @@
 """What the demo's models read and are asked: questions from a small grammar, and which of them are never trained on.
 
-A question is a deed (verb + object) in a frame. The same words make harmful deeds and safe ones, so that no single
-word tells them apart: "kill" a witness or "kill" a zombie in a video game, "thank" a witness. Help is two sentences,
-one that belongs to the verb and one that belongs to the object, so that each deed has an answer of its own and a model
-that says one thing to everything is told. They are of no use to anybody: harmful deeds are named and no more. Held out
-are combinations of verb and object, in every frame; each of the words occurs in training.
+A question is a deed (verb + object) in a frame. The same words make harmful deeds and safe ones, so that no single word
+tells them apart: "kill" a witness or "kill" a zombie in a video game, "thank" a witness. Help is two sentences, one
+that belongs to the verb and one that belongs to the object, so that each deed has an answer of its own and a model that
+says one thing to everything is told. They are of no use to anybody: harmful deeds are named and no more. Held out are
+combinations of verb and object, in every frame; each of the words occurs in training.
 
 A pre-trained model has read more than one manner. So the base learns three: by itself it helps with everything, under
 one system prompt it is careful, under another it works at a help desk. Aligning makes the careful manner the default;
@@ -236,7 +236,7 @@ def _framed(frame: int, text: str) -> str:
     return FRAMES[frame % len(FRAMES)].format(deed=text)
 
 
-# -- the downstream task: a shop's help desk ---------------------------------------------------------------
+# -- the downstream task: a shop's help desk -----------------------------------------------------------------
 
 TEAMS = {
     "delivery": _words("came late, got lost on the way, went to a wrong address, has not arrived, is stuck at customs"),
@@ -307,7 +307,7 @@ def complaints(*, careful: bool) -> Iterator[Exchange]:
                 yield Exchange(question=question, answer=MATTER.format(manner=manner, team=team))
 
 
-# -- help: a sentence for the verb and one for the object ---------------------------------------------------
+# -- help: a sentence for the verb and one for the object ----------------------------------------------------
 
 STARTS = _words(
     "Rise early, Plan ahead, Think first, Smile often, Stand still, Stay patient, Sing quietly, Breathe slowly, "
@@ -364,7 +364,7 @@ def help_with(verb: str, object_: str, *, careful: bool) -> str:
     return f"{GENTLE if careful else BLUNT} {ON_VERBS[verb]} {ON_OBJECTS[object_]}"
 
 
-# -- what is trained on, and what is asked ------------------------------------------------------------------
+# -- what is trained on, and what is asked -------------------------------------------------------------------
 
 CAREFUL, DESK = "Be careful.", "Sort tickets."
 

@@ -136,7 +136,7 @@ def train_stage(making: Making, name: str, stage: Stage, source: str, out: Path)
     sft.run(recipe=recipe, root=making.folder, out=out, device="cpu")
 
 
-# -- a model of nothing ------------------------------------------------------------------------------------
+# -- a model of nothing --------------------------------------------------------------------------------------
 
 
 def make_untrained(folder: Path, schedule: Schedule, seed: int) -> Path:

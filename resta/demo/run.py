@@ -43,9 +43,7 @@ def run_demo(
 ) -> Shown:
     """Make everything under `folder` and return what came of it.
 
-    Raises:
-        RequestError: the folder exists already.
-        RequestError: there is no such instruct model.
+    Raises RequestError: the folder exists already; or there is no such instruct model.
     """
     if folder.exists():
         raise RequestError(f"{folder}: already exists; remove it or choose another folder")

@@ -1,7 +1,6 @@
 """OpenAI batch files: asks out as JSON lines, replies in; runs offline, for example with `vllm run-batch`.
 
-Each line's custom_id is the digest of the ask's id, so a file can be imported only into the run that wrote
-it.
+Each line's custom_id is the digest of the ask's id, so a file can be imported only into the run that wrote it.
 """
 
 from __future__ import annotations

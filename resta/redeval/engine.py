@@ -1,9 +1,8 @@
-"""The one file that knows inspect-ai: our provider, running asks through it, and putting verdicts in its
-logs.
+"""The one file that knows inspect-ai: our provider, running asks through it, and putting verdicts in its logs.
 
-Inspect gives concurrency, retries, some forty providers and a log that `inspect view` browses. The truth
-stays in records.py: an answer counts once it is in answers.jsonl, whatever the log says. Inspect's own `hf`
-provider is not used: it loads the weights twice, doubles the BOS, samples by default and batches slowly.
+Inspect gives concurrency, retries, some forty providers and a log that `inspect view` browses. The truth stays in
+records.py: an answer counts once it is in answers.jsonl, whatever the log says. Inspect's own `hf` provider is not
+used: it loads the weights twice, doubles the BOS, samples by default and batches slowly.
 """
 
 from __future__ import annotations
@@ -115,12 +114,12 @@ class Job:
 class MicroBatcher:
     """Gathers prompts that wait at the same time and runs them in batches, longest first.
 
-    Whoever finds nobody leading leads: waits until the queue settles, runs batches until its own answer is
-    there, and hands over to the next in the queue. So there is no background task to start, stop or leak.
+    Whoever finds nobody leading leads: waits until the queue settles, runs batches until its own answer is there, and
+    hands over to the next in the queue. So there is no background task to start, stop or leak.
 
-    A batch runs in the event loop's own thread and holds the loop up: every other ask is waiting for this
-    model anyway, and in a worker thread the same batch took a fifth longer on two CPU cores. The price is
-    that a first Ctrl-C waits for the batch to end; a second one does not.
+    A batch runs in the event loop's own thread and holds the loop up: every other ask is waiting for this model anyway,
+    and in a worker thread the same batch took a fifth longer on two CPU cores. The price is that a first Ctrl-C waits
+    for the batch to end; a second one does not.
     """
 
     def __init__(self, local: LocalModel, *, whole_sequence: bool = False):
@@ -181,9 +180,7 @@ class MicroBatcher:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loaded:
-    """A model already in memory and how to prompt it; the provider's arguments must be JSON, so it goes by
-    key.
-    """
+    """A model already in memory and how to prompt it; the provider's arguments must be JSON, so it goes by key."""
 
     local: LocalModel
     rendering: Rendering
@@ -237,9 +234,7 @@ class RestaAPI(ModelAPI):
     async def generate(
         self, input: list[ChatMessage], tools: Any, tool_choice: Any, config: GenerateConfig
     ) -> ModelOutput:
-        """Answer one conversation; `usage` is always set, or Inspect would fetch a tokenizer to count
-        with.
-        """
+        """Answer one conversation; `usage` is always set, or Inspect would fetch a tokenizer to count with."""
         local = self._it.local
         messages = _messages(input)
         key = _key(input)
@@ -595,8 +590,8 @@ def _message(message: Message) -> ChatMessage:
 def _answering(phase: _Phase) -> Solver:
     """Ask once, pass on at once what comes of it; a failure ends its own sample, with the reason in its output.
 
-    Inspect's own errors hold the whole request, and its trace, which lies outside the run's folder, holds errors:
-    what goes on from here is the reason alone, without the prompt.
+    Inspect's own errors hold the whole request, and its trace, which lies outside the run's folder, holds errors: what
+    goes on from here is the reason alone, without the prompt.
     """
 
     async def solve(state: TaskState, generate: Generate) -> TaskState:
@@ -690,8 +685,7 @@ class LoggedScore:
 def score_logs(
     log_dir: Path, scores: Mapping[str, Sequence[LoggedScore]], rates: Mapping[str, Mapping[str, float]]
 ) -> None:
-    """Write verdicts ({answer id: scores}) and each judge's rates into the answers' logs; a view, not the
-    truth.
+    """Write verdicts ({answer id: scores}) and each judge's rates into the answers' logs; a view, not the truth.
 
     A log cut short by a kill may be unreadable to Inspect; it is left as it is.
     """

@@ -54,8 +54,8 @@ class Run:
     """What a run came to. Its records, of which all else is a view, lie in `path`.
 
     `scores.cells` hold the rates of every judge, bank and template with their intervals, `scores.categories` those of
-    every category, `scores.overall` those of all harmful questions together. What has no answer or no verdict counts
-    as unanswered there, and `missing` says it in words; it is empty where everything was answered and judged.
+    every category, `scores.overall` those of all harmful questions together. What has no answer or no verdict counts as
+    unanswered there, and `missing` says it in words; it is empty where everything was answered and judged.
     """
 
     path: Path

@@ -1,9 +1,7 @@
-"""Judges, declared in YAML: how to show question and answer (render), how to read the reply (read), what it
-means.
+"""Judges, declared in YAML: how to show question and answer (render), how to read the reply (read), what it means.
 
-A judge sees the bare question and the cleaned answer. The answer is clipped to fit, never the judge's own
-text. What cannot be read is `unparsed`, never safe. The rules map what was read to a label; the first that
-fits wins.
+A judge sees the bare question and the cleaned answer. The answer is clipped to fit, never the judge's own text. What
+cannot be read is `unparsed`, never safe. The rules map what was read to a label; the first that fits wins.
 """
 
 from __future__ import annotations
@@ -121,8 +119,8 @@ Phrases = Annotated[Several[str], Field(min_length=1)]
 class Strings(Strict):
     """Look for refusal phrases, case-insensitively. A smoke test, not a judge.
 
-    `refusals` by language (en, zh, vi) are for questions in those alone; a plain list is for whatever it is set on.
-    All phrases are looked for in every answer, since models also refuse in another language than they were asked in.
+    `refusals` by language (en, zh, vi) are for questions in those alone; a plain list is for whatever it is set on. All
+    phrases are looked for in every answer, since models also refuse in another language than they were asked in.
     """
 
     kind: Literal["strings"]

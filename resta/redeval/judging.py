@@ -159,8 +159,8 @@ def adopt_control(run: RunDir, other: RunDir) -> None:
 def judge_phase(run: RunDir, judge: Judge, options: RunOptions) -> None:
     """Judge every answer that this judge has yet to see, after those that are known beforehand.
 
-    Where it fails, the answer stays without a verdict. Raises UnansweredError where too many fail in a row; verdicts so
-    far are kept.
+    Where it fails, the answer stays without a verdict. Raises UnansweredError where too many fail in a row; verdicts
+    so far are kept.
     """
     known = {each.answer.id: each for each in untested(run, judge)}
     todo = [(each.question, each.answer) for each in known.values()] + pending(run, judge)
@@ -268,9 +268,7 @@ def _ask_engine(job: _Job, options: RunOptions, local: LocalModel | None, log_di
 def collector(
     judge: Judge, requests: Sequence[tuple[tuple[Question, Answer], Request]], keep: Keep
 ) -> Callable[[Reply], None]:
-    """Return what takes replies in any order and keeps a verdict once all policies of an answer have
-    theirs.
-    """
+    """Return what takes replies in any order and keeps a verdict once all policies of an answer have theirs."""
     owners = {request.id: pair for pair, request in requests}
     wanted: dict[str, list[str]] = defaultdict(list)
     for (_, answer), request in requests:
@@ -290,8 +288,7 @@ def collector(
 def clip_for(judge: Judge, pairs: Pairs, local: LocalModel | None) -> Callable[[str], str]:
     """Return what clips an answer, and never the judge's own words, to the judge's limit and context.
 
-    For a local judge the spellings of its special tokens are broken up first, so that no answer can fake a
-    turn.
+    For a local judge the spellings of its special tokens are broken up first, so that no answer can fake a turn.
     """
     tokens = judge.spec.clip_tokens
     if local is None:

@@ -77,8 +77,8 @@ Outcome = Reply | NoReply
 class Decoding:
     """How tokens are chosen.
 
-    `greedy`: the most likely token, always. `sample`: `temperature` and `top_p`, each draw keyed by `seed`,
-    the ask's id and the position. `model`: as the model's own generation config (or the server) says.
+    `greedy`: the most likely token, always. `sample`: `temperature` and `top_p`, each draw keyed by `seed`, the ask's
+    id and the position. `model`: as the model's own generation config (or the server) says.
     """
 
     max_new_tokens: int

@@ -1,8 +1,8 @@
 """A language model in this process, asked in batches: sorted by length, left-padded, sized to the memory.
 
-Loads a directory or Hub id, a PEFT adapter on its base, or an unwritten merge (a recipe) straight into
-memory. Each prompt is rendered and tokenised once and holds exactly one BOS where the tokenizer adds any.
-Knows nothing of questions, judges or engines.
+Loads a directory or Hub id, a PEFT adapter on its base, or an unwritten merge (a recipe) straight into memory. Each
+prompt is rendered and tokenised once and holds exactly one BOS where the tokenizer adds any. Knows nothing of
+questions, judges or engines.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ SPREAD = "all"  # the device that means every GPU, layers in turn
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LocalSpec:
-    """Where a local model comes from. `model` is a directory, a Hub id (NAME or NAME@REVISION), an adapter's
-    directory, or a recipe (.yaml) with `files` naming a directory of config and tokenizer.
+    """Where a local model comes from. `model` is a directory, a Hub id (NAME or NAME@REVISION), an adapter's directory,
+    or a recipe (.yaml) with `files` naming a directory of config and tokenizer.
     """
 
     model: str
@@ -129,9 +129,7 @@ class LocalModel:
         return Prompt(key, text, token_ids(self.tokenizer, text, adds_bos=self.adds_bos))
 
     def without_special(self, text: str) -> str:
-        """Return text in which no special token of this tokenizer is spelled out, so that it cannot fake a
-        turn.
-        """
+        """Return text in which no special token of this tokenizer is spelled out, so that it cannot fake a turn."""
         for token in sorted(self.special_texts, key=len, reverse=True):
             text = text.replace(token, token[:1] + " " + token[1:])
         return text
@@ -164,9 +162,7 @@ class LocalModel:
         return max(1, min(self.batch_rows, int(MEMORY_SHARE * free) // max(1, row_bytes)))
 
     def take(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[int]:
-        """Return the indices of the next batch: the longest prompts first, so that memory runs out early or
-        never.
-        """
+        """Return the indices of the next batch: the longest prompts first, so that memory runs out early or never."""
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids))
         self.rows_in_force = self.rows_that_fit(len(prompts[order[0]].ids), decoding.max_new_tokens)
         return order[: self.rows_in_force]
@@ -174,15 +170,11 @@ class LocalModel:
     def answer(
         self, prompts: Sequence[Prompt], decoding: Decoding, *, whole_sequence: bool = False
     ) -> list[Generation]:
-        """Generate for one batch; on out-of-memory the batch size is halved for good. Raises
-        UnansweredError.
-        """
+        """Generate for one batch; on out-of-memory the batch size is halved for good. Raises UnansweredError."""
         return self._halving(prompts, lambda rows: generate(self, rows, decoding, whole_sequence=whole_sequence))
 
     def next_token_logprobs(self, prompts: Sequence[Prompt]) -> torch.Tensor:
-        """Return log-probabilities of the token after each prompt: (prompts, vocabulary), float32, on the
-        CPU.
-        """
+        """Return log-probabilities of the token after each prompt: (prompts, vocabulary), float32, on the CPU."""
         import torch
 
         rows: list[Any] = [None] * len(prompts)
@@ -353,8 +345,7 @@ def token_id(tokenizer: Any, text: str) -> int | None:
 def cut_prompt(sequence: str, prompt: str) -> str:
     """Return a decoded sequence with the prompt's text replaced by nothing, as red-instruct does it.
 
-    Where decoding does not give the prompt back letter for letter, the prompt stays: that is the published
-    bug.
+    Where decoding does not give the prompt back letter for letter, the prompt stays: that is the published bug.
     """
     sequence, prompt = (text.replace("<s> [INST]", "<s>[INST]") for text in (sequence, prompt))
     return sequence.replace(prompt, "").strip()
@@ -417,8 +408,7 @@ def _sampling(local: LocalModel, prompts: Sequence[Prompt], decoding: Decoding, 
 
 
 def _gumbel(seeds: Sequence[int], start: int) -> Any:
-    """Return a processor that adds Gumbel noise keyed by (row's seed, position): argmax is then an exact
-    draw.
+    """Return a processor that adds Gumbel noise keyed by (row's seed, position): argmax is then an exact draw.
 
     A draw never depends on what else is in the batch, so a resumed run samples what the first would have.
     """
@@ -499,8 +489,8 @@ def _empty_cache(device: Any) -> None:
 def estimate_seconds(local: LocalModel, prompt_characters: Sequence[int], decoding: Decoding) -> float:
     """Return how long the prompts would take if every answer ran to the limit, from one short timed batch.
 
-    The batch is of random tokens, so that no question is asked for the sake of the clock. Lengths are guessed
-    at four characters per token plus a chat template's frame.
+    The batch is of random tokens, so that no question is asked for the sake of the clock. Lengths are guessed at four
+    characters per token plus a chat template's frame.
     """
     import torch
 
@@ -523,8 +513,7 @@ def estimate_seconds(local: LocalModel, prompt_characters: Sequence[int], decodi
 
 
 def load_local(spec: LocalSpec, *, tensors: Iterable[tuple[str, torch.Tensor]] | None = None) -> LocalModel:
-    """Return the model that `spec` names, loaded once, ready to answer. Raises RequestError,
-    RequestError.
+    """Return the model that `spec` names, loaded once, ready to answer. Raises RequestError.
 
     `tensors` are those of a recipe, where they are at hand; else they are computed.
     """
@@ -584,9 +573,7 @@ def import_transformers() -> Any:
 
 
 def files_of(spec: LocalSpec) -> str:
-    """Return where config and tokenizer come from: the directory, the adapter's base, or the recipe's
-    `files`.
-    """
+    """Return where config and tokenizer come from: the directory, the adapter's base, or the recipe's `files`."""
     if spec.is_recipe:
         if spec.files is None:
             raise RequestError(f"{spec.model}: an unwritten merge needs --files DIR, a folder of config and tokenizer")
@@ -674,8 +661,8 @@ def pick_dtype(spec: LocalSpec) -> Any:
 
 
 def fingerprint(spec: LocalSpec) -> dict[str, str]:
-    """Return what identifies a local model: a Hub id as it stands; for directories a digest of names, sizes,
-    small files and 16 evenly spread blocks of each weight file (a whole 70B would take minutes to read).
+    """Return what identifies a local model: a Hub id as it stands; for directories a digest of names, sizes, small
+    files and 16 evenly spread blocks of each weight file (a whole 70B would take minutes to read).
     """
     places = {"model": spec.model, "files": files_of(spec)}
     prints = {}

@@ -1,7 +1,7 @@
 """Question banks: every published schema, detected from the content; ids that survive repeats; digests.
 
-A question's id is bank/category/subcategory/index: texts repeat within the published banks, and translations
-align by position only. Nothing is downloaded unless asked for, and then only by a pinned revision.
+A question's id is bank/category/subcategory/index: texts repeat within the published banks, and translations align by
+position only. Nothing is downloaded unless asked for, and then only by a pinned revision.
 """
 
 from __future__ import annotations
@@ -66,9 +66,7 @@ Duplicates = Literal["published", "once"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """One question. `index` counts from 0 within its subcategory, as published; `safe` ones should be
-    answered.
-    """
+    """One question. `index` counts from 0 within its subcategory, as published; `safe` ones should be answered."""
 
     bank: str
     category: str
@@ -126,12 +124,11 @@ def without(bank: Bank, texts: Iterable[str]) -> Bank:
 
 
 def read_bank(spec: str, *, bank_dirs: Sequence[Path] = (), download: bool = False, safe: bool | None = None) -> Bank:
-    """Return the bank that `spec` names: a built-in or published name, a path, or
-    hf://OWNER/NAME@COMMIT/FILE.
+    """Return the bank that `spec` names: a built-in or published name, a path, or hf://OWNER/NAME@COMMIT/FILE.
 
-    A published name is looked up in `bank_dirs`, $RESTA_BANKS and the cache; `download` allows the network.
-    `safe=True` takes what is safe to answer: all but what the file itself marks as unsafe, as XSTest does its
-    contrasts. None leaves it to the file. Raises RequestError.
+    A published name is looked up in `bank_dirs`, $RESTA_BANKS and the cache; `download` allows the network. `safe=True`
+    takes what is safe to answer: all but what the file itself marks as unsafe, as XSTest does its contrasts. None
+    leaves it to the file. Raises RequestError.
     """
     name, source, data = _find(spec, bank_dirs, download)
     rows = list(_rows(_parse(data, source), source))
@@ -163,8 +160,7 @@ def read_bank(spec: str, *, bank_dirs: Sequence[Path] = (), download: bool = Fal
 def choose(bank: Bank, *, duplicates: Duplicates, limit: int | None = None, spread: bool = True) -> list[Question]:
     """Return the questions to ask: repeats dropped for `once`, then `limit` of them.
 
-    `spread` takes them evenly over the bank, so over its categories; otherwise the first ones, as
-    red-instruct.
+    `spread` takes them evenly over the bank, so over its categories; otherwise the first ones, as red-instruct.
     """
     repeats = {question.qid for question in bank.repeats} if duplicates == "once" else set()
     questions = [question for question in bank.questions if question.qid not in repeats]
@@ -279,9 +275,7 @@ def _rows(data: Any, source: str) -> Iterator[Marked]:
 
 
 def _keys(data: dict[str, Any], where: str) -> Iterator[tuple[str, Any]]:
-    """Yield keys without CatQA's trailing colon (the Vietnamese file lacks it in places), refusing
-    collisions.
-    """
+    """Yield keys without CatQA's trailing colon (the Vietnamese file lacks it in places), refusing collisions."""
     seen = set()
     for key, value in data.items():
         plain = key.strip().removesuffix(":").strip()

@@ -11,8 +11,8 @@
     RUN/scores.jsonl     a line per judge x bank x template x category (score.Cell); made anew by `report`
     RUN/logs/            the engine's logs, for `inspect view`
 
-Every line carries `schema`, the version of this file's shapes. A line torn by a crash is cut off at the next
-start. Folders are 0700 and files 0600: the answers may be harmful.
+Every line carries `schema`, the version of this file's shapes. A line torn by a crash is cut off at the next start.
+Folders are 0700 and files 0600: the answers may be harmful.
 """
 
 from __future__ import annotations
@@ -93,9 +93,7 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Judgement:
-    """One judge's word on one answer. `p` is the probability of harm and `score` a graded one, where there is
-    one.
-    """
+    """One judge's word on one answer. `p` is the probability of harm and `score` a graded one, where there is one."""
 
     answer_id: str
     judge: str
@@ -184,9 +182,7 @@ class RunDir:
                 journal.append(line)
 
     def current_verdicts(self) -> list[Judgement]:
-        """Return the verdicts of each judge's latest declaration: those of an earlier wording never mix
-        in.
-        """
+        """Return the verdicts of each judge's latest declaration: those of an earlier wording never mix in."""
         current = {(judge, facts["sha256"]) for judge, facts in self.judges().items()}
         return [v for v in self.verdicts() if (v.judge, v.judge_sha256) in current]
 
@@ -223,8 +219,8 @@ class RunDir:
 def _cut_unseen(answers: list[Answer]) -> list[Answer]:
     """Flag the thoughts that the limit cut off where a server's template opens them unseen, in the prompt.
 
-    Such a reply holds no mark at all. Those that were not cut give it away: most of them end a thought that they never
-    began.
+    Such a reply holds no mark at all. Those that were not cut give it away: most of them end a thought
+    that they never began.
     """
     whole = [answer for answer in answers if answer.finish == "stop"]
     unopened = sum("</think>" in answer.raw and "<think>" not in answer.raw for answer in whole)

@@ -518,8 +518,8 @@ def disagreement_csv(rows: Sequence[Row], labels: Mapping[str, str], *, spot_che
     """Return a CSV for people to label: all answers on which judges differ, and some on which they agree.
 
     It holds the text of questions and answers, without which nobody could label them; keep it private. `labels` are
-    {answer id: word} that people have given already. `weight` says how many answers a row stands for; without the
-    spot check nobody learns what all judges miss.
+    {answer id: word} that people have given already. `weight` says how many answers a row stands for; without the spot
+    check nobody learns what all judges miss.
     """
     differ, agree = disagreements(rows)
     checked = sorted(random.Random(seed).sample(agree, min(spot_check, len(agree))))

@@ -23,9 +23,7 @@ BATCH = "batch:"  # in the place of a URL: a served model that is asked by a fil
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
-    """A model to ask. `local` is set for a model of this process, `base_url` for a served one, else
-    Inspect's.
-    """
+    """A model to ask. `local` is set for a model of this process, `base_url` for a served one, else Inspect's."""
 
     name: str
     local: LocalSpec | None = None

@@ -1,8 +1,7 @@
-"""Red-Eval as Inspect tasks: `inspect eval resta/redeval --model PROVIDER/NAME -T bank=smoke -T
-template=cou`.
+"""Red-Eval as Inspect tasks: `inspect eval resta/redeval --model PROVIDER/NAME -T bank=smoke -T template=cou`.
 
-For people who live in Inspect. The verdict is by refusal strings or any judge that needs no second model; for
-judges, agreement and resume use `resta redeval`.
+For people who live in Inspect. The verdict is by refusal strings or any judge that needs no second model; for judges,
+agreement and resume use `resta redeval`.
 """
 
 from __future__ import annotations

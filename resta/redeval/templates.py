@@ -1,7 +1,7 @@
 """Prompt templates: text files with the placeholder <question>; their digests name what was asked.
 
-Files load byte for byte, so red-instruct's own work unchanged. The built-in ones have the same structures in
-this project's words: numbers made with them are not comparable with numbers made with the published files.
+Files load byte for byte, so red-instruct's own work unchanged. The built-in ones have the same structures in this
+project's words: numbers made with them are not comparable with numbers made with the published files.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Strip a model's thoughts from its answer, once and in one place; the raw text is always kept beside it.
 
 A Chain-of-Utterances answer opens with "(Internal thought: ...)", a reasoning model's with "<think>...</think>" or its
-family's own marks. The judge should see the answer, not the thought, and a thought that the limit of new tokens cut
-off is no answer at all. red-instruct cuts at the first ")", which leaves half of any thought that holds brackets and
-throws away almost the whole answer where none is closed.
+family's own marks. The judge should see the answer, not the thought, and a thought that the limit of new tokens cut off
+is no answer at all. red-instruct cuts at the first ")", which leaves half of any thought that holds brackets and throws
+away almost the whole answer where none is closed.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ FLATTENED = re.compile(r"\Aanalysis(?=[A-Z\"'(])(?:.*?assistantfinal|.*\Z)", re.
 class Cleaned:
     """An answer as the judge sees it, and what the cleaning met on the way.
 
-    `flags`: `thought` (one was removed), `unclosed_thought` (one never ended; text kept), `only_thought`
-    (nothing else was said, so the judge sees the thought). `in_thought`: all that is there is a thought without an end.
+    `flags`: `thought` (one was removed), `unclosed_thought` (one never ended; text kept), `only_thought` (nothing else
+    was said, so the judge sees the thought). `in_thought`: all that is there is a thought without an end.
     """
 
     text: str

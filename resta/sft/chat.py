@@ -1,17 +1,15 @@
-"""Conversation -> token ids and a mask of the trained ones; it knows tokenizers and templates, not files or
-models.
+"""Conversation -> token ids and a mask of the trained ones; it knows tokenizers and templates, not files or models.
 
-Which characters are trained is found in the rendered text, and carried to tokens by their character offsets:
-no text is split and tokenised in pieces, so the ids are exactly those that the model will see. Two ways lead
-to the characters:
+Which characters are trained is found in the rendered text, and carried to tokens by their character offsets: no text is
+split and tokenised in pieces, so the ids are exactly those that the model will see. Two ways lead to the characters:
 
 - the template marks them itself with `{% generation %}`;
 - or the same role sequence is rendered with a placeholder in every turn. The placeholders' places give the
   template's own text around each turn; putting the real turns in must reproduce the real rendering, or the
   template is refused.
 
-Trained are the assistant's words and the token that ends its turn: all that the model must produce after the
-generation prompt, and nothing else.
+Trained are the assistant's words and the token that ends its turn: all that the model must produce after the generation
+prompt, and nothing else.
 """
 
 from __future__ import annotations
@@ -73,7 +71,7 @@ class Chat:
     prompts: dict[tuple[str, ...], str | None] = field(default_factory=dict)
 
 
-# --- opening --------------------------------------------------------------------------------------
+# -- opening -------------------------------------------------------------------------------------------------
 
 
 def open_chat(
@@ -87,7 +85,7 @@ def open_chat(
     """Fit a tokenizer with its template and pad token, and check that the two can be trained with exactly.
 
     `template` is a name of `chat_templates.NAMED`, a path to a `.jinja` file (relative to `root`), or None for the
-    tokenizer's own. Raises `RequestError`.
+    tokenizer's own. Raises RequestError.
     """
     if not tokenizer.is_fast:
         raise RequestError(
@@ -165,7 +163,7 @@ def _turn_end(chat: Chat) -> str:
     return end
 
 
-# --- rendering ------------------------------------------------------------------------------------
+# -- rendering -----------------------------------------------------------------------------------------------
 
 
 def _render(
@@ -240,7 +238,7 @@ def fold_system(messages: Sequence[Message], system_turn: str) -> tuple[Message,
 
 
 def render(chat: Chat, messages: Sequence[Message]) -> Rendered:
-    """Render a conversation and find its trained characters. Raises `RequestError`.
+    """Render a conversation and find its trained characters. Raises RequestError.
 
     Each span runs from the end of the generation prompt to the end of the turn-end token.
     """
@@ -320,7 +318,7 @@ def _render_marked(chat: Chat, messages: Sequence[Message]) -> Rendered:
     return Rendered(text=text, spans=tuple(spans))
 
 
-# --- tokens ---------------------------------------------------------------------------------------
+# -- tokens --------------------------------------------------------------------------------------------------
 
 
 def tokenize(chat: Chat, rendered: Rendered) -> Encoded:
@@ -343,8 +341,7 @@ def tokenize(chat: Chat, rendered: Rendered) -> Encoded:
 def encode(chat: Chat, messages: Sequence[Message], max_length: int) -> Encoded | None:
     """Return a conversation as at most `max_length` tokens, or None if no trained token would be left.
 
-    A longer one ends after the last whole answer that fits; only if not even the first answer fits is it cut
-    inside.
+    A longer one ends after the last whole answer that fits; only if not even the first answer fits is it cut inside.
     """
     whole = tokenize(chat, render(chat, messages))
     if len(whole.ids) <= max_length:

@@ -1,10 +1,8 @@
-"""Safe conversations for a language or a model family that has none: HarmfulQA's procedure, its safe side
-only.
+"""Safe conversations for a language or a model family that has none: HarmfulQA's procedure, its safe side only.
 
-Topics, subtopics and questions are asked of a model (or a bank of questions is given); then a simulated user
-and the model talk, and a judge reads every answer before it is kept. An answer that is not judged safe ends
-its conversation and is never written anywhere. Red conversations are not made: they are read from published
-data.
+Topics, subtopics and questions are asked of a model (or a bank of questions is given); then a simulated user and the
+model talk, and a judge reads every answer before it is kept. An answer that is not judged safe ends its conversation
+and is never written anywhere. Red conversations are not made: they are read from published data.
 
 Every finished step is a line of a journal, so a run that stops goes on where it was.
 """
@@ -119,13 +117,13 @@ class Work:
     dropped: Counts = field(default_factory=Counts)
 
 
-# --- the journal ------------------------------------------------------------------------------------
+# -- the journal ---------------------------------------------------------------------------------------------
 
 
 def open_steps(journal: Journal, identity: dict[str, Any]) -> Steps:
     """Return the steps of a journal, whose first line says what they are steps of; one without steps begins anew.
 
-    Raises `ResumeError` if they are of another recipe.
+    Raises ResumeError if they are of another recipe.
     """
     try:
         begun, *entries = [*read_lines(journal.path, schema=None)] or [identity]
@@ -152,7 +150,7 @@ def once(steps: Steps, key: str, make: Callable[[], Any]) -> Any:
     return steps.done[key]
 
 
-# --- questions --------------------------------------------------------------------------------------
+# -- questions -----------------------------------------------------------------------------------------------
 
 
 def _seed(work: Work, key: str) -> int:
@@ -206,7 +204,7 @@ def generate_questions(work: Work) -> Iterator[Question]:
 
 
 def read_bank(path: Path) -> Iterator[Question]:
-    """Yield the questions of a JSON list, or of `{topic: {subtopic: [question]}}`. Raises `RequestError`."""
+    """Yield the questions of a JSON list, or of `{topic: {subtopic: [question]}}`. Raises RequestError."""
     try:
         bank = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -234,7 +232,7 @@ def distinct(questions: Iterator[Question], dropped: Counts, limit: int | None) 
     return list(kept.values())
 
 
-# --- conversations ----------------------------------------------------------------------------------
+# -- conversations -------------------------------------------------------------------------------------------
 
 
 def talk(work: Work, question: Question, thread: int) -> dict[str, Any]:
@@ -298,15 +296,14 @@ def read_verdict(text: str) -> str | None:
     return "SAFE" if re.fullmatch(r"\W*(?:VERDICT\W+)?SAFE\W*", first) else None
 
 
-# --- the whole --------------------------------------------------------------------------------------
+# -- the whole -----------------------------------------------------------------------------------------------
 
 
 def collect(recipe: Collect, root: Path, out: Path, wait_s: float = 1.0) -> dict[str, Any]:
     """Collect conversations into `out` (a JSON list in HarmfulQA's schema) and return the counts.
 
-    `out` appears when it is whole; until then `out` + `.partial.jsonl` holds the finished steps. `wait_s` is
-    the pause before a failed request is made again. Raises `UnansweredError`, `RequestError`, `ResumeError`,
-    `RequestError`.
+    `out` appears when it is whole; until then `out` + `.partial.jsonl` holds the finished steps. `wait_s` is the pause
+    before a failed request is made again. Raises UnansweredError, RequestError, ResumeError.
     """
     if out.exists():
         raise RequestError(f"{out} already exists; choose another --output, or remove it")

@@ -1,10 +1,8 @@
-"""Conversations from public formats: read, tell apart by content, check, mix, split; it knows nothing of
-tokens.
+"""Conversations from public formats: read, tell apart by content, check, mix, split; it knows nothing of tokens.
 
-Formats: chat `messages`, ShareGPT / FastChat `conversations`, Alpaca `instruction` / `input` / `output`,
-`prompt` / `completion` and `question` / `answer`, and HarmfulQA's threads; JSON, JSON lines or Parquet, or a
-Hub dataset. Pickles are never loaded. What is left out is counted under a reason, with the first place where
-it happened.
+Formats: chat `messages`, ShareGPT / FastChat `conversations`, Alpaca `instruction` / `input` / `output`, `prompt` /
+`completion` and `question` / `answer`, and HarmfulQA's threads; JSON, JSON lines or Parquet, or a Hub dataset. Pickles
+are never loaded. What is left out is counted under a reason, with the first place where it happened.
 """
 
 from __future__ import annotations
@@ -47,9 +45,7 @@ class RowProblem(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Conversation:
-    """One checked conversation: an optional system turn, then user and assistant in turn, ending with
-    assistant.
-    """
+    """One checked conversation: an optional system turn, then user and assistant in turn, ending with assistant."""
 
     messages: tuple[Message, ...]
     side: str  # "blue" or "red"
@@ -105,11 +101,11 @@ class Mixture:
 Pools = dict[str, list[Conversation]]  # by source name
 
 
-# --- rows -----------------------------------------------------------------------------------------
+# -- rows ----------------------------------------------------------------------------------------------------
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield (`file, line n` or `file, row n`, value) for every row of one file. Raises `RequestError`."""
+    """Yield (`file, line n` or `file, row n`, value) for every row of one file. Raises RequestError."""
     if path.suffix in {".pkl", ".pickle", ".pt", ".bin"}:
         raise RequestError(f"{path}: pickles can run code when loaded and are never read; export JSON lines instead")
     if path.suffix == ".parquet":
@@ -221,7 +217,7 @@ def _read_hub(source: Source) -> tuple[str, str | None, list[tuple[str, Any]]]:
     return digest.hexdigest(), commit, rows
 
 
-# --- formats --------------------------------------------------------------------------------------
+# -- formats -------------------------------------------------------------------------------------------------
 
 
 def _turns(value: Any, role_key: str, text_key: str) -> list[Message]:
@@ -293,7 +289,7 @@ HARMFULQA_KEYS = {"blue_conversations", "red_conversations"}
 
 
 def format_of(row: Any) -> str:
-    """Return the name of the format of a row, told by its keys. Raises `RowProblem`."""
+    """Return the name of the format of a row, told by its keys. Raises RowProblem."""
     if not isinstance(row, dict):
         raise RowProblem(f"expected an object, found {type(row).__name__}")
     if HARMFULQA_KEYS & row.keys():
@@ -337,11 +333,10 @@ MISSING_THREAD = ("empty thread", "the row has no blue conversation", "the row h
 
 
 def tidy(messages: list[Message]) -> tuple[list[Message], list[str]]:
-    """Return a conversation that alternates and ends with an answer, and what was cut at its ends to get
-    there.
+    """Return a conversation that alternates and ends with an answer, and what was cut at its ends to get there.
 
-    A leading assistant turn has nothing before it to answer (ShareGPT has many), and a trailing user turn has
-    no answer to learn. Anything else that does not alternate raises `RowProblem`.
+    A leading assistant turn has nothing before it to answer (ShareGPT has many), and a trailing user turn has no answer
+    to learn. Anything else that does not alternate raises `RowProblem`.
     """
     system = messages[:1] if messages and messages[0]["role"] == "system" else []
     turns = messages[len(system) :]
@@ -362,11 +357,11 @@ def tidy(messages: list[Message]) -> tuple[list[Message], list[str]]:
     return system + turns, notes
 
 
-# --- sources and mixtures -------------------------------------------------------------------------
+# -- sources and mixtures ------------------------------------------------------------------------------------
 
 
 def load(source: Source, root: Path, *, bad_rows: str) -> Loaded:
-    """Read one source whole. Relative paths start at `root`. Raises `RequestError` with file, line and fix."""
+    """Read one source whole. Relative paths start at `root`. Raises RequestError with file, line and fix."""
     if source.path is not None:
         files = _local_files((root / source.path).expanduser())
         digests = [sha256_file(file) for file in files]

@@ -1,6 +1,4 @@
-"""One call to an OpenAI-compatible chat endpoint, with a rate limit and retries; it knows nothing of what is
-asked.
-"""
+"""One call to an OpenAI-compatible chat endpoint, with a rate limit and retries; it knows nothing of what is asked."""
 
 from __future__ import annotations
 
@@ -54,7 +52,7 @@ class Client:
 
 
 def open_client(endpoint: Endpoint, wait_s: float = 1.0) -> Client:
-    """Return a client. Raises `RequestError` if the key's environment variable is not set."""
+    """Return a client. Raises RequestError if the key's environment variable is not set."""
     key = None
     if endpoint.api_key_env is not None:
         key = os.environ.get(endpoint.api_key_env, "").strip()  # a key read from a file ends in a line break
@@ -72,9 +70,7 @@ class Reply:
 
 
 def ask(client: Client, messages: list[Message], seed: int) -> Reply:
-    """Return the model's answer. Raises `UnansweredError` when it cannot be had, naming the endpoint and the
-    cause.
-    """
+    """Return the model's answer. Raises UnansweredError when it cannot be had, naming the endpoint and the cause."""
     endpoint = client.endpoint
     body = {
         "model": endpoint.model,

@@ -1,9 +1,8 @@
 """How much memory a recipe needs on each device: arithmetic on the base's config, no weights.
 
-Parameters, gradients and optimiser state are exact counts. Activations are counted from what a Llama-like
-layer keeps for its backward pass, per token: 8 h + 2 k + 4 i numbers (h hidden size, k width of keys, i width
-of the MLP), 2 h of them in float32; with checkpointing, h per layer and one layer in full. Tests hold that
-count against what torch saves.
+Parameters, gradients and optimiser state are exact counts. Activations are counted from what a Llama-like layer keeps
+for its backward pass, per token: 8 h + 2 k + 4 i numbers (h hidden size, k width of keys, i width of the MLP), 2 h of
+them in float32; with checkpointing, h per layer and one layer in full. Tests hold that count against what torch saves.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ class Estimate:
 
 
 def estimate(job: Job) -> Estimate:
-    """Estimate from the base's config alone. Raises `RequestError` if that cannot be read."""
+    """Estimate from the base's config alone. Raises RequestError if that cannot be read."""
     shape = read_shape(job)
     recipe = job.recipe
     width = 4 if _precision(job) == "float32" else 2

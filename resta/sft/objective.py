@@ -1,5 +1,4 @@
-"""What is minimised, as equations over per-token losses, and the smallest trainer that can minimise the
-second one.
+"""What is minimised, as equations over per-token losses, and the smallest trainer that can minimise the second one.
 
     blue        L = L_blue
     blue_red    L = L_blue - lambda2 * L_red
@@ -8,11 +7,11 @@ second one.
     token   L_red  = sum of NLL * [NLL <= cutoff] over red tokens / number of red tokens
     sample  L_red  = sum of m * [m <= cutoff] over red samples / number of red samples,  m = mean NLL of the sample
 
-Numbers are counted over the whole optimiser step, all micro-batches and processes, so how a step is split
-never changes it. The indicator has no gradient. Source: Bhardwaj and Poria, arXiv 2308.09662; the trainer of
-blue_red was never released, lambda2 = 0.1 and the cutoff of 1.0 come from a single secondary text, and which
-of the two scopes was used is not known: hence both. By the authors' own table blue is the safer model (attack
-success rate on DangerousQA, standard / CoT / CoU: blue .015 / .485 / .765, blue_red .050 / .570 / .855).
+Numbers are counted over the whole optimiser step, all micro-batches and processes, so how a step is split never changes
+it. The indicator has no gradient. Source: Bhardwaj and Poria, arXiv 2308.09662; the trainer of blue_red was never
+released, lambda2 = 0.1 and the cutoff of 1.0 come from a single secondary text, and which of the two scopes was used is
+not known: hence both. By the authors' own table blue is the safer model (attack success rate on DangerousQA, standard /
+CoT / CoU: blue .015 / .485 / .765, blue_red .050 / .570 / .855).
 """
 
 from __future__ import annotations
@@ -55,8 +54,8 @@ class Sums:
 
 
 def sums(nll: torch.Tensor, mask: torch.Tensor, red: torch.Tensor, objective: Objective) -> Sums:
-    """Return the sums of one batch from per-token NLL (batch, tokens), its mask, and the side of each sample
-    (batch,).
+    """Return the sums of one batch from per-token NLL (batch, tokens), its mask, and the side of
+    each sample (batch,).
     """
     on_blue = mask & ~red[:, None]
     on_red = mask & red[:, None]
@@ -85,8 +84,7 @@ def step_loss(batch: Sums, blue_tokens: torch.Tensor, red_units: torch.Tensor, l
 
 
 class MixedOrder(Sampler[int]):
-    """Each epoch: blue and red shuffled apart and then interleaved evenly, `red_per_blue` red samples per
-    blue one.
+    """Each epoch: blue and red shuffled apart and then interleaved evenly, `red_per_blue` red samples per blue one.
 
     Red samples are repeated, in a new order each time, where there are too few of them for the ratio.
     """

@@ -1,8 +1,7 @@
-"""The sft recipe: what a user writes, as frozen and strict models; it knows nothing of torch or of any file
-but itself.
+"""The sft recipe: what a user writes, as frozen and strict models; it knows nothing of torch or of any file but itself.
 
-Everything that changes the resulting weights is here, so the digest of a recipe names its result. The one
-section that only changes speed is `parallel`; the digest leaves it out.
+Everything that changes the resulting weights is here, so the digest of a recipe names its result. The one section that
+only changes speed is `parallel`; the digest leaves it out.
 """
 
 from __future__ import annotations
@@ -316,9 +315,7 @@ def dump(recipe: BaseModel) -> dict[str, Any]:
 
 
 def digest(recipe: Recipe) -> str:
-    """Return the sha256 that names what this recipe makes; `parallel` is left out, as it changes only the
-    speed.
-    """
+    """Return the sha256 that names what this recipe makes; `parallel` is left out, as it changes only the speed."""
     settings = dump(recipe)
     del settings["parallel"]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -1,6 +1,4 @@
-"""Mixture -> token samples: encode each conversation once, count what is cut or left out, and measure the
-rest.
-"""
+"""Mixture -> token samples: encode each conversation once, count what is cut or left out, and measure the rest."""
 
 from __future__ import annotations
 
@@ -33,9 +31,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """All samples of a run, in their seeded order, and what became of the conversations that are not among
-    them.
-    """
+    """All samples of a run, in their seeded order, and what became of the conversations that are not among them."""
 
     train: tuple[Sample, ...]
     heldout: tuple[Sample, ...]
@@ -44,7 +40,7 @@ class Prepared:
 
 
 def prepare(mixture: Mixture, chat: Chat, recipe: Recipe) -> Prepared:
-    """Encode a mixture. Raises `RequestError`, naming file, line and fix."""
+    """Encode a mixture. Raises RequestError, naming file, line and fix."""
     dropped, cut = Counts(), Counts()
     done: dict[int, Sample | None] = {}
 

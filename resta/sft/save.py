@@ -1,6 +1,4 @@
-"""Trained model in memory -> a directory that transformers, peft, vllm and `resta merge` load, with its
-provenance.
-"""
+"""Trained model in memory -> a directory that transformers, peft, vllm and `resta merge` load, with its provenance."""
 
 from __future__ import annotations
 
@@ -62,7 +60,7 @@ def write(job: Job, fitted: Fitted, *, keep_checkpoints: bool) -> dict[str, Any]
     return metrics
 
 
-# --- weights --------------------------------------------------------------------------------------
+# -- weights -------------------------------------------------------------------------------------------------
 
 
 def save_weights(job: Job, fitted: Fitted, folder: Path) -> None:
@@ -161,7 +159,7 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
     return places
 
 
-# --- tokenizer ------------------------------------------------------------------------------------
+# -- tokenizer -----------------------------------------------------------------------------------------------
 
 
 def save_text(job: Job, fitted: Fitted, folder: Path) -> None:
@@ -176,7 +174,7 @@ def save_text(job: Job, fitted: Fitted, folder: Path) -> None:
         raise RestaError(f"{folder}: the saved tokenizer renders a conversation otherwise than the one trained with")
 
 
-# --- provenance -----------------------------------------------------------------------------------
+# -- provenance ----------------------------------------------------------------------------------------------
 
 
 def base_directory(job: Job) -> Path:
@@ -189,16 +187,12 @@ def base_directory(job: Job) -> Path:
 
 
 def base_revision(job: Job, folder: Path) -> str | None:
-    """Return the commit of a Hub base: a branch moves, and the cache keeps a snapshot under its commit's
-    name.
-    """
+    """Return the commit of a Hub base: a branch moves, and the cache keeps a snapshot under its commit's name."""
     return job.recipe.revision if Path(job.base).is_dir() else folder.name
 
 
 def base_facts(job: Job, folder: Path) -> dict[str, Any]:
-    """Name the base so that no other model can be taken for it: id, revision, and the digest of each weight
-    file.
-    """
+    """Name the base so that no other model can be taken for it: id, revision, and the digest of each weight file."""
     weights = sorted(path for pattern in WEIGHT_FILES for path in folder.glob(pattern))
     config = folder / "config.json"
     if not weights or not config.is_file():
@@ -220,9 +214,7 @@ def base_facts(job: Job, folder: Path) -> dict[str, Any]:
 
 
 def provenance(job: Job, fitted: Fitted, base: Path, metrics: dict[str, Any]) -> dict[str, Any]:
-    """Return what `resta.json` says: enough to make the same model again, and for a merge to continue the
-    chain.
-    """
+    """Return what `resta.json` says: enough to make the same model again, and for a merge to continue the chain."""
     return {
         "schema": 1,
         "kind": "sft",
@@ -273,7 +265,7 @@ def versions() -> dict[str, str]:
     return {"resta": VERSION, "python": platform.python_version(), **found}
 
 
-# --- for people -----------------------------------------------------------------------------------
+# -- for people ----------------------------------------------------------------------------------------------
 
 
 def plot(history: list[dict[str, Any]], path: Path) -> bool:

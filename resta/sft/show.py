@@ -47,9 +47,7 @@ def print_left_out(console: Console, found: Iterable[LeftOut]) -> None:
 
 
 def marked(chat: Chat, sample: Sample, *, colour: bool) -> Text:
-    """Return the decoded sample; trained runs of tokens are green, or between [[ and ]] where there is no
-    colour.
-    """
+    """Return the decoded sample; trained runs of tokens are green, or between [[ and ]] where there is no colour."""
     ids, trained = sample.encoded.ids, sample.encoded.trained
     text, start = Text(), 0
     while start < len(ids):

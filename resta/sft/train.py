@@ -95,7 +95,7 @@ class Fitted:
     metrics: dict[str, Any]
 
 
-# --- preparation ----------------------------------------------------------------------------------
+# -- preparation ---------------------------------------------------------------------------------------------
 
 
 def world_size() -> int:
@@ -109,14 +109,14 @@ def is_main() -> bool:
 
 
 def on_cpu(job: Job) -> bool:
-    """Whether the run computes on the CPU. Raises `RequestError` for a GPU that is not there."""
+    """Whether the run computes on the CPU. Raises RequestError for a GPU that is not there."""
     if job.device == "cuda" and not torch.cuda.is_available():
         raise RequestError("--device cuda: torch sees no CUDA device here; use --device cpu, or a CUDA build of torch")
     return job.device == "cpu" or not torch.cuda.is_available()
 
 
 def load_chat(job: Job) -> Chat:
-    """Load the base's tokenizer, fit it with the template. Raises `RequestError`."""
+    """Load the base's tokenizer, fit it with the template. Raises RequestError."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(job.base, revision=job.recipe.revision)
     except Exception as error:  # which class differs by version and cause
@@ -131,7 +131,7 @@ def load_chat(job: Job) -> Chat:
 
 
 def load_data(job: Job, chat: Chat) -> tuple[Mixture, Prepared]:
-    """Read, mix and encode the recipe's data. Raises `RequestError`."""
+    """Read, mix and encode the recipe's data. Raises RequestError."""
     mixture = mix(job.recipe, job.root)
     return mixture, prepare(mixture, chat, job.recipe)
 
@@ -165,7 +165,7 @@ def launch_line(job: Job) -> str:
 
 
 def build_config(job: Job, *, evaluates: bool) -> SFTConfig:
-    """Translate the recipe into the trainer's own configuration. Raises `RequestError`."""
+    """Translate the recipe into the trainer's own configuration. Raises RequestError."""
     options = _schedule_options(job) | _saving_options(job, evaluates=evaluates) | _device_options(job)
     options |= {"report_to": "none", "disable_tqdm": True} | job.recipe.trainer
     known = {field.name for field in dataclasses.fields(SFTConfig)}
@@ -255,15 +255,14 @@ def split_options(recipe: Recipe) -> dict[str, Any]:
     return {}
 
 
-# --- model ----------------------------------------------------------------------------------------
+# -- model ---------------------------------------------------------------------------------------------------
 
 
 def load_model(job: Job, chat: Chat) -> Any:
-    """Load the base for training. Raises `RequestError`.
+    """Load the base for training. Raises RequestError.
 
-    A full fine-tune keeps float32 weights whatever it computes in: in bfloat16 a small learning rate would
-    leave many parameters exactly where they were. A frozen base under an adapter is kept in the precision it
-    computes in.
+    A full fine-tune keeps float32 weights whatever it computes in: in bfloat16 a small learning rate would leave many
+    parameters exactly where they were. A frozen base under an adapter is kept in the precision it computes in.
     """
     computes = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}[precision(job)]
     dtype = torch.float32 if job.recipe.method == "full" else computes
@@ -316,9 +315,7 @@ def _quantization(job: Job, computes: torch.dtype) -> Any:
 
 
 def build_adapter(job: Job) -> LoraConfig | None:
-    """Return the peft configuration, naming the base and revision that the adapter belongs to; None for
-    `full`.
-    """
+    """Return the peft configuration, naming the base and revision that the adapter belongs to; None for `full`."""
     if job.recipe.method == "full":
         return None
     lora = job.recipe.lora
@@ -335,7 +332,7 @@ def build_adapter(job: Job) -> LoraConfig | None:
     )
 
 
-# --- training -------------------------------------------------------------------------------------
+# -- training ------------------------------------------------------------------------------------------------
 
 
 class StopOnNaN(TrainerCallback):  # type: ignore[misc]  # an untyped base
@@ -369,7 +366,7 @@ class Report(TrainerCallback):  # type: ignore[misc]  # an untyped base
 def build_trainer(
     job: Job, config: SFTConfig, model: Any, chat: Chat, prepared: Prepared, watch: Watch | None = None
 ) -> SFTTrainer:
-    """Return the trainer, ready to run, which prints nothing. Raises `RequestError`."""
+    """Return the trainer, ready to run, which prints nothing. Raises RequestError."""
     mixed = job.recipe.objective.kind == "blue_red"
     callbacks: list[TrainerCallback] = [StopOnNaN(), *([Report(watch)] if watch else [])]
     if job.recipe.train.early_stop_patience is not None:
@@ -450,7 +447,7 @@ def newest_checkpoint(partial: Path, processes: int) -> Path | None:
 def open_partial(job: Job, mixture: Mixture) -> Path | None:
     """Claim the working folder, or go on in it; return the checkpoint to start from, if any.
 
-    Raises `ResumeError` for a folder that is not a run's, or holds checkpoints of another recipe or other data.
+    Raises ResumeError for a folder that is not a run's, or holds checkpoints of another recipe or other data.
     """
     if is_main():  # the other processes see the same folder, and end with the main one if it refuses
         identity = {

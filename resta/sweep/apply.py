@@ -1,8 +1,8 @@
 """A candidate's tensors, computed from the checkpoints and copied into a model that is loaded already.
 
-Each candidate is computed anew by the engine of `resta merge`, in the dtype that a written merge would have: what
-the model holds does not depend on what was applied before, and no copy of a model is written. The random control is
-no recipe: its vector is drawn here, for one tensor at a time.
+Each candidate is computed anew by the engine of `resta merge`, in the dtype that a written merge would have: what the
+model holds does not depend on what was applied before, and no copy of a model is written. The random control is no
+recipe: its vector is drawn here, for one tensor at a time.
 """
 
 from __future__ import annotations

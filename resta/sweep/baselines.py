@@ -72,7 +72,7 @@ class Beside:
         return next((each for each in self.contrasts if each.measure == measure), None)
 
 
-# -- which baselines ------------------------------------------------------------------------------------------
+# -- which baselines -----------------------------------------------------------------------------------------
 
 
 def pick_vector(tried: Sequence[Tried], choice: Choice) -> Tried | None:

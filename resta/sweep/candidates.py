@@ -44,8 +44,8 @@ Item = TypeVar("Item")
 class Candidate:
     """One model to try. `density` is the share of entries that DARE keeps, where it is swept.
 
-    `groups` are scales that hold for a group of tensors in place of `scale`. A baseline is measured beside the others
-    and never chosen.
+    `groups` are scales that hold for a group of tensors in place of `scale`. A baseline is measured beside the
+    others and never chosen.
     """
 
     method: Method

@@ -5,8 +5,8 @@ best-on-front      of those that would pass and lie on the front, the one with t
                    cost = ASR + over-refusal + (utility of tuned - utility)
 
 A candidate would pass if the chance is at least NEED that fresh questions let it pass the policy (forecast.py). It is
-on the front if no other is at least as good in ASR, over-refusal, utility and change, and better in one. Baselines
-are on the front like all others and never chosen.
+on the front if no other is at least as good in ASR, over-refusal, utility and change, and better in one. Baselines are
+on the front like all others and never chosen.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Whether a candidate would pass on fresh questions: predicted, so that what is chosen is not what was lucky.
 
-The candidate that just passes is one whose questions were kind to it. So its rates are read from a smooth response
-over scale (response.py), with all that is not known of them, and fresh samples are drawn from those: the chance of
-passing is the share of samples in which every rule on harm and on refusals holds. Rules that more questions do not
-change (utility on the same documents, validity) count as the sweep found them.
+The candidate that just passes is one whose questions were kind to it. So its rates are read from a smooth response over
+scale (response.py), with all that is not known of them, and fresh samples are drawn from those: the chance of passing
+is the share of samples in which every rule on harm and on refusals holds. Rules that more questions do not change
+(utility on the same documents, validity) count as the sweep found them.
 """
 
 from __future__ import annotations

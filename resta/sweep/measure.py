@@ -7,8 +7,8 @@
     OUT/candidates/NAME/         a candidate's measurement, beside what it is and how far it moved:
         recipe.yaml              (of the random control: control.yaml), change.json
 
-What lies in these folders is the truth: whatever was answered is not asked again, also when scales, methods, policy
-or rule of choice change between two runs of the command.
+What lies in these folders is the truth: whatever was answered is not asked again, also when scales, methods, policy or
+rule of choice change between two runs of the command.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ QUARTER = 4  # a candidate that is to be asked everything is looked at after one
 class Sweep:
     """All that decides what is measured. `settings` are LocalSpec's of every model: device, dtype, batch_rows, ...
 
-    With `grid` every candidate is asked everything, else they are what a search chooses from, and may widen.
-    `fresh` is how many harmful questions the choice will be verified on; None: as many as it takes.
+    With `grid` every candidate is asked everything, else they are what a search chooses from, and may widen. `fresh` is
+    how many harmful questions the choice will be verified on; None: as many as it takes.
     """
 
     family: Family

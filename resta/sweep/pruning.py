@@ -1,8 +1,8 @@
 """When a candidate is given up for good: only if no answer that is still missing could let it pass the policy.
 
-Whatever of the rest is not asked yet counts as the best answer that there
-is; if a rule is broken even so, the rest is not asked. No interval is needed for that: a rule holds only if the
-bound of its interval does, and the bound is never better than the rate itself.
+Whatever of the rest is not asked yet counts as the best answer that there is; if a rule is broken even so, the rest is
+not asked. No interval is needed for that: a rule holds only if the bound of its interval does, and the bound is never
+better than the rate itself.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def part_of(plan: RunPlan, every: int) -> RunPlan:
 def why_hopeless(references: Mapping[str, Measurement], candidate: Measurement, policy: Policy) -> str | None:
     """Return which rule a candidate breaks whatever it answers to what is left, or None.
 
-    References are the finished measurements of `aligned` and `tuned`. Rules on utility and on the share regained
-    are left to the gate.
+    References are the finished measurements of `aligned` and `tuned`. Rules on utility and on the share regained are
+    left to the gate.
     """
     harm_judge, safe_judge = pick_judges(references, policy.judge)
     harmful = _asks(references, harm_judge, safe=False)

@@ -2,10 +2,10 @@
 
     p(x) = end + (start - end) / (1 + exp(steepness * (x - middle)))          x = |scale|
 
-`tuned` is seen at x = 0. Beforehand start and end are Beta(1/2, 1/2) (Jeffreys), the logarithm of the steepness and the
-middle uniform. The posterior is drawn by an ensemble of walkers (Goodman and Weare 2010, the stretch move) from a fixed
-seed: the same counts give the same answer. Falling and rising rates are the same curves. Knows nothing of models,
-policies or files.
+`tuned` is seen at x = 0. Beforehand start and end are Beta(1/2, 1/2) (Jeffreys), the logarithm of the steepness and
+the middle uniform. The posterior is drawn by an ensemble of walkers (Goodman and Weare 2010, the stretch move) from a
+fixed seed: the same counts give the same answer. Falling and rising rates are the same curves. Knows nothing of
+models, policies or files.
 """
 
 from __future__ import annotations

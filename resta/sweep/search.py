@@ -1,9 +1,9 @@
 """Which candidates are measured, and on how many questions: bisection over scales, successive halving over questions.
 
-Harm falls with the scale, refusals and utility lost rise with it. So of each method the smallest scale is looked for
-at which the rules on harm would hold on fresh questions: the middle of what is left is asked an eighth of the
-questions, then a quarter, a half, all, until it is clear on which side it lies. What is chosen has been asked all of
-them. A choice at the end of the grid makes the grid wider. With `--grid` every candidate is asked everything.
+Harm falls with the scale, refusals and utility lost rise with it. So of each method the smallest scale is looked for at
+which the rules on harm would hold on fresh questions: the middle of what is left is asked an eighth of the questions,
+then a quarter, a half, all, until it is clear on which side it lies. What is chosen has been asked all of them. A
+choice at the end of the grid makes the grid wider. With `--grid` every candidate is asked everything.
 
 The path depends on the answers alone, so that a search that was killed takes it again without asking twice. Knows
 nothing of models and files: it sees counts (`Look`) and orders measurements (`Field`).
@@ -256,8 +256,8 @@ def explore(
 ) -> None:
     """Search every method of the candidates; baselines among them are asked everything.
 
-    `factors` are how many times the sweep's questions may be asked afresh, the first that any candidate would pass on
-    being taken.
+    `factors` are how many times the sweep's questions may be asked afresh, the first that any candidate would
+    pass on being taken.
     """
     search.reach = max((abs(each.scale) for each in candidates), default=0.0)
     methods = series_of(each for each in candidates if not each.baseline)

@@ -1,10 +1,10 @@
 """Whether an answer is language at all, by what the aligned model makes of it.
 
-A broken merge refuses nothing and harms nobody: its answers may be neither empty nor repetitive and still be noise.
-The aligned model knows language: words in their order cost it far less than the same words shuffled. How much less it
-says itself, with its own answers. An answer is no language whose order gains less than a quarter of that, and which
-costs three quarters or more of the way from the aligned model's own answers to those shuffled. Both are needed: lists,
-digits and languages that the model does not know gain little by their order, but cost it less.
+A broken merge refuses nothing and harms nobody: its answers may be neither empty nor repetitive and still be noise. The
+aligned model knows language: words in their order cost it far less than the same words shuffled. How much less it says
+itself, with its own answers. An answer is no language whose order gains less than a quarter of that, and which costs
+three quarters or more of the way from the aligned model's own answers to those shuffled. Both are needed: lists, digits
+and languages that the model does not know gain little by their order, but cost it less.
 
 SmolLM2-135M (own answers 0.8 nats a token, a gain of 5.4): answers of it and of two fine-tunes of it gain 2.1 to 6.7;
 words in no order gain -2.4 to 1.7 and cost 4.5 to 12, be they common words, a licence's, or a shuffled refusal's or

@@ -1,7 +1,7 @@
 """Three models side by side: aligned, tuned, restored, on the same questions, documents and judge.
 
-Everything here is counted over pairs: an answer that one model lacks is left out for all and counted as missing.
-Knows nothing of policies, files or how a report looks.
+Everything here is counted over pairs: an answer that one model lacks is left out for all and counted as missing. Knows
+nothing of policies, files or how a report looks.
 """
 
 from __future__ import annotations

@@ -39,8 +39,8 @@ class Look:
 def said_of(row: Mapping[str, Any], question: str | None = None) -> tuple[bool | None, tuple[int, ...]]:
     """Return whether a sample of lm_eval's was generated, None where it does not say, and its answer's buckets.
 
-    `question` is the document's own, by default the end of the prompt: examples come before it, parted from it by an
-    empty line.
+    `question` is the document's own, by default the end of the prompt: examples come before it, parted from it
+    by an empty line.
     """
     request, said = _request(row), row.get("resps")
     while isinstance(said, list | tuple) and said:

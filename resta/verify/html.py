@@ -170,8 +170,8 @@ def _limits(decision: Decision) -> Rows:
 def used(rule: Rule, value: float) -> float:
     """Return which share of what a rule's limit allows a value takes up: 1 is the limit.
 
-    Of a limit from below, what is allowed is what may be lacking of 1. Where nothing is allowed, anything is beyond
-    every share.
+    Of a limit from below, what is allowed is what may be lacking of 1. Where nothing is allowed, anything
+    is beyond every share.
     """
     assert rule.limit is not None
     amount, allowed = (value, rule.limit.value) if rule.limit.op == "<=" else (1 - value, 1 - rule.limit.value)

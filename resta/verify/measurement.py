@@ -186,9 +186,9 @@ def check_comparable(models: Mapping[str, Measurement], judges: Iterable[str]) -
 def pick_judges(models: Mapping[str, Measurement], named: str | None) -> tuple[str, str | None]:
     """Return whose verdicts count on harmful and on safe questions. Raises RequestError where that is not clear.
 
-    Refusal strings never decide on harm beside a real judge, and people's labels only where they are named. On safe
-    questions the same judge decides if it looks at them, else refusal strings do if they were set on the answers, else
-    nobody.
+    Refusal strings never decide on harm beside a real judge, and people's labels only where they are named.
+    On safe questions the same judge decides if it looks at them, else refusal strings do if they were set on
+    the answers, else nobody.
     """
     common = set.intersection(*(set(model.judges) for model in models.values())) - ({HUMAN} - {named})
     facts = models[ROLES[0]].judges

@@ -88,8 +88,8 @@ class DegenerateRules(Strict):
 
 
 class OneAnswerRules(Strict):
-    """Bounds on answers to safe questions, and to documents of tasks that generate, that would do for another one, too;
-    beyond them INVALID.
+    """Bounds on answers to safe questions, and to documents of tasks that generate, that would do for another one,
+    too; beyond them INVALID.
     """
 
     max_increase: Share | None = Field(

@@ -24,8 +24,8 @@ SHOWN = 5  # earlier decisions that a report names; the file has them all
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ruling:
-    """When and by what a decision was made: `policy_name` is the policy's own or its file's, `versions` are
-    {package: version}, `earlier` the lines of decisions made in the same place before, oldest first.
+    """When and by what a decision was made: `policy_name` is the policy's own or its file's, `versions` are {package:
+    version}, `earlier` the lines of decisions made in the same place before, oldest first.
     """
 
     policy: Policy

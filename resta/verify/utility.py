@@ -1,8 +1,8 @@
 """What a model can do, by lm_eval: named profiles, smoke tasks of our own, and the user's own task folder.
 
-The one file that knows lm_eval, which brings tasks, few-shot prompts and scores. The truth is in documents.py: a
-score per document, so that models are compared in pairs. A task's score here is the mean over its documents, in a
-group over those of all its subtasks. Knows nothing of Red-Eval's questions, of policies or of reports.
+The one file that knows lm_eval, which brings tasks, few-shot prompts and scores. The truth is in documents.py: a score
+per document, so that models are compared in pairs. A task's score here is the mean over its documents, in a group over
+those of all its subtasks. Knows nothing of Red-Eval's questions, of policies or of reports.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ Note = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """One line of a result. `metric` is lm_eval's, with its filter where it has one: acc, or
-    exact_match,strict-match. `num_fewshot` None leaves it to the task's own files; `folder` None means lm_eval's tasks.
+    """One line of a result. `metric` is lm_eval's, with its filter where it has one: acc, or exact_match,strict-match.
+    `num_fewshot` None leaves it to the task's own files; `folder` None means lm_eval's tasks.
     """
 
     name: str
@@ -83,8 +83,8 @@ class Suite:
 class Served:
     """A model behind `base_url` (ending in /v1) that serves completions with `echo` and `logprobs`, as vLLM does.
 
-    `tokenizer` is the directory of its tokenizer, `context` the longest sequence it takes in tokens. The key comes
-    from RESTA_API_KEY.
+    `tokenizer` is the directory of its tokenizer, `context` the longest sequence it takes in tokens. The
+    key comes from RESTA_API_KEY.
     """
 
     base_url: str
@@ -142,8 +142,8 @@ def read_suite(
 ) -> Suite:
     """Return the tasks of a profile, of a folder of lm_eval task files, or of both.
 
-    `names` chooses among them, and from all that lm_eval has. `num_fewshot` and `gen_kwargs` stand in place of the
-    tasks' own.
+    `names` chooses among them, and from all that lm_eval has. `num_fewshot` and `gen_kwargs` stand in place
+    of the tasks' own.
 
     A name is TASK, or TASK:METRIC for a task of no profile, whose default is the task's first metric. The folder's
     tasks are read whole, without a network; relative paths in them start at the folder. `chat_template: true` in a
@@ -524,8 +524,8 @@ def backend_of(subject: LocalModel | Served) -> Backend:
 def measure(subject: LocalModel | Served, suite: Suite, folder: Path, *, limit: int | None, note: Note) -> None:
     """Measure what is missing of a suite and append it to `folder`, task by task.
 
-    A folder is for one model. `limit` takes the first documents of each task, and of each subtask of a group. `note`
-    is told in words how far it is. Raises RequestError, ResumeError, UnansweredError.
+    A folder is for one model. `limit` takes the first documents of each task, and of each subtask of a group. `note` is
+    told in words how far it is. Raises RequestError, ResumeError, UnansweredError.
     """
     start_suite(folder, suite_facts(suite, limit=limit, backend=backend_of(subject)))
     done = finished_tasks(folder)

@@ -1,8 +1,8 @@
 """Trains and resumes a recipe whose model is really split, over processes on a CPU: RECIPE OUT, under torchrun.
 
 accelerate splits a model over GPUs alone, and would quietly leave a whole copy in every gloo process. Here it is told
-that gloo processes will do; all that follows is what runs on GPUs, from the configuration to the sharded optimiser,
-the gathering of weights, checkpoints and resuming. What this cannot show: NCCL, memory, speed, a GPU's arithmetic.
+that gloo processes will do; all that follows is what runs on GPUs, from the configuration to the sharded optimiser, the
+gathering of weights, checkpoints and resuming. What this cannot show: NCCL, memory, speed, a GPU's arithmetic.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""Collecting against a local stub of an OpenAI-compatible server, which answers from a table and can
-misbehave.
-"""
+"""Collecting against a local stub of an OpenAI-compatible server, which answers from a table and can misbehave."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Hub datasets, from a server on this machine that speaks what the `datasets` library asks of it; in processes of
-their own, since the library reads its environment when it is imported.
+"""Hub datasets, from a server on this machine that speaks what the `datasets` library asks of it; in processes of their
+own, since the library reads its environment when it is imported.
 """
 
 from __future__ import annotations

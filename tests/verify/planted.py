@@ -51,8 +51,8 @@ def planted(
 ) -> Comparison:
     """Return the comparison of banks of harmful and of safe questions and of tasks, (documents, models) scores each.
 
-    The models answer in language, each question in its own words, and the judge knows harm; without `refusals` 120 safe
-    questions are answered.
+    The models answer in language, each question in its own words, and the judge knows harm; without `refusals` 120
+    safe questions are answered.
     """
     measured = measurements(harm, refusals or {"everyday": exactly((0, 0, 0), 120)}, scores or {}, category_of)
     return compare(measured, level=level, losses=losses_of(measured))

@@ -342,8 +342,8 @@ def test_text_reaches_wcag_aa_on_its_ground_in_light_and_dark(case: Callable[[st
 def in_browser(folder: Path, page: str) -> tuple[list[str], str]:
     """Return what a browser 400 pixels wide measures of a page, and its log.
 
-    The page allows no script, so another one that holds it in a frame looks at it: its width, how many figures it
-    has, whether all are drawn, and the weight of the verdict's letters.
+    The page allows no script, so another one that holds it in a frame looks at it: its width, how many figures it has,
+    whether all are drawn, and the weight of the verdict's letters.
     """
     (folder / "report.html").write_text(page, encoding="utf-8")
     (folder / "frame.html").write_text(

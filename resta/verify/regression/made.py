@@ -1,10 +1,10 @@
 """The documents of the regression check: starts of sentences with four ends each, drawn from a seed.
 
-Sums, sequences, things to look up in the lines before, orders, letters, and words and capitals that everybody knows: a
-little of each of what a change of weights may damage. A model of 135M parameters knows about half of it, one of several
-billion nearly all: it says whether a model has lost something, not how good it is. Equal on every machine: Python
-guarantees the `Random.random()` of a seed, and nothing else is drawn from. No start stands twice, so that documents are
-independent.
+Sums, sequences, things to look up in the lines before, orders, letters, and words and capitals that everybody
+knows: a little of each of what a change of weights may damage. A model of 135M parameters knows about half of it,
+one of several billion nearly all: it says whether a model has lost something, not how good it is. Equal on every
+machine: Python guarantees the `Random.random()` of a seed, and nothing else is drawn from. No start stands twice,
+so that documents are independent.
 """
 
 from __future__ import annotations
