@@ -410,7 +410,7 @@ def test_a_request_that_cannot_be_carried_out_leaves_nothing_behind(
     [
         ("red-instruct=judge@http://127.0.0.1:9/v1", 5, "Start it, or leave it out for now"),
         ("granite-guardian=nobody/has-this", 2, "its tokenizer cannot be loaded"),
-        ("harmbench=inspect:openai-api/stub/m", 2, "needs its prompt sent as plain text"),
+        ("harmbench=inspect:openai-api/stub/m", 2, "its prompt is sent as plain text"),
     ],
 )
 def test_a_judge_that_is_not_there_is_found_before_the_first_answer_is_paid_for(
