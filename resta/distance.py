@@ -26,7 +26,7 @@ from resta.engine import UNIT, default_workers
 from resta.errors import RequestError
 from resta.header import DTYPE_BITS, FLOAT_DTYPES, Spec
 from resta.hub import locate
-from resta.manifest import layer_of
+from resta.manifest import layer_of, layer_order
 from resta.opened import open_models
 from resta.plan import Slot, Step, StepTerm
 from resta.recipe import named_models
@@ -86,8 +86,9 @@ class Diff:
 
     @property
     def layers(self) -> dict[str, Distance]:
-        """By layer, in order; then what lies outside of the layers, by name."""
-        return {key: join(group) for key, group in sorted(_groups(self.tensors, layer_of).items(), key=_layer_order)}
+        """By layer, in the order of a model: embeddings, layers, and the rest by name."""
+        groups = _groups(self.tensors, layer_of)
+        return {layer: join(groups[layer]) for layer in sorted(groups, key=layer_order)}
 
     @property
     def modules(self) -> dict[str, Distance]:
@@ -411,11 +412,6 @@ def _groups(tensors: Mapping[str, Distance], key: Callable[[str], str]) -> dict[
     for name, distance in tensors.items():
         groups.setdefault(key(name), []).append(distance)
     return groups
-
-
-def _layer_order(item: tuple[str, Any]) -> tuple[bool, int, str]:
-    number = re.fullmatch(r"layer (\d+)", item[0])
-    return number is None, int(number[1]) if number else 0, item[0]
 
 
 def _describe_one(distance: Distance) -> dict[str, Any]:

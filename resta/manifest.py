@@ -197,18 +197,18 @@ def _cosine(product: float, intended: float, realised: float) -> float | None:
     return min(product / intended / realised, 1.0) if realised else 0.0
 
 
-def layer_changes(facts: Mapping[str, TensorFacts]) -> dict[str, Change]:
-    """Sum up by layer group: the number in a tensor's name, or its first words where it has none."""
-    groups: dict[str, list[TensorFacts]] = {}
-    for name, fact in facts.items():
-        groups.setdefault(layer_of(name), []).append(fact)
-    return {group: total_change(members) for group, members in groups.items()}
-
-
 def layer_of(name: str) -> str:
     """Return "layer 12" for a tensor of that layer, else its name without `model.` and `.weight`."""
     match = LAYER.search(name)
     return f"layer {int(match[1])}" if match else name.removeprefix("model.").removesuffix(".weight")
+
+
+def layer_order(layer: str) -> tuple[int, str]:
+    """Return the key that sorts layers as a model has them: the embeddings, the layers by number, the rest."""
+    number = layer.removeprefix("layer ")
+    if number.isdigit():
+        return int(number), ""
+    return (-1 if layer.startswith("embed") else 10**6), layer
 
 
 def change_warning(change: Change, rounding: str) -> str | None:

@@ -85,7 +85,7 @@ def test_groups_are_those_of_a_naive_comparison(pair: tuple[str, str]) -> None:
     result = diff(*pair)
     assert_tensors(result, a, b)
     assert_distance(result.total, [(a[name], b[name]) for name in a])
-    assert list(result.layers) == ["layer 0", "layer 1", "embed_tokens", "lm_head", "norm"]
+    assert list(result.layers) == ["embed_tokens", "layer 0", "layer 1", "lm_head", "norm"]
     for number in range(2):
         names = [name for name in a if f"layers.{number}." in name]
         assert_distance(result.layers[f"layer {number}"], [(a[name], b[name]) for name in names])

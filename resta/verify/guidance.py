@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from resta.manifest import layer_of, layer_order
 from resta.verify.comparison import Comparison
 from resta.verify.decision import Rule
 from resta.verify.measurement import HUMAN
@@ -157,17 +158,8 @@ def layer_sizes(manifest: Mapping[str, Any]) -> dict[str, float]:
     """Return the norm of the intended change by layer, in the order of the model; empty without a merge's manifest."""
     if manifest.get("kind") != "merge":
         return {}
-    from resta.manifest import layer_of
-
     sums: dict[str, float] = {}
     for name, facts in manifest["tensors"].items():
         norm = facts["intended_norm"] or 0.0  # null where the recipe allowed infinities
         sums[layer_of(name)] = sums.get(layer_of(name), 0.0) + norm**2
-    return {layer: math.sqrt(total) for layer, total in sorted(sums.items(), key=lambda item: _layer_order(item[0]))}
-
-
-def _layer_order(layer: str) -> tuple[int, str]:
-    number = layer.removeprefix("layer ")
-    if number.isdigit():
-        return int(number), ""
-    return (-1 if layer.startswith("embed") else 10**6), layer
+    return {layer: math.sqrt(sums[layer]) for layer in sorted(sums, key=layer_order)}

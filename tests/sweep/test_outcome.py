@@ -96,7 +96,7 @@ def test_a_sweep_of_another_version_is_refused_in_words(
         ({"method": "resta_d"}, "resta_d needs --density"),
         ({"method": "ties"}, "expected some of resta, resta_d, interpolation"),
         ({"base": None}, "need --base"),
-        ({"aligned": None}, "say --aligned"),
+        ({"aligned": None}, "give --aligned"),
     ],
 )
 def test_what_cannot_be_carried_out_is_refused_before_anything_is_written(
