@@ -138,7 +138,7 @@ def test_a_limit_that_nothing_can_break_is_refused_by_name(tmp_path: Path, text:
     path = tmp_path / "policy.yaml"
     path.write_text(text)
     rule = text.replace("{", "").replace(": ", ".").split(".")[0]
-    with pytest.raises(RequestError, match=f"policy.yaml: {rule}.*nothing can break"):
+    with pytest.raises(RequestError, match=f"policy.yaml: {rule}.*(nothing can break|a number above 0)"):
         read_policy(path)
 
 
