@@ -20,7 +20,7 @@ from resta.errors import RequestError
 from resta.redeval.control import known_answers, read_control
 from resta.redeval.labels import read_labels
 from resta.redeval.records import load_run
-from tests.processes import kill_once_kept, lines_of, wait_until
+from tests.processes import HOPELESS_S, kill_once_kept, lines_of, wait_until
 from tests.redeval.builders import Stub, answers, chat, completion, invoke, verdicts
 
 COMMON = ["--template", "standard", "--template", "cot", "--max-new-tokens", "6"]
@@ -422,12 +422,14 @@ def test_an_interrupted_run_says_so_and_goes_on(bank: Path, tmp_path: Path, stub
 
     stub.answer = answer
     command = ["redeval", "big", "--base-url", stub.url, "--bank", bank, "--template", "standard", "--connections", 1]
-    arguments = [sys.executable, "-m", "resta", *map(str, command), "--out", str(tmp_path / "run")]
+    # A shell starts what runs in its background with interrupts ignored, and the tests may run there.
+    heeding = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import resta.__main__"
+    arguments = [sys.executable, "-c", heeding, *map(str, command), "--out", str(tmp_path / "run")]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     path = tmp_path / "run" / "answers.jsonl"
     wait_until(lambda: lines_of(path) == 1 and len(stub.bodies) == 2, process)
     process.send_signal(signal.SIGINT)
-    shown, _ = process.communicate()
+    shown, _ = process.communicate(timeout=HOPELESS_S)
     over.set()
     assert process.returncode == 130, shown
     assert "Traceback" not in shown
