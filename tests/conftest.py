@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import hypothesis
@@ -26,3 +27,10 @@ def trio(tmp_path: Path) -> dict[str, str]:
         "aligned": str(save_model(tmp_path / "aligned", nudged(base, 1), shards=2)),
         "tuned": str(save_model(tmp_path / "tuned", nudged(base, 2), shards=3)),
     }
+
+
+@pytest.fixture(autouse=True)
+def _displays_are_each_tests_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inspect keeps the first display of a process for good, even for runs that ask for none."""
+    if active := sys.modules.get("inspect_ai._display.core.active"):
+        monkeypatch.setattr(active, "_active_display", None)
