@@ -21,6 +21,11 @@ def test_the_workflow_calls_the_script_that_contributors_run() -> None:
     assert all(re.search(r"@v\d+$", step["uses"]) for step in steps if "uses" in step)
 
 
+def test_the_tests_that_the_script_names_exist() -> None:
+    [names] = re.findall(r"tests/test_\{([\w,]+)\}\.py", (ROOT / ".ci/run").read_text())
+    assert [name for name in names.split(",") if not (ROOT / f"tests/test_{name}.py").is_file()] == []
+
+
 def test_the_python_versions_that_are_claimed_are_those_that_ci_runs() -> None:
     workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
     (setup,) = [step for step in workflow["jobs"]["ci"]["steps"] if "setup-python" in step.get("uses", "")]
