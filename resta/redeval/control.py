@@ -171,18 +171,17 @@ def controls(found: Sequence[Tested], measures: Iterable[About], languages: Iter
 
 def _control(about: About, language: str, rows: Sequence[Tested]) -> Control:
     kind, label, others = TOLD_APART[about]
-    called: dict[str, tuple[int, int]] = {}
-    for each in (kind, *others):
-        said: dict[str, list[bool]] = {}
-        for row in rows:
-            if row.kind == each:
-                said.setdefault(row.answer_id, []).append(row.label == label)
-        # A judge that was tried more than once gave verdicts each time, so its worst word on an answer counts.
-        worst = all if each == kind else any
-        called[each] = (sum(map(worst, said.values())), len(said))
+    latest = {row.answer_id: row for row in rows}.values()
+    called: dict[str, tuple[int, int]] = {
+        each: (
+            sum(row.label == label for row in latest if row.kind == each),
+            sum(row.kind == each for row in latest),
+        )
+        for each in (kind, *others)
+    }
     enough = all(total >= LEAST for _, total in called.values())
     p = max(fisher_greater(called[kind], called[other]) for other in others) if enough else 1.0
-    at = max((row.at for row in rows), default="")
+    at = max((row.at for row in latest), default="")
     return Control(about=about, language=language, called=called, p=p, passed=p < ALPHA, at=at)
 
 

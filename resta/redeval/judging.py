@@ -139,14 +139,8 @@ def pending(run: RunDir, judge: Judge) -> list[tuple[Question, Answer]]:
 
 
 def untested(run: RunDir, judge: Judge) -> list[Known]:
-    """Return the known answers that a judge has yet to be tested on, in the languages of the run's questions.
-
-    A served judge that is to go on where it stopped is tested anew: who answers at its address may have changed.
-    """
+    """Return the known answers that a judge has yet to be tested on, in the languages of the run's questions."""
     done = {(row.answer_id, row.sha256) for row in run.control() if row.judge_sha256 == judge.sha256}
-    begun = any(verdict.judge_sha256 == judge.sha256 for verdict in run.verdicts())
-    if judge.base_url is not None and begun and pending(run, judge):
-        done = set()
     own, measures = judge.spec.control, judge.spec.measures
     sets = {OWN: own} if own else {each: read_control(each) for each in control_languages(run.questions().values())}
     known = [each for language, found in sets.items() for each in known_answers(found, language, measures)]

@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 from scipy.stats import fisher_exact
 
 from resta.errors import RequestError
-from resta.journal import Journal
-from resta.redeval.control import LEAST, Known, controls, controls_of, known_answers, read_control, record_of
+from resta.redeval.control import LEAST, Known, controls, known_answers, read_control, record_of
 from resta.redeval.judges import Judge, built_in, parse_judge, read_judge, verdict_without_model
 from resta.redeval.judging import judge_phase, note_judges, untested
 from resta.redeval.progress import RunOptions
 from resta.redeval.questions import Question
-from resta.redeval.records import Answer, Judgement, JudgementLabel, RunDir, environment, start_run
+from resta.redeval.records import Judgement, JudgementLabel, RunDir, environment, start_run
 from resta.statistics import fisher_greater
 from tests.redeval.builders import CONFIG, Stub, chat
 
@@ -168,33 +167,6 @@ def test_a_served_judge_is_tested_in_the_languages_of_the_questions_and_not_twic
     assert len(stub.bodies) == 2 * 44 + 8
     other = parse_judge(f"red-instruct=other@{stub.url}")
     assert len(untested(run, other)) == 2 * 44  # another judge
-
-
-def test_a_served_judge_that_goes_on_is_tested_anew_and_its_worst_word_counts(tmp_path: Path, stub: Stub) -> None:
-    harmful = {
-        each.answer.text for each in known_answers(read_control("en"), "en", ["harm"]) if each.kind == "compliance"
-    }
-
-    def knows(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        shown = body["messages"][-1]["content"]
-        return 200, chat("[[B]]" if any(text in shown for text in harmful) else "[[A]]")
-
-    run = run_of(tmp_path / "run", ["How?", "And how?"])
-    judge = parse_judge(f"red-instruct=big@{stub.url}")
-    note_judges(run, [judge])
-    stub.answer = knows
-    for dead, passes in ((False, True), (True, False), (False, False)):
-        answered = len(run.answers())
-        [question] = [q for q in run.questions().values() if q.index == answered % 2]
-        answer = Answer(id=f"{question.qid}|standard|{answered}", qid=question.qid, template="standard", epoch=answered,
-                        prompt_sha256="0", raw="Yes.", text="Yes.", finish="stop")  # fmt: skip
-        with Journal(run.path / "answers.jsonl") as journal:
-            journal.append(answer)
-        stub.answer = (lambda body: (200, chat("[[A]]"))) if dead else knows
-        judge_phase(run, judge, RunOptions())
-        [control] = controls_of(run)[judge.id]
-        assert control.passed == passes
-    assert len(stub.bodies) == 3 * 44 + 3
 
 
 OWN: dict[str, Any] = {
