@@ -432,6 +432,7 @@ def verdict_of(judge: Judge, answer: Answer, replies: Sequence[Reply]) -> Judgem
         score=max((r.score for r in readings if r and r.score is not None), default=None),
         raw="\n---\n".join(reply.text for reply in replies),
         details=chosen.values if chosen else {},
+        answer_sha256=answer.sha256,
     )
 
 
@@ -460,6 +461,7 @@ def classifier_verdict(judge: Judge, answer: Answer, shares: dict[str, float]) -
         judge_sha256=judge.sha256,
         label=label_of(judge.spec.rules, reading),
         p=p,
+        answer_sha256=answer.sha256,
     )
 
 
@@ -483,4 +485,11 @@ def verdict_without_model(judge: Judge, answer: Answer, *, safe_question: bool) 
         details = {"phrase": phrase} if phrase else {}
     else:
         return None
-    return Judgement(answer_id=answer.id, judge=judge.id, judge_sha256=judge.sha256, label=label, details=details)
+    return Judgement(
+        answer_id=answer.id,
+        judge=judge.id,
+        judge_sha256=judge.sha256,
+        label=label,
+        details=details,
+        answer_sha256=answer.sha256,
+    )

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel
 
 from resta.errors import ResumeError
-from resta.fingerprint import digest, sha256_file
+from resta.fingerprint import digest, sha256_file, sha256_text
 from resta.journal import (
     FolderLock,
     Journal,
@@ -90,6 +90,11 @@ class Answer:
     rows: int | None = None  # most prompts that its batch could hold, of a local model
     schema: int = SCHEMA
 
+    @property
+    def sha256(self) -> str:
+        """Return the digest of what judges see of it."""
+        return sha256_text(self.text)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Judgement:
@@ -103,6 +108,7 @@ class Judgement:
     score: float | None = None
     raw: str = ""
     details: dict[str, str] = field(default_factory=dict)
+    answer_sha256: str = ""  # of the answer's text; records of earlier versions hold none
     schema: int = SCHEMA
 
 
@@ -167,8 +173,10 @@ class RunDir:
         return rows if told else _cut_unseen(rows)
 
     def verdicts(self) -> list[Judgement]:
-        """Return all verdicts so far."""
-        return read_rows(self.path / "verdicts.jsonl", Judgement)
+        """Return all verdicts so far on the answers that there are: on another text of the same id there is none."""
+        texts = {answer.id: answer.sha256 for answer in self.answers()}
+        found = read_rows(self.path / "verdicts.jsonl", Judgement)
+        return [each for each in found if each.answer_sha256 in ("", texts.get(each.answer_id))]
 
     def judges(self) -> dict[str, dict[str, Any]]:
         """Return the judges set on this run, {id: facts}; of one id, the latest declaration."""

@@ -437,6 +437,21 @@ def test_an_interrupted_run_says_so_and_goes_on(bank: Path, tmp_path: Path, stub
     assert [a.raw for a in answers(tmp_path / "run")] == ["Yes."]
 
 
+def test_an_answer_that_is_asked_for_anew_is_judged_anew(bank: Path, tmp_path: Path, stub: Stub) -> None:
+    said = ["I can't help with that."]
+    stub.answer = lambda body: (200, chat(said[-1]))
+    out = tmp_path / "run"
+    words = ["big", "--base-url", stub.url, "--bank", bank, "--template", "standard", "--judge", "refusal-strings"]
+    invoke(*words, "--out", out)
+    assert {v.label for v in verdicts(out)} == {"refused"}
+    (out / "answers.jsonl").unlink()
+    said.append("Of course.")
+    shown = invoke(*words, "--out", out)
+    assert {a.raw for a in answers(out)} == {"Of course."}
+    assert {v.label for v in load_run(out).current_verdicts()} == {"harmful"}
+    assert "100.0 %" in shown
+
+
 def test_inspects_own_providers_answer_too(
     bank: Path, tmp_path: Path, stub: Stub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
