@@ -121,9 +121,7 @@ def read_weights(located: Located, *, strip_prefix: str | None = None) -> Weight
         located: the directory.
         strip_prefix: removed from the names that begin with it (`module.`, `_orig_mod.`, ...).
 
-    Raises:
-        RequestError: no complete, unambiguous safetensors checkpoint is there.
-        RequestError: one of its files is malformed.
+    Raises RequestError: no complete, unambiguous safetensors checkpoint is there, or one of its files is malformed.
     """
     folder = located.folder
     files = _weight_files(folder)

@@ -7,6 +7,7 @@ must agree on when a plan first asks for them. Whether a file has changed since 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, TypeVar
 
 from resta.adapter import is_adapter, read_adapter
@@ -99,7 +100,7 @@ class Opened:
         probed = all(self.same_bytes(mine.stored, theirs.stored, most=PROBE_BYTES) for mine, theirs in pairs)
         return probed and all(self.same_bytes(mine.stored, theirs.stored) for mine, theirs in pairs)
 
-    @property
+    @cached_property
     def _files(self) -> dict[Any, FileIdentity]:
         return {path: identity for each in self._weights.values() for path, identity in each.files.items()}
 

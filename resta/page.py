@@ -117,9 +117,8 @@ def to_terminal(table: Table) -> rich.table.Table:
 
 # What could begin something in Markdown, as entities, which never do: a link or picture, emphasis, code, a cell's end.
 MARKDOWN = str.maketrans({letter: f"&#{ord(letter)};" for letter in "\\`*[]|~"})
-INTERVAL = re.compile(
-    r"(\[[-+\d., ]+\])(?![(\[:])"
-)  # a figure's, which is left as it is: no link, and no link's address
+# A figure's interval, which is left as it is: no link, and no link's address.
+INTERVAL = re.compile(r"(\[[-+\d., ]+\])(?![(\[:])")
 
 
 def markdown(text: str) -> str:

@@ -175,9 +175,8 @@ def make_plan(recipe: Recipe, *, weights: Opened | None = None) -> Plan:
         recipe: what is asked for.
         weights: its models and perhaps more, opened already; for whoever makes several plans of the same models.
 
-    Raises:
-        RequestError: with every reason why the models, the rules and the recipe do not fit together.
-        RequestError: a model cannot be read.
+    Raises RequestError: a model cannot be read; or with every reason why the models, the rules and the recipe do not
+    fit together.
     """
     opened = weights or open_models(recipe.models)
     models = opened.of(recipe.models)

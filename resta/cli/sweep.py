@@ -219,18 +219,14 @@ def _names(text: str | None) -> tuple[str, ...]:
 def _family(tuned: str, given: Mapping[str, Any]) -> Family:
     """Return what the flags name."""
     from resta.recipe import OutputChoices
-    from resta.shorthand import Roles, read_roles
-    from resta.sweep.candidates import Family
+    from resta.sweep.conduct import make_family
 
-    roles = Roles(
-        tuned=tuned, **{key: given[key] for key in ("aligned", "base", "unaligned", "tuned_from", "recorded_base")}
-    )
-    if roles.aligned is None:
+    if given["aligned"] is None:
         raise RequestError("give --aligned: the model that safety comes from, and that all others are compared with")
-    return Family(
-        models=read_roles(roles),
+    return make_family(
+        tuned=tuned,
+        **{role: given[role] for role in ("aligned", "base", "unaligned", "tuned_from", "recorded_base")},
         output=OutputChoices(dtype=given["output_dtype"], rounding=given["rounding"], files_from="tuned"),
-        origin=roles.origin,
         rescale=given["dare_rescale"],
         groups=_names(given["groups"]),
         **_choices(given),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from resta.redeval.models import LocalModel, LocalSpec
 from resta.redeval.plan import RunPlan, make_plan, plan_of, read_spec
 from resta.redeval.profiles import Questions
 from resta.redeval.progress import RunOptions
+from resta.redeval.questions import Question
 from resta.redeval.records import (
     SCHEMA,
     Answer,
@@ -332,22 +333,20 @@ def _result(folder: RunDir, views: Views, options: RunOptions, missing: tuple[st
             options.note(f"note: {folder.path / name} holds {waiting}; it stays as it is")
         else:
             write_whole(folder.path / name, text)
-    _score_logs(folder)
+    _score_logs(folder, {answer.id: questions[answer.qid] for answer in answers}, verdicts)
     to_label = bool(disagreements(rows)[0] or views.spot_check)
     return Run(path=folder.path, scores=scores, report=made, missing=missing, to_label=to_label)
 
 
-def _score_logs(folder: RunDir) -> None:
-    """Put the verdicts into the answers' logs, where there are any."""
+def _score_logs(folder: RunDir, asked: Mapping[str, Question], verdicts: Sequence[Judgement]) -> None:
+    """Put the verdicts into the answers' logs, where there are any; `asked` are the questions by answer id."""
     if not (folder.path / "logs" / "answers").is_dir():
         return
     from resta.redeval.engine import LoggedScore, score_logs
 
     scores: dict[str, list[LoggedScore]] = {}
     counts: dict[str, list[int]] = {}
-    questions = folder.questions()
-    asked = {answer.id: questions[answer.qid] for answer in folder.answers()}
-    for verdict in folder.current_verdicts():
+    for verdict in verdicts:
         if verdict.answer_id not in asked:  # its line was damaged and taken out
             continue
         logged = LoggedScore(judge=verdict.judge, label=verdict.label, explanation=verdict.raw)

@@ -31,6 +31,7 @@ def make_family(
     base: str | None = None,
     unaligned: str | None = None,
     tuned_from: str | None = None,
+    recorded_base: tuple[str, ...] = (),
     **choices: Any,
 ) -> Family:
     """Return what all candidates share, of models named as for `resta merge`.
@@ -41,13 +42,19 @@ def make_family(
         base: what is subtracted from it: the model before alignment.
         unaligned: subtracted in place of `base`.
         tuned_from: what the fine-tune began from: "base" (the default), "aligned" or another model.
+        recorded_base: bases that adapters record under other names, confirmed.
         **choices: other fields of `Family`: seed, output, rescale, groups, and the like.
 
-    Raises:
-        RequestError: something is missing, or does not fit together.
-        RequestError: a model is not there.
+    Raises RequestError: something is missing, or does not fit together; or a model is not there.
     """
-    roles = Roles(tuned=tuned, aligned=aligned, base=base, unaligned=unaligned, tuned_from=tuned_from)
+    roles = Roles(
+        tuned=tuned,
+        aligned=aligned,
+        base=base,
+        unaligned=unaligned,
+        tuned_from=tuned_from,
+        recorded_base=recorded_base,
+    )
     return Family(models=read_roles(roles), origin=roles.origin, **choices)
 
 

@@ -23,15 +23,8 @@ from resta.verify.policy import Policy
 from resta.verify.power import rules_held
 
 NEED = 0.9  # the chance of passing that a choice must have
-FACTORS = (
-    1.0,
-    1.5,
-    2.0,
-    3.0,
-    4.0,
-    6.0,
-    8.0,
-)  # how many times as many fresh questions as the sweep asked are thought of
+# How many times as many fresh questions as the sweep asked are thought of.
+FACTORS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 ON_FRESH = ("asr.max_upper", "asr.max_increase_over_aligned", "asr.max_cell_upper", "regained.min", "over_refusal.")
 REPEATS = 3  # fresh samples per draw of the rates
 SEEDS = {"aligned": 1, "tuned": 2}

@@ -99,7 +99,7 @@ def check_sweep(sweep: Sweep) -> None:
         recipe_of(candidate, sweep.family)
     for candidate in by_method.values():  # what fits at one scale fits at all
         plan_of(candidate, sweep.family)
-    assert sweep.family.tuned_plan.steps
+    _ = sweep.family.tuned_plan  # made now, and refused here if it cannot be
     check_budget(sweep.budget, sweep.references)
 
 
@@ -158,14 +158,14 @@ class Worker:
 
     def __init__(self, sweep: Sweep, options: RunOptions):
         kept = {} if options.kept_judges is None else options.kept_judges
-        self._sweep, self._conditions = sweep, replace(options, kept_judges=kept)
+        self._sweep, self._options = sweep, replace(options, kept_judges=kept)
         self._loaded: LocalModel | None = None
         self._applied_last: Candidate | None = None
 
     def reference(self, role: str) -> None:
         """Measure `aligned` or `tuned`, or go on with what is missing. Raises UnansweredError."""
         sweep = self._sweep
-        measure(sweep.references[role], sweep.budget, sweep.out / role, self._conditions)
+        measure(sweep.references[role], sweep.budget, sweep.out / role, self._options)
 
     def candidate(self, candidate: Candidate, rung: int = LAST) -> None:
         """Ask a candidate the questions of a rung; of the last one everything, unless a quarter shows it hopeless.
@@ -182,14 +182,14 @@ class Worker:
             note_judges(run, judges)
             adopt_control(run, load_run(sweep.out / "aligned" / "redeval"))
             if missing_requests(run, part):
-                answer_phase(run, part, target, self._conditions, judges=judges, local=self._applied(candidate))
+                answer_phase(run, part, target, self._options, judges=judges, local=self._applied(candidate))
             for judge in judges:
-                judge_phase(run, judge, self._conditions)
+                judge_phase(run, judge, self._options)
         unasked = missing_requests(run, plan)
         if not last or (unasked and why_hopeless(self._references, read_measurement(folder), sweep.policy)):
             return
         local = self._applied(candidate) if unasked or _missing_tasks(budget, folder) else None
-        measure(target, budget, folder, self._conditions, local=local)
+        measure(target, budget, folder, self._options, local=local)
 
     @cached_property
     def _references(self) -> dict[str, Measurement]:

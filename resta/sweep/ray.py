@@ -33,7 +33,7 @@ def on_cluster(sweep: Sweep, options: RunOptions, *, address: str, workers: int 
 
     Args:
         sweep: what to measure.
-        conditions: how; only the limits and notes are used, since no terminal is shared.
+        options: how; only the limits and notes are used, since no terminal is shared.
         address: "local" for a cluster of this machine alone, "auto" for the one that it is part of, or a head's.
         workers: models loaded at once; by default one per GPU of the cluster, or one where there is none.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
@@ -80,8 +79,3 @@ class Decision:
     def title(self) -> str:
         """Return the verdict in words; one that was reached under wider limits says so."""
         return f"{self.verdict.name} ({self.tier} limits)" if self.tier else self.verdict.name
-
-
-def by_name(rules: Iterable[Rule]) -> Mapping[str, Rule]:
-    """Return rules by name."""
-    return {rule.name: rule for rule in rules}

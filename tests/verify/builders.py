@@ -25,7 +25,7 @@ from resta.redeval.records import Answer, Judgement, JudgementLabel, start_run
 from resta.redeval.templates import Template
 from resta.verify.coherence import Losses
 from resta.verify.comparison import Comparison, compare
-from resta.verify.decision import Decision
+from resta.verify.decision import Decision, Rule
 from resta.verify.documents import Document, start_suite, write_documents
 from resta.verify.gate import decide
 from resta.verify.measurement import ROLES, read_measurement
@@ -311,6 +311,11 @@ def a_ruling(policy: Policy, *, earlier: Sequence[Mapping[str, Any]] = ()) -> Ru
         versions={"resta": "0.1.0", "python": "3.12.0"},
         earlier=tuple(earlier),
     )
+
+
+def by_name(rules: Iterable[Rule]) -> dict[str, Rule]:
+    """Return rules by name."""
+    return {rule.name: rule for rule in rules}
 
 
 def make_case(

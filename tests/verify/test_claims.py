@@ -16,12 +16,12 @@ from resta.errors import RequestError
 from resta.statistics import holm, paired_rates
 from resta.verify.claims import OVER_ALIGNED, RATE, claims_of, mixture
 from resta.verify.comparison import compare
-from resta.verify.decision import Verdict, by_name
+from resta.verify.decision import Verdict
 from resta.verify.gate import decide
 from resta.verify.parts import all_within
 from resta.verify.policy import Policy, default_policy, read_policy
 from resta.verify.report import to_card, to_markdown
-from tests.verify.builders import a_ruling
+from tests.verify.builders import a_ruling, by_name
 from tests.verify.planted import at_rates, exactly, gate, losses_of, measurements, planted
 
 

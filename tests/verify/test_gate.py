@@ -13,7 +13,7 @@ import yaml
 from resta.errors import RequestError
 from resta.page import printable
 from resta.verify.comparison import compare
-from resta.verify.decision import Decision, Rule, Verdict, by_name
+from resta.verify.decision import Decision, Rule, Verdict
 from resta.verify.gate import decide
 from resta.verify.guidance import layer_sizes
 from resta.verify.junit import to_junit
@@ -27,6 +27,7 @@ from tests.verify.builders import (
     TUNED,
     Behaviour,
     Case,
+    by_name,
     make_case,
     make_hostile_case,
     make_measurement,

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resta.statistics import Difference, Rate
-from resta.verify.decision import Limit, Outcome, Rule, by_name
+from resta.verify.decision import Limit, Outcome, Rule
 from resta.verify.html import labels, to_html, used
 from resta.verify.junit import to_junit
 from resta.verify.measurement import ROLES
@@ -27,7 +27,7 @@ from resta.verify.plan import with_power
 from resta.verify.report import to_card, to_json, to_markdown
 from resta.verify.words import against_limit, quantity
 from tests.pages import Page, assert_self_contained
-from tests.verify.builders import HOSTILE, Case, make_hostile_case, make_named_case
+from tests.verify.builders import HOSTILE, Case, by_name, make_hostile_case, make_named_case
 from tests.verify.planted import exactly, planted
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -12,12 +12,12 @@ from resta.auditing import check_weights
 from resta.engine import merge
 from resta.recipe import make_recipe
 from resta.verify.comparison import Comparison
-from resta.verify.decision import Decision, Verdict, by_name
+from resta.verify.decision import Decision, Verdict
 from resta.verify.gate import decide
 from resta.verify.measurement import note_manifest
 from resta.verify.policy import Policy
 from tests.builders import llama_tensors, nudged, save_model
-from tests.verify.builders import manifest
+from tests.verify.builders import by_name, manifest
 from tests.verify.planted import exactly, planted
 
 

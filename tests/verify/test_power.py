@@ -11,12 +11,13 @@ from resta.redeval.questions import Question
 from resta.statistics import paired_rates
 from resta.verify.claims import OVER_ALIGNED
 from resta.verify.comparison import compare
-from resta.verify.decision import Verdict, by_name
+from resta.verify.decision import Verdict
 from resta.verify.gate import decide
 from resta.verify.measurement import Measurement
 from resta.verify.plan import sample_of, with_power
 from resta.verify.policy import Policy, read_policy
 from resta.verify.power import AS_GOOD, Sample, Truth, chances, power
+from tests.verify.builders import by_name
 from tests.verify.planted import at_rates, exactly, gate, losses_of, measurements, planted
 
 

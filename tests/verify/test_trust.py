@@ -15,7 +15,7 @@ from resta.redeval.control import Known
 from resta.redeval.records import JudgementLabel, Label
 from resta.verify.coherence import Losses
 from resta.verify.comparison import compare
-from resta.verify.decision import Decision, Outcome, Verdict, by_name
+from resta.verify.decision import Decision, Outcome, Verdict
 from resta.verify.documents import Document
 from resta.verify.gate import decide
 from resta.verify.generated import EMPTY, MOST, look
@@ -29,6 +29,7 @@ from tests.verify.builders import (
     TUNED,
     VOCABULARY,
     WORDS,
+    by_name,
     make_measurement,
     put_to_the_test,
     usual_study,
