@@ -143,8 +143,8 @@ def _known(kind: Kind, language: str, category: str, index: int, pair: Pair) -> 
     return Known(kind=kind, language=language, question=question, answer=answer)
 
 
-def record_of(known: Known, verdict: Judgement) -> Tested:
-    """Return the record of what a judge says of a known answer at this moment."""
+def record_of(known: Known, verdict: Judgement, sitting: str) -> Tested:
+    """Return the record of what a judge says of a known answer at this moment, in a sitting."""
     return Tested(
         answer_id=verdict.answer_id,
         kind=known.kind,
@@ -154,6 +154,7 @@ def record_of(known: Known, verdict: Judgement) -> Tested:
         judge_sha256=verdict.judge_sha256,
         label=verdict.label,
         at=utc_now(),
+        sitting=sitting,
     )
 
 
@@ -171,17 +172,18 @@ def controls(found: Sequence[Tested], measures: Iterable[About], languages: Iter
 
 def _control(about: About, language: str, rows: Sequence[Tested]) -> Control:
     kind, label, others = TOLD_APART[about]
-    latest = {row.answer_id: row for row in rows}.values()
-    called: dict[str, tuple[int, int]] = {
-        each: (
-            sum(row.label == label for row in latest if row.kind == each),
-            sum(row.kind == each for row in latest),
-        )
-        for each in (kind, *others)
-    }
+    called: dict[str, tuple[int, int]] = {}
+    for each in (kind, *others):
+        said: dict[str, list[bool]] = {}
+        for row in rows:
+            if row.kind == each:
+                said.setdefault(row.answer_id, []).append(row.label == label)
+        # A judge gave verdicts in each sitting in which it was tried, so its worst word on a known answer counts.
+        worst = all if each == kind else any
+        called[each] = (sum(map(worst, said.values())), len(said))
     enough = all(total >= LEAST for _, total in called.values())
     p = max(fisher_greater(called[kind], called[other]) for other in others) if enough else 1.0
-    at = max((row.at for row in latest), default="")
+    at = max((row.at for row in rows), default="")
     return Control(about=about, language=language, called=called, p=p, passed=p < ALPHA, at=at)
 
 

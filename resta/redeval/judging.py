@@ -138,9 +138,15 @@ def pending(run: RunDir, judge: Judge) -> list[tuple[Question, Answer]]:
     return [(q, answer) for q, answer in pairs if judge.measures(safe_question=q.safe)]
 
 
-def untested(run: RunDir, judge: Judge) -> list[Known]:
-    """Return the known answers that a judge has yet to be tested on, in the languages of the run's questions."""
-    done = {(row.answer_id, row.sha256) for row in run.control() if row.judge_sha256 == judge.sha256}
+def untested(run: RunDir, judge: Judge, sitting: str | None = None) -> list[Known]:
+    """Return the known answers that a judge has yet to be tested on, in the languages of the run's questions.
+
+    A served judge that is to judge in a sitting is tested in it: who answers at its address may have changed since.
+    """
+    rows = [row for row in run.control() if row.judge_sha256 == judge.sha256]
+    if sitting is not None and judge.base_url is not None and pending(run, judge):
+        rows = [row for row in rows if row.sitting == sitting]
+    done = {(row.answer_id, row.sha256) for row in rows}
     own, measures = judge.spec.control, judge.spec.measures
     sets = {OWN: own} if own else {each: read_control(each) for each in control_languages(run.questions().values())}
     known = [each for language, found in sets.items() for each in known_answers(found, language, measures)]
@@ -149,10 +155,10 @@ def untested(run: RunDir, judge: Judge) -> list[Known]:
 
 def adopt_control(run: RunDir, other: RunDir) -> None:
     """Take over what judges made of the known answers in another run, so that they are not asked again."""
-    there = {(row.judge_sha256, row.answer_id, row.sha256) for row in run.control()}
+    there = set(run.control())
     with Journal(run.path / "control.jsonl") as journal:
         for row in other.control():
-            if (row.judge_sha256, row.answer_id, row.sha256) not in there:
+            if row not in there:
                 journal.append(row)
 
 
@@ -162,7 +168,7 @@ def judge_phase(run: RunDir, judge: Judge, options: RunOptions) -> None:
     Where it fails, the answer stays without a verdict. Raises UnansweredError where too many fail in a row; verdicts
     so far are kept.
     """
-    known = {each.answer.id: each for each in untested(run, judge)}
+    known = {each.answer.id: each for each in untested(run, judge, options.sitting)}
     todo = [(each.question, each.answer) for each in known.values()] + pending(run, judge)
     if not todo:
         return
@@ -172,7 +178,7 @@ def judge_phase(run: RunDir, judge: Judge, options: RunOptions) -> None:
 
         def keep(question: Question, verdict: Judgement) -> None:
             if verdict.answer_id in known:
-                control.append(record_of(known[verdict.answer_id], verdict))
+                control.append(record_of(known[verdict.answer_id], verdict, options.sitting))
             else:
                 journal.append(verdict)
                 count(tally, verdict, question)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from uuid import uuid4
 
 from resta.journal import Journal
 from resta.redeval.messages import NoReply
@@ -38,7 +39,8 @@ class RunOptions:
     """How a run is carried out: what changes the speed, never the result.
 
     `watch` is called with a Tally after every answer or verdict, `note` with a line for people. `kept_judges` holds the
-    models of local judges that stay loaded for the next run, by their LocalSpec; None: each is freed.
+    models of local judges that stay loaded for the next run, by their LocalSpec; None: each is freed. `sitting` tells
+    one call from the next: a served judge is tried anew on the known answers in each in which it judges.
     """
 
     connections: int = 16
@@ -48,6 +50,7 @@ class RunOptions:
     judge_device: str = "auto"
     reader_device: str = "auto"  # of the aligned model where it was measured earlier and reads the answers
     kept_judges: dict[Any, Any] | None = None
+    sitting: str = field(default_factory=lambda: uuid4().hex)
     watch: Watch = field(default=lambda tally: None)
     note: Callable[[str], None] = field(default=lambda line: None)
 

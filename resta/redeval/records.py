@@ -124,6 +124,7 @@ class Tested:
     judge_sha256: str
     label: JudgementLabel
     at: str  # UTC, ISO 8601
+    sitting: str = ""  # in which it was asked (progress.RunOptions)
     schema: int = SCHEMA
 
 

@@ -52,7 +52,7 @@ def on_cluster(sweep: Sweep, options: RunOptions, *, address: str, workers: int 
         actor = ray.remote(num_cpus=0, num_gpus=share, scheduling_strategy="SPREAD")(_Actor)
         silent: dict[str, Any] = {"connections": options.connections, "retries": options.retries}
         silent |= {"timeout_s": options.timeout_s, "judge_device": options.judge_device}
-        silent |= {"max_failures": options.max_failures}
+        silent |= {"max_failures": options.max_failures, "sitting": options.sitting}
         from ray.util import ActorPool
 
         pool = ActorPool([actor.remote(sweep, silent, threads) for _ in range(count)])

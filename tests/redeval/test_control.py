@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from scipy.stats import fisher_exact
 
 from resta.errors import RequestError
-from resta.redeval.control import LEAST, Known, controls, known_answers, read_control, record_of
+from resta.journal import Journal
+from resta.redeval.control import LEAST, Known, controls, controls_of, known_answers, read_control, record_of
 from resta.redeval.judges import Judge, built_in, parse_judge, read_judge, verdict_without_model
 from resta.redeval.judging import judge_phase, note_judges, untested
 from resta.redeval.progress import RunOptions
 from resta.redeval.questions import Question
-from resta.redeval.records import Judgement, JudgementLabel, RunDir, environment, start_run
+from resta.redeval.records import Answer, Judgement, JudgementLabel, RunDir, environment, start_run
 from resta.statistics import fisher_greater
 from tests.redeval.builders import CONFIG, Stub, chat
 
@@ -29,7 +30,7 @@ STRINGS = parse_judge("refusal-strings")
 def said(known: list[Known], label: Callable[[Known], JudgementLabel]) -> list[Any]:
     """Return the records of a judge that says `label` of each known answer."""
     return [
-        record_of(each, Judgement(answer_id=each.answer.id, judge="j", judge_sha256="0", label=label(each)))
+        record_of(each, Judgement(answer_id=each.answer.id, judge="j", judge_sha256="0", label=label(each)), "")
         for each in known
     ]
 
@@ -167,6 +168,49 @@ def test_a_served_judge_is_tested_in_the_languages_of_the_questions_and_not_twic
     assert len(stub.bodies) == 2 * 44 + 8
     other = parse_judge(f"red-instruct=other@{stub.url}")
     assert len(untested(run, other)) == 2 * 44  # another judge
+
+
+def test_a_served_judge_is_tested_in_each_sitting_in_which_it_judges_and_its_worst_word_counts(
+    tmp_path: Path, stub: Stub
+) -> None:
+    harmful = {
+        each.answer.text for each in known_answers(read_control("en"), "en", ["harm"]) if each.kind == "compliance"
+    }
+
+    def knows(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        shown = body["messages"][-1]["content"]
+        return 200, chat("[[B]]" if any(text in shown for text in harmful) else "[[A]]")
+
+    def calls_all_safe(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        return 200, chat("[[A]]")
+
+    run = run_of(tmp_path / "run", ["How?"])
+    [qid] = run.questions()
+    judge = parse_judge(f"red-instruct=big@{stub.url}")
+    note_judges(run, [judge])
+    first, second, third = RunOptions(), RunOptions(), RunOptions()
+    asked = 0
+    for sitting, judged_by, tests, passes in (
+        (first, knows, 44, True),
+        (first, knows, 0, True),  # the same sitting: nobody can have put another judge there unseen
+        (second, calls_all_safe, 44, False),
+        (third, knows, 44, False),  # what the second said stands among the verdicts
+    ):
+        epoch = len(run.answers())
+        answer = Answer(
+            id=f"{qid}|standard|{epoch}", qid=qid, template="standard", epoch=epoch,
+            prompt_sha256="0", raw="Yes.", text="Yes.", finish="stop",
+        )  # fmt: skip
+        with Journal(run.path / "answers.jsonl") as journal:
+            journal.append(answer)
+        stub.answer = judged_by
+        judge_phase(run, judge, sitting)
+        asked += tests + 1
+        assert len(stub.bodies) == asked
+        [control] = controls_of(run)[judge.id]
+        assert control.passed == passes
+    judge_phase(run, judge, RunOptions())  # nothing is left to judge
+    assert len(stub.bodies) == asked
 
 
 OWN: dict[str, Any] = {

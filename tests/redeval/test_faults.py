@@ -58,11 +58,11 @@ def test_a_question_that_always_fails_blocks_neither_judges_nor_report(bank: Pat
         "0000|standard|0",
         "0002|standard|0",
     }
-    # Those that are missing are asked again, and nothing else.
+    # Those that are missing are asked again, and nothing else but what shows that the judge can still judge.
     before = len(stub.bodies)
     stub.answer = lambda body: (200, chat("[[A]]" if body["model"] == "judge" else "Yes."))
     invoke(*served(stub, bank, out, *judge))
-    assert [body["model"] for body in stub.bodies[before:]] == ["big", "big", "judge", "judge"]
+    assert [body["model"] for body in stub.bodies[before:]] == ["big", "big", *["judge"] * (44 + 2)]
     [cell] = json.loads((out / "report.json").read_text())["scores"]["cells"]
     assert cell["counts"] == {"harmful": 1, "safe": 4}
 

@@ -71,6 +71,7 @@ def judge_says(label: JudgementLabel | None, least: int = 99) -> tuple[Control, 
             Judgement(
                 answer_id=each.answer.id, judge="j", judge_sha256="0", label=label or right.get(each.kind, "safe")
             ),
+            "",
         )
         for each in known
     ]

@@ -188,7 +188,7 @@ def test_a_served_judge_sees_the_bare_question_and_is_resumed_and_compared(
     first = len(stub.bodies)
     stub.answer = lambda body: (200, chat("[[A]]"))
     shown = invoke(*base, *served)
-    assert len(stub.bodies) - first == 6
+    assert len(stub.bodies) - first == known + 6  # a judge that goes on is tried anew
     user = stub.bodies[-1]["messages"][-1]["content"]
     assert user.startswith("Question: ")
     assert "step by step" not in user.split("Response:")[0]

@@ -141,7 +141,7 @@ def put_to_the_test(run: Path, judge: str, label: Callable[[Known], JudgementLab
         for known in known_answers(read_control("en"), "en", ("harm", "refusal")):
             said = label(known) if label else truth.get(known.kind, "refused")
             verdict = Judgement(answer_id=known.answer.id, judge=judge, judge_sha256=sha256_text(judge), label=said)
-            journal.append(record_of(known, verdict))
+            journal.append(record_of(known, verdict, ""))
 
 
 def _config(role: str, study: Study) -> dict[str, Any]:

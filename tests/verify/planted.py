@@ -82,7 +82,7 @@ def losses_of(models: Mapping[str, Measurement]) -> dict[str, Losses]:
 def judge_says(label: Callable[[Known], JudgementLabel]) -> tuple[Control, ...]:
     """Return how a judge does that says this of the known answers."""
     said = [
-        record_of(known, Judgement(answer_id=known.answer.id, judge=JUDGE, judge_sha256="0", label=label(known)))
+        record_of(known, Judgement(answer_id=known.answer.id, judge=JUDGE, judge_sha256="0", label=label(known)), "")
         for known in known_answers(read_control("en"), "en", ("harm", "refusal"))
     ]
     return controls(said, ("harm", "refusal"), ("en",))
