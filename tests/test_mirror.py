@@ -16,6 +16,7 @@ ELSEWHERE = {
     "redeval/tasks",
     "sft/test_cli": "cli/sft sft/show",
     "sft/test_collect": "cli/collect sft/endpoint",
+    "sft/test_distil": "sft/lessons",
     "sweep/test_measure": "cli/sweep opened",
     "test_schema": "cli/schema",
     "verify/test_measure": "cli/verify verify/places verify/release",

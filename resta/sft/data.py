@@ -48,7 +48,7 @@ class Conversation:
     """One checked conversation: an optional system turn, then user and assistant in turn, ending with assistant."""
 
     messages: tuple[Message, ...]
-    side: str  # "blue" or "red"
+    side: str  # "blue", "red" or "keep"
     source: str
     where: str  # file and line, row or thread
 

@@ -27,7 +27,7 @@ class Trained:
     epochs: float
     first_loss: float
     last_loss: float
-    heldout_losses: Mapping[str, float]  # eval_loss, or eval_blue_loss and eval_red_loss; empty without held-out data
+    heldout_losses: Mapping[str, float]  # eval_loss; eval_blue_loss and eval_red_loss; eval_given_kl and eval_kept_kl
     resumed_from_step: int | None  # None for a run that was not stopped
     runtime_s: float  # of this process; a run that was stopped took longer
     precision: str  # what was computed in: bf16, fp16 or float32

@@ -57,8 +57,8 @@ OWNED_BY_RECIPE = {
     "warmup_steps": "train.warmup",
     "weight_decay": "train.weight_decay",
 }
-# Options of the trainer that its blue_red loss would leave without effect.
-WITHOUT_EFFECT_ON_BLUE_RED = ("label_smoothing_factor", "loss_type", "train_sampling_strategy")
+# Options of the trainer that a loss of two sides would leave without effect.
+WITHOUT_EFFECT_ON_TWO_SIDES = ("label_smoothing_factor", "loss_type", "train_sampling_strategy")
 # Keys of a DeepSpeed configuration that the recipe already says; the trainer fills in its values.
 DEEPSPEED_SAID = {
     "bf16": "train.precision",
@@ -94,7 +94,7 @@ class Source(Strict):
     revision: str | None = None
     subset: str | None = None
     split: str = "train"
-    side: Literal["blue", "red"] = "blue"
+    side: Literal["blue", "red", "keep"] = "blue"
     weight: float = Field(
         default=1.0,
         gt=0.0,
@@ -127,9 +127,11 @@ class Lora(Strict):
 
 
 class Objective(Strict):
-    """What is minimised: `blue`, the mean NLL of safe answers, or `blue_red`, L_blue - lambda2 * L_red."""
+    """What is minimised: `blue`, the mean NLL of safe answers; `blue_red`, L_blue - lambda2 * L_red; or `distil`, the
+    divergence from the teachers of lessons, L_blue + keep_weight * L_keep.
+    """
 
-    kind: Literal["blue", "blue_red"] = "blue"
+    kind: Literal["blue", "blue_red", "distil"] = "blue"
     lambda2: float = Field(default=0.1, ge=0.0)
     red_cutoff: float = Field(
         default=1.0,
@@ -139,6 +141,9 @@ class Objective(Strict):
     red_threshold_scope: Literal["token", "sample"] = "token"
     red_per_blue: float = Field(
         default=1.0, gt=0.0, description="Red conversations per blue one, in every batch up to rounding."
+    )
+    keep_weight: float = Field(
+        default=1.0, gt=0.0, description="What the lessons of `side: keep` weigh against those of `side: blue`."
     )
 
 
@@ -252,10 +257,12 @@ class Recipe(Strict):
                 "DeepSpeed gathers the weights in the 16 bits that it computes in, so `save_dtype: float32` needs "
                 "`train.precision: float32`"
             )
-        if self.objective.kind == "blue_red":
-            for key in WITHOUT_EFFECT_ON_BLUE_RED:
+        if self.objective.kind != "blue":
+            for key in WITHOUT_EFFECT_ON_TWO_SIDES:
                 if key in self.trainer:
-                    raise ValueError(f"`trainer.{key}` would have no effect: blue_red computes its own loss and order")
+                    raise ValueError(
+                        f"`trainer.{key}` would have no effect: {self.objective.kind} computes its own loss and order"
+                    )
         _check_rhythm(self.train, self.holdout)
         return self
 
@@ -287,15 +294,22 @@ def _check_rhythm(train: Train, holdout: float) -> None:
 
 
 def _check_objective(recipe: Recipe) -> None:
-    sides = {source.side for source in recipe.data}
-    if recipe.objective.kind == "blue" and "red" in sides:
-        raise ValueError("a `side: red` source needs `objective.kind: blue_red`; blue would imitate it")
-    if recipe.objective.kind == "blue_red" and sides != {"blue", "red"}:
+    kind, sides = recipe.objective.kind, {source.side for source in recipe.data}
+    if kind != "blue_red" and "red" in sides:
+        raise ValueError(f"a `side: red` source needs `objective.kind: blue_red`; {kind} would imitate it")
+    if kind != "distil" and "keep" in sides:
+        raise ValueError("a `side: keep` source needs `objective.kind: distil`")
+    if kind == "blue_red" and sides != {"blue", "red"}:
         raise ValueError("`objective.kind: blue_red` needs at least one blue and one `side: red` source")
-    if recipe.objective.kind == "blue" and recipe.objective != Objective():
+    if kind == "distil" and sides != {"blue", "keep"}:
+        raise ValueError("`objective.kind: distil` needs at least one blue and one `side: keep` source of lessons")
+    plain = Objective(kind=kind)
+    if kind != "distil" and recipe.objective.keep_weight != plain.keep_weight:
+        raise ValueError("keep_weight needs `kind: distil`")
+    if kind != "blue_red" and recipe.objective != Objective(kind=kind, keep_weight=recipe.objective.keep_weight):
         raise ValueError("lambda2, red_cutoff, red_threshold_scope and red_per_blue need `kind: blue_red`")
-    if recipe.objective.kind == "blue_red" and recipe.train.packing:
-        raise ValueError("`train.packing` joins samples, and blue_red needs each sample's own side; turn it off")
+    if kind != "blue" and recipe.train.packing:
+        raise ValueError(f"`train.packing` joins samples, and {kind} needs each sample's own side; turn it off")
 
 
 def load(model: type[Checked], path: Path, assignments: tuple[str, ...] = ()) -> Checked:

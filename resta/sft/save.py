@@ -20,6 +20,7 @@ from resta.fingerprint import file_fingerprint, sha256_file, sha256_text
 from resta.journal import to_json, write_whole
 from resta.sft import recipe as recipes
 from resta.sft.chat import Chat
+from resta.sft.lessons import read_facts
 from resta.sft.samples import lengths
 from resta.sft.train import Fitted, Job, is_main
 from resta.version import VERSION
@@ -28,6 +29,8 @@ LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 SHARD_SIZE = "5GB"
+CURVES = ("loss", "blue_nll", "red_nll", "given_kl", "kept_kl")
+HELDOUT_CURVES = ("eval_loss", "eval_blue_loss", "eval_red_loss", "eval_given_kl", "eval_kept_kl")
 
 
 def write(job: Job, fitted: Fitted, *, keep_checkpoints: bool) -> dict[str, Any]:
@@ -221,7 +224,7 @@ def provenance(job: Job, fitted: Fitted, base: Path, metrics: dict[str, Any]) ->
         "recipe": recipes.dump(job.recipe),
         "recipe_digest": recipes.digest(job.recipe),
         "base": base_facts(job, base),
-        "data": data_facts(fitted),
+        "data": data_facts(job, fitted),
         "samples": {
             "train": lengths(fitted.prepared.train),
             "heldout": lengths(fitted.prepared.heldout),
@@ -239,7 +242,7 @@ def provenance(job: Job, fitted: Fitted, base: Path, metrics: dict[str, Any]) ->
     }
 
 
-def data_facts(fitted: Fitted) -> list[dict[str, Any]]:
+def data_facts(job: Job, fitted: Fitted) -> list[dict[str, Any]]:
     """Return one entry per data source: what was read, its digest, and what became of it."""
     return [
         {
@@ -254,9 +257,17 @@ def data_facts(fitted: Fitted) -> list[dict[str, Any]]:
             "drawn": fitted.mixture.drawn[loaded.source.name],
             "dropped": loaded.dropped.counts,
             "changed": loaded.changed.counts,
+            **_lesson_facts(job, loaded.source),
         }
         for loaded in fitted.mixture.sources
     ]
+
+
+def _lesson_facts(job: Job, source: recipes.Source) -> dict[str, Any]:
+    """Return who taught a source of lessons, and how; nothing for conversations."""
+    if job.recipe.objective.kind != "distil" or source.path is None:
+        return {}
+    return {"lessons": read_facts((job.root / source.path).expanduser().parent)}
 
 
 def versions() -> dict[str, str]:
@@ -276,7 +287,7 @@ def plot(history: list[dict[str, Any]], path: Path) -> bool:
         return False
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for key in ("loss", "blue_nll", "red_nll", "eval_loss", "eval_blue_loss", "eval_red_loss"):
+    for key in (*CURVES, *HELDOUT_CURVES):
         points = [(line["step"], line[key]) for line in history if key in line]
         if points:
             axes.plot(*zip(*points, strict=True), marker="." if key.startswith("eval") else None, label=key)
@@ -328,6 +339,8 @@ def card(job: Job, facts: dict[str, Any]) -> str:
     if objective == "blue_red":
         o = recipe.objective
         objective = f"blue_red, lambda2 {o.lambda2}, red cutoff {o.red_cutoff} per {o.red_threshold_scope}"
+    if objective == "distil":
+        objective = f"distil, the divergence from each answer's teacher, keep_weight {recipe.objective.keep_weight}"
     rows = [
         f"| {d['name']} ({d['source']}) | {d['side']} | {d['conversations']} | {d['drawn']} | "
         f"{sum(d['dropped'].values())} |"

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from resta.out_of_memory import is_out_of_memory
 from resta.sft import recipe as recipes
 from resta.sft.chat import Chat, open_chat
 from resta.sft.data import Mixture, mix
+from resta.sft.distil import CollateLessons, DistilTrainer, lesson_columns, prepare_lessons
 from resta.sft.objective import BlueRedTrainer, CollateWithSide
 from resta.sft.recipe import Recipe
 from resta.sft.samples import Prepared, columns, prepare
@@ -133,6 +135,8 @@ def load_chat(job: Job) -> Chat:
 def load_data(job: Job, chat: Chat) -> tuple[Mixture, Prepared]:
     """Read, mix and encode the recipe's data. Raises RequestError."""
     mixture = mix(job.recipe, job.root)
+    if job.recipe.objective.kind == "distil":
+        return mixture, prepare_lessons(mixture, job.recipe, job.root)
     return mixture, prepare(mixture, chat, job.recipe)
 
 
@@ -367,14 +371,12 @@ def build_trainer(
     job: Job, config: SFTConfig, model: Any, chat: Chat, prepared: Prepared, watch: Watch | None = None
 ) -> SFTTrainer:
     """Return the trainer, ready to run, which prints nothing. Raises RequestError."""
-    mixed = job.recipe.objective.kind == "blue_red"
     callbacks: list[TrainerCallback] = [StopOnNaN(), *([Report(watch)] if watch else [])]
     if job.recipe.train.early_stop_patience is not None:
         callbacks.append(EarlyStoppingCallback(job.recipe.train.early_stop_patience))
     arguments: dict[str, Any] = {
         "model": model,
         "args": config,
-        "train_dataset": Dataset.from_dict(columns(prepared.train, with_side=mixed)),
         "processing_class": chat.tokenizer,
         "peft_config": build_adapter(job),
         "callbacks": callbacks,
@@ -389,16 +391,21 @@ def build_trainer(
 
 def _trainer_of(job: Job, arguments: dict[str, Any], prepared: Prepared) -> SFTTrainer:
     """Return trl's trainer for one loss, or ours for two."""
-    held = prepared.heldout
-    if job.recipe.objective.kind == "blue":
-        heldout = Dataset.from_dict(columns(held, with_side=False)) if held else None
-        return SFTTrainer(**arguments, eval_dataset=heldout)
+    objective, held = job.recipe.objective, prepared.heldout
+    pad = arguments["processing_class"].pad_token_id
+    table = lesson_columns if objective.kind == "distil" else partial(columns, with_side=objective.kind == "blue_red")
+    arguments |= {"train_dataset": Dataset.from_dict(table(prepared.train))}
+    if objective.kind != "blue_red":
+        arguments |= {"eval_dataset": Dataset.from_dict(table(held)) if held else None}
+    if objective.kind == "blue":
+        return SFTTrainer(**arguments)
+    if objective.kind == "distil":
+        lessons = CollateLessons(pad_token_id=pad)
+        return DistilTrainer(**arguments, data_collator=lessons, keep_weight=objective.keep_weight)
     sides = {"blue": tuple(s for s in held if not s.red), "red": tuple(s for s in held if s.red)}
-    evals = {name: Dataset.from_dict(columns(s, with_side=True)) for name, s in sides.items() if s}
-    collator = CollateWithSide(pad_token_id=arguments["processing_class"].pad_token_id)
-    return BlueRedTrainer(
-        **arguments, eval_dataset=evals or None, data_collator=collator, objective=job.recipe.objective
-    )
+    evals = {name: Dataset.from_dict(table(s)) for name, s in sides.items() if s}
+    collator = CollateWithSide(pad_token_id=pad)
+    return BlueRedTrainer(**arguments, eval_dataset=evals or None, data_collator=collator, objective=objective)
 
 
 @contextmanager
@@ -535,7 +542,7 @@ def train(job: Job, watch: Watch | None = None) -> Fitted:
         "epochs": trainer.state.epoch,
         "first_loss": losses[0],
         "last_loss": losses[-1],
-        **{key: value for key, value in final.items() if key.startswith("eval_") and key.endswith("loss")},
+        **{key: value for key, value in final.items() if key.startswith("eval_") and key.endswith(("loss", "_kl"))},
         "resumed_from_step": int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else None,
         "runtime_s": round(time.monotonic() - started, 2),
         "precision": precision(job),
