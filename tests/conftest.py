@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -10,6 +11,10 @@ import pytest
 
 for folder in ("", "demo.", "redeval.", "sft.", "sweep.", "verify."):
     pytest.register_assert_rewrite(f"tests.{folder}builders")
+
+# Before huggingface_hub is imported, which reads it once: else every file of a model that is not there is asked for six
+# times, with pauses, in the hope of a network.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 from tests.builders import llama_tensors, nudged, save_model  # noqa: E402
 

@@ -73,7 +73,6 @@ def folder(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     adapter = copy / "adapter" / "adapter_config.json"
     adapter.write_text(adapter.read_text().replace(str(models / "base"), "base"))
     monkeypatch.chdir(copy)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     return copy
 

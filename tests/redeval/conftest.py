@@ -24,8 +24,7 @@ pytest.importorskip("inspect_ai")
 
 
 @pytest.fixture(autouse=True)
-def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def _no_gpus_and_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     for name in ("RESTA_BANKS", "RESTA_API_KEY", "RESTA_JUDGE_API_KEY"):
         monkeypatch.delenv(name, raising=False)
@@ -58,8 +57,11 @@ def bank(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def stub() -> Iterator[Stub]:
-    """Run a stub server on a free port of the loopback."""
+def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
+    """Run a stub server on a free port of the loopback, which is tried again without a pause."""
+    from inspect_ai.model import ModelAPI
+
+    monkeypatch.setattr(ModelAPI, "retry_wait", lambda api: lambda tried: 0)
     state = Stub()
 
     class Handler(BaseHTTPRequestHandler):
