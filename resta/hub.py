@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def locate(source: str) -> Located:
         return Located(source=source, folder=folder)
     match = _HUB_ID.fullmatch(source)
     assert match is not None
-    commit_folder = _download(match["id"], match["revision"])
+    commit_folder = _download(source, match["id"], match["revision"])
     return Located(source=source, folder=commit_folder, hub_id=match["id"], commit=commit_folder.name)
 
 
@@ -95,24 +96,35 @@ def _other_kind(source: str) -> str | None:
     return f"{scheme}:// is not read from; copy the model into a directory first, and name that"
 
 
-def _download(hub_id: str, revision: str | None) -> Path:
+def check_there(source: str) -> None:
+    """Raise RequestError where a Hub id (NAME or NAME@REVISION) is neither in the Hub's cache nor on the Hub.
+
+    The Hub is asked once. transformers asks six times for every file, with pauses: 50 seconds to see one wrong name
+    where there is no network.
+    """
+    hub_id, _, revision = source.partition("@")
+    _fetch(source, hub_id, revision or None, [])
+
+
+def _download(source: str, hub_id: str, revision: str | None) -> Path:
+    small = _fetch(source, hub_id, revision, FETCHED, NEVER_FETCHED)
+    # The index says which weights are read: repositories hold others, whole copies among them.
+    return _fetch(source, hub_id, small.name, [*_weight_names(small), *TEMPLATES])
+
+
+def _fetch(source: str, hub_id: str, revision: str | None, wanted: Sequence[str], never: Sequence[str] = ()) -> Path:
     # Imported here: a merge of local directories should not wait for it.
     from huggingface_hub import snapshot_download
 
     try:
-        small = snapshot_download(
-            hub_id, revision=revision, allow_patterns=list(FETCHED), ignore_patterns=list(NEVER_FETCHED)
+        return Path(
+            snapshot_download(hub_id, revision=revision, allow_patterns=list(wanted), ignore_patterns=list(never))
         )
-        # The index says which weights are read: repositories hold others, whole copies among them.
-        named = [*_weight_names(Path(small)), *TEMPLATES]
-        folder = snapshot_download(hub_id, revision=Path(small).name, allow_patterns=named)
     except Exception as error:  # among them those of its HTTP client, which it has changed twice
-        name = f"{hub_id}@{revision}" if revision else hub_id
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RequestError(
-            f"{name}: there is no such directory, and it could not be fetched from the Hub: {reason}"
+            f"{source}: there is no such directory, and it could not be fetched from the Hub: {reason}"
         ) from error
-    return Path(folder)
 
 
 def _weight_names(folder: Path) -> list[str]:

@@ -66,6 +66,7 @@ def tree() -> list[dict[str, Any]]:
 class Handler(BaseHTTPRequestHandler):
     requests: list[str]
     cut_short = False
+    down = False
 
     def log_message(self, *_: object) -> None:
         pass
@@ -80,7 +81,9 @@ class Handler(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         self.requests.append(path)
         info, resolve = "/api/models/org/name", f"/org/name/resolve/{COMMIT}/"
-        if path in (info, f"{info}/revision/v1", f"{info}/revision/main", f"{info}/revision/{COMMIT}"):
+        if self.down:
+            self.send({"error": "come back later"}, body, status=503)
+        elif path in (info, f"{info}/revision/v1", f"{info}/revision/main", f"{info}/revision/{COMMIT}"):
             self.send({"id": "org/name", "sha": COMMIT, "siblings": [{"rfilename": n} for n in FILES]}, body)
         elif path == f"{info}/tree/{COMMIT}":
             self.send(tree(), body)
@@ -112,9 +115,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(*, cut_short: bool = False) -> Iterator[tuple[str, list[str]]]:
+def serving(*, cut_short: bool = False, down: bool = False) -> Iterator[tuple[str, list[str]]]:
     """A Hub on a free port of this machine: its address, and the paths asked of it so far."""
-    handler = type("OneHandler", (Handler,), {"requests": [], "cut_short": cut_short})
+    handler = type("OneHandler", (Handler,), {"requests": [], "cut_short": cut_short, "down": down})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -144,13 +147,24 @@ print(json.dumps({
 }))
 """
 
+CHECK = """
+import json, sys
+from resta.errors import RequestError
+from resta.hub import check_there
+try:
+    check_there(sys.argv[1])
+    print("{}")
+except RequestError as error:
+    print(json.dumps({"error": str(error)}))
+"""
 
-def run(source: str, endpoint: str, home: Path, **environment: str) -> dict[str, Any]:
-    """What `locate` and `read_weights` make of a source, in a process with this endpoint and an own cache."""
+
+def run(source: str, endpoint: str, home: Path, script: str = SCRIPT, **environment: str) -> dict[str, Any]:
+    """What a script (`locate` and `read_weights`) makes of a source, in a process with this endpoint and own cache."""
     settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
     settings |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0", "HF_HUB_DOWNLOAD_TIMEOUT": "60"}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, source],
+        [sys.executable, "-c", script, source],
         env=os.environ | settings | environment,
         cwd=home.parent,
         capture_output=True,
@@ -196,6 +210,16 @@ def test_a_hub_that_cannot_be_reached_is_one_clear_refusal(home: Path) -> None:
         error = run("org/name", endpoint, home, **environment)["error"]
         assert error.startswith("org/name: there is no such directory, and it could not be fetched from the Hub: ")
         assert "\n" not in error
+
+
+def test_a_hub_that_fails_is_asked_once_whether_a_model_is_there(home: Path) -> None:
+    with serving(down=True) as (endpoint, requests):
+        error = run("org/name@v1", endpoint, home, script=CHECK)["error"]
+    assert error.startswith("org/name@v1: there is no such directory, and it could not be fetched from the Hub: ")
+    assert requests == ["/api/models/org/name/revision/v1"]
+    with serving() as (endpoint, requests):
+        run("org/name@v1", endpoint, home, script=CHECK)
+    assert not [path for path in requests if "/resolve/" in path]  # none of its files is fetched
 
 
 def test_a_download_that_breaks_off_is_one_clear_refusal_and_leaves_no_model(home: Path) -> None:

@@ -88,7 +88,7 @@ GROUND = (
 )
 DOORS = {
     "sft": "",
-    "redeval": "engine",
+    "redeval": "engine hub",
     "verify": "auditing manifest",
     "sweep": "engine hub opened plan recipe shorthand",
     "demo": "__init__ recipe",

@@ -20,6 +20,7 @@ import yaml
 from resta.chat_templates import NAMED, named_template, read_chat_template
 from resta.errors import RequestError, UnansweredError
 from resta.fingerprint import folder_fingerprint, sha256_file, sha256_text
+from resta.hub import check_there
 from resta.out_of_memory import is_out_of_memory
 from resta.redeval.messages import Decoding, Message, Rendering
 from resta.redeval.thoughts import HARMONY_TOKENS, MARK_TOKENS
@@ -700,10 +701,13 @@ def _merged(recipe: Path) -> dict[str, Path]:
 
 def read_tokenizer(spec: LocalSpec) -> Any:
     """Return a model's tokenizer, without its weights. Raises RequestError."""
-    name, revision = split_revision(files_of(spec))
+    files = files_of(spec)
+    name, revision = split_revision(files)
     try:
+        if not Path(name).exists():
+            check_there(files)
         return import_transformers().AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (RequestError, OSError, ValueError, KeyError, ImportError) as error:
         raise RequestError(f"{spec.model}: its tokenizer cannot be loaded: {why_not(error)}") from error
 
 
