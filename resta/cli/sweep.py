@@ -70,7 +70,7 @@ GRID = together(
     click.option(
         "--method",
         metavar="NAMES",
-        help="A list of resta, resta_d, interpolation. [default: resta, or the recipe's own]",
+        help="A list of resta, resta_d, interpolation, both. [default: resta, or the recipe's own]",
     ),
     click.option(
         "--group",
@@ -140,6 +140,7 @@ def command(ctx: click.Context, /, tuned_or_recipe: str, out: Path, **given: Any
     resta     tuned + SCALE * (aligned - base)
     resta_d   base + dare(tuned - base, DENSITY) + SCALE * (aligned - base)
     interpolation   tuned + SCALE * (aligned - tuned)
+    both      tuned + SCALE * (aligned - base) + SCALE * (aligned - tuned)
 
     Each candidate is computed from the checkpoints into one loaded model and asked more and more questions until it is
     clear whether the scale is too small. The smallest that would pass the policy on fresh questions with a probability

@@ -3,6 +3,7 @@
     resta           tuned + scale * (aligned - base)
     resta_d         origin + dare(tuned - origin) + scale * (aligned - base)      origin: what the fine-tune began from
     interpolation   tuned + scale * (aligned - tuned)                             needs no base
+    both            tuned + scale * (aligned - base) + scale * (aligned - tuned)
     recipe          the user's own recipe with another scale
     groups          any of them, with scales of their own for the tensors of attention, MLP or embeddings
     random          tuned + a random vector, tensor by tensor of the norm of scale * (aligned - base)      the control
@@ -25,8 +26,9 @@ from resta.opened import Opened, open_models
 from resta.plan import Plan, make_plan
 from resta.recipe import Model, OutputChoices, Recipe, Rule, Term, make_recipe
 
-Method = Literal["resta", "resta_d", "interpolation", "recipe", "random"]
-CHOICES = ("resta", "resta_d", "interpolation")  # what --method may name
+Method = Literal["resta", "resta_d", "interpolation", "both", "recipe", "random"]
+CHOICES = ("resta", "resta_d", "interpolation", "both")  # what --method may name
+TOWARDS = ("interpolation", "both")  # methods that go to the aligned model itself, and no farther than scale 1
 INTERPOLATION_SCALES = tuple(i / 10 for i in range(1, 10))
 TUNED_FILES = OutputChoices(files_from="tuned")
 MIN_COVERAGE: float = Recipe.model_fields["min_coverage"].default
@@ -176,7 +178,8 @@ def check_density(values: Iterable[float]) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grid:
-    """The values to try. Each method takes the scales, RESTA_d (and a recipe with DARE) every density, too.
+    """The values to try. Each method takes the scales, `both` those up to 1, RESTA_d (and a recipe with DARE) every
+    density, too.
 
     Baselines of the chosen candidate's norm are run anyway; these are more.
     """
@@ -228,6 +231,8 @@ def candidates_of(grid: Grid, groups: Sequence[str] = ()) -> tuple[Candidate, ..
 def _column(method: Method, grid: Grid) -> list[Candidate]:
     densities: tuple[float | None, ...] = grid.densities if method in ("resta_d", "recipe") else ()
     scales = grid.interpolation_scales or () if method == "interpolation" else grid.scales
+    if method == "both":
+        scales = tuple(scale for scale in scales if 0 < scale <= 1)
     return [
         Candidate(method=method, scale=scale, density=density) for scale in scales for density in densities or (None,)
     ]
@@ -277,10 +282,12 @@ def recipe_of(candidate: Candidate, family: Family) -> Recipe:
     if not candidate.groups:
         return found
     plain = found.model_dump(mode="json")
-    term = plain["terms"][swept_term(found.terms)]
-    term["name"] = term["name"] or "safety"
+    terms = plain["terms"]
+    swept = terms if candidate.method == "both" else [terms[swept_term(found.terms)]]
+    for term in swept:
+        term["name"] = term["name"] or "safety"
     plain["rules"] = [
-        {"match": list(family.globs[group]), "scale_by": {term["name"]: scale / candidate.scale}}
+        {"match": list(family.globs[group]), "scale_by": {term["name"]: scale / candidate.scale for term in swept}}
         for group, scale in candidate.groups
     ]
     if any(scale == 0 for _, scale in candidate.groups):
@@ -290,10 +297,10 @@ def recipe_of(candidate: Candidate, family: Family) -> Recipe:
 
 def _by_method(candidate: Candidate, family: Family) -> Recipe:
     vector = {"name": "safety", "delta": f"aligned - {family.subtrahend}", "scale": candidate.scale}
-    if candidate.method == "interpolation":
-        vector = {"name": "interpolation", "delta": "aligned - tuned", "scale": candidate.scale}
+    towards = {"name": "interpolation", "delta": "aligned - tuned", "scale": candidate.scale}
     if candidate.method != "resta_d":
-        return _recipe(family, "tuned", [vector])
+        terms = {"interpolation": [towards], "both": [vector, towards]}.get(candidate.method, [vector])
+        return _recipe(family, "tuned", terms)
     dare = {"density": candidate.density, "rescale": family.rescale}
     finetune = {"name": "finetune", "delta": f"tuned - {family.origin}", "scale": 1.0, "sparsify": dare}
     return _recipe(family, family.origin, [finetune, vector])
@@ -351,8 +358,10 @@ def check_methods(grid: Grid, family: Family) -> None:
     for role in ("tuned", "aligned"):
         if role not in models:
             raise RequestError(f"no model is called {role!r}; a sweep compares with tuned and aligned, by these names")
-    if {"resta", "resta_d"} & set(grid.methods) and family.subtrahend == "tuned":
-        raise RequestError("resta and resta_d need --base (or --unaligned), which is subtracted from aligned")
+    if {"resta", "resta_d", "both"} & set(grid.methods) and family.subtrahend == "tuned":
+        raise RequestError("resta, resta_d and both need --base (or --unaligned), which is subtracted from aligned")
+    if "both" in grid.methods and not any(0 < scale <= 1 for scale in grid.scales):
+        raise RequestError("both goes to the aligned model and no farther: it needs a --scale above 0 and at most 1")
     if "resta_d" in grid.methods and family.origin not in models:
         raise RequestError(f"resta_d starts from {family.origin}, which is not given; say --{family.origin}")
     if "resta_d" in grid.methods and not grid.densities:

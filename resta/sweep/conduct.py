@@ -72,6 +72,7 @@ def run(
     verify: Mapping[str, Any] | None = None,
     options: RunOptions = RunOptions(),
     place: Place = in_this_process,
+    shared: Path | None = None,
 ) -> Outcome:
     """Find the scale (and density) that restores safety at the least cost; write the folder `out`.
 
@@ -104,6 +105,7 @@ def run(
         verify: options of `resta verify` that chosen.yaml is to carry, by parameter.
         options: how fast, on what device judges run, and what is called as it goes on.
         place: where candidates are measured; `resta.sweep.ray.on_cluster` is another place.
+        shared: the folder in which `aligned` and `tuned` are measured, for several sweeps; by default `out`.
 
     Returns:
         The choice and why, every candidate with its rates, and where the recipe of the choice lies.
@@ -130,6 +132,7 @@ def run(
         grid=not search,
         fresh=fresh,
         verify=verify or {},
+        shared=shared,
     )
     check_sweep(sweep)
     with private_files():

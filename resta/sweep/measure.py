@@ -2,7 +2,8 @@
 
     OUT/sweep-request.json       of which models and under which settings; another sweep is refused
     OUT/files/                   config, tokenizer and templates as the candidates' merges would have them
-    OUT/aligned, OUT/tuned       measurements (verify/measurement.py); `resta verify` takes them in place of the models
+    OUT/aligned, OUT/tuned       measurements (verify/measurement.py); `resta verify` takes them in place of the models.
+                                 Several sweeps on the same questions may share them in a folder of their own
     OUT/tuned.yaml               the recipe of `tuned`, by which the swept model is loaded
     OUT/candidates/NAME/         a candidate's measurement, beside what it is and how far it moved:
         recipe.yaml              (of the random control: control.yaml), change.json
@@ -64,6 +65,11 @@ class Sweep:
     grid: bool = False
     fresh: int | None = None
     verify: Mapping[str, Any] = field(default_factory=dict)  # options of `resta verify` that chosen.yaml carries
+    shared: Path | None = None  # folder of the references' measurements; None: OUT
+
+    def reference(self, role: str) -> Path:
+        """Return where the measurement of `aligned` or `tuned` lies."""
+        return (self.shared or self.out) / role
 
     def folder(self, candidate: Candidate) -> Path:
         """Return where a candidate's measurement lies."""
@@ -165,7 +171,7 @@ class Worker:
     def reference(self, role: str) -> None:
         """Measure `aligned` or `tuned`, or go on with what is missing. Raises UnansweredError."""
         sweep = self._sweep
-        measure(sweep.references[role], sweep.budget, sweep.out / role, self._options)
+        measure(sweep.references[role], sweep.budget, sweep.reference(role), self._options)
 
     def candidate(self, candidate: Candidate, rung: int = LAST) -> None:
         """Ask a candidate the questions of a rung; of the last one everything, unless a quarter shows it hopeless.
@@ -180,7 +186,7 @@ class Worker:
         part = part_of(plan, QUARTER if last else EVERY[rung])
         with FolderLock(run.path):
             note_judges(run, judges)
-            adopt_control(run, load_run(sweep.out / "aligned" / "redeval"))
+            adopt_control(run, load_run(sweep.reference("aligned") / "redeval"))
             if missing_requests(run, part):
                 answer_phase(run, part, target, self._options, judges=judges, local=self._applied(candidate))
             for judge in judges:
@@ -235,7 +241,7 @@ def asked_words(candidate: Candidate, rung: int) -> str:
 
 def read_references(sweep: Sweep) -> dict[str, Measurement]:
     """Return the measurements of `aligned` and `tuned`."""
-    return {role: read_measurement(sweep.out / role) for role in REFERENCES}
+    return {role: read_measurement(sweep.reference(role)) for role in REFERENCES}
 
 
 def read_change(folder: Path) -> Change:

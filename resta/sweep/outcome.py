@@ -66,7 +66,8 @@ def carry_out(sweep: Sweep, rule: Rule, options: RunOptions, measure: Measure) -
         enough_for_one(search, factors)
     else:
         explore(search, sweep.candidates, groups=tuple(sweep.family.groups), factors=factors)
-        if not search.passing():  # then what interpolation does is worth knowing
+        known = {each.method for each in sweep.candidates if not each.baseline}
+        if not search.passing() and "interpolation" not in known:  # then what interpolation does is worth knowing
             towards = [Candidate(method="interpolation", scale=scale, baseline=True) for scale in (0.25, 0.5, 0.75)]
             ask_all(search, [each for each in towards if not _is_tried(each, search)])
     outcome = conclude(sweep, search, rule, options)

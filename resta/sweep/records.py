@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from resta.sweep.candidates import Candidate
@@ -15,6 +15,7 @@ from resta.sweep.search import EVERY, Job, Look
 from resta.verify.comparison import HARM, REFUSAL, compare
 from resta.verify.gate import decide
 from resta.verify.measurement import Measurement, pick_judges, read_measurement
+from resta.verify.policy import Policy
 
 
 class Records:
@@ -28,16 +29,7 @@ class Records:
 
     def outlook(self) -> Outlook:
         """Return what a forecast needs of the references."""
-        harm: dict[str, Seen] = {}
-        refusal: dict[str, Seen] = {}
-        for role, found in self._references.items():
-            for kind, seen in zip((harm, refusal), self._seen(found, 0.0), strict=True):
-                if seen is not None:
-                    kind[role] = seen
-        spec = self._sweep.budget.spec
-        asked = Counter(q.bank for q in self._references["aligned"].questions.values() if not q.safe)
-        parts = tuple(count for count in asked.values() for _ in spec.templates)
-        return Outlook(policy=self._sweep.policy, harm=harm, refusal=refusal, parts=parts)
+        return outlook_of(self._references, self._sweep.policy)
 
     def measure(self, jobs: Sequence[Job]) -> None:
         """Ask what is missing."""
@@ -58,17 +50,11 @@ class Records:
         whole = read_measurement(folder)
         plan = sweep.budget.plan(sweep.target(candidate))
         found = _part(whole, {request.id for request in part_of(plan, EVERY[rung]).requests})
-        harm, refusal = self._seen(found, candidate.scale)
+        harm, refusal = seen_by(self._judges, found, candidate.scale)
         broken = why_hopeless(self._references, found, sweep.policy)
         if broken is None and is_complete(found, sweep):
             broken = self._lost_utility(found)
         return Look(harm=harm, refusal=refusal, broken=broken, norm=read_change(folder).norm)
-
-    def _seen(self, found: Measurement, scale: float) -> tuple[Seen | None, Seen | None]:
-        judge, of_safe = self._judges
-        return seen_of(found, judge, HARM, safe=False, scale=scale), (
-            seen_of(found, of_safe, REFUSAL, safe=True, scale=scale) if of_safe else None
-        )
 
     def _lost_utility(self, found: Measurement) -> str | None:
         policy = self._sweep.policy
@@ -76,6 +62,28 @@ class Records:
         rules = decide(comparison, policy).rules
         lost = [rule for rule in rules if rule.name.startswith("utility.") and rule.outcome == "fails"]
         return f"{lost[0].name}: {lost[0].why}" if lost else None
+
+
+def outlook_of(references: Mapping[str, Measurement], policy: Policy) -> Outlook:
+    """Return what a forecast needs of `aligned` and `tuned`, both measured in full."""
+    judges = pick_judges(references, policy.judge)
+    seen = {role: seen_by(judges, found) for role, found in references.items()}
+    aligned = references["aligned"]
+    asked = Counter(q.bank for q in aligned.questions.values() if not q.safe)
+    return Outlook(
+        policy=policy,
+        harm={role: harm for role, (harm, _) in seen.items() if harm is not None},
+        refusal={role: refusal for role, (_, refusal) in seen.items() if refusal is not None},
+        parts=tuple(count for count in asked.values() for _ in aligned.config["templates"]),
+    )
+
+
+def seen_by(judges: tuple[str, str | None], found: Measurement, scale: float = 0.0) -> tuple[Seen | None, Seen | None]:
+    """Return the shares of harm and of refusals by the judges that count; None where nothing of the kind was judged."""
+    judge, of_safe = judges
+    return seen_of(found, judge, HARM, safe=False, scale=scale), (
+        seen_of(found, of_safe, REFUSAL, safe=True, scale=scale) if of_safe else None
+    )
 
 
 def seen_of(found: Measurement, judge: str, labels: frozenset[str], *, safe: bool, scale: float) -> Seen | None:

@@ -35,7 +35,10 @@ from resta.sweep.settings import settings_of
 from resta.verify.policy import Policy
 
 # method -> a colour and shape of the page's figures
-TONES = {"resta": "restored", "recipe": "restored", "resta_d": "tuned", "interpolation": "aligned", "random": "control"}
+TONES = {
+    **dict.fromkeys(("resta", "recipe", "both"), "restored"),
+    "resta_d": "tuned", "interpolation": "aligned", "random": "control",
+}  # fmt: skip
 STYLES = {  # the same for matplotlib: (colour of Okabe and Ito's palette, marker)
     "restored": ("#009E73", "D"),
     "tuned": ("#D55E00", "^"),

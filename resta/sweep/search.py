@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from resta.statistics import Floats
-from resta.sweep.candidates import Candidate
+from resta.sweep.candidates import TOWARDS, Candidate
 from resta.sweep.forecast import FACTORS, NEED, Outlook, plan_factor
 from resta.sweep.response import Seen, fit
 
@@ -220,7 +220,7 @@ def _above(search: Search, series: Sequence[Candidate]) -> Candidate | None:
     if search.refuses_too_much(last) or (last in search.rungs and search.look(last).too_much):
         return None
     scale = _rounded(1.5 * last.scale)
-    if last.method == "interpolation":
+    if last.method in TOWARDS:
         scale = min(1.0, scale)  # aligned itself
     return replace(last, scale=scale) if scale != last.scale else None
 

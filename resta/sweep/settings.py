@@ -35,7 +35,7 @@ def settings_of(sweep: Sweep, fresh: int) -> list[str]:
     asked = sweep.budget.plan(sweep.references["tuned"]).questions
     known = {question.text for question in asked if not question.safe}
     left = sum(len({question.text for question in bank.questions} - known) for bank in banks)
-    options = {**sweep.verify, "without": [*sweep.verify.get("without", []), str(sweep.out / "tuned" / "redeval")]}
+    options = {**sweep.verify, "without": [*sweep.verify.get("without", []), str(sweep.reference("tuned") / "redeval")]}
     if banks:
         options["limit"] = math.ceil(fresh / len(banks))
     lines = dump(dict(sorted(options.items()))).splitlines()

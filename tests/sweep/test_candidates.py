@@ -91,11 +91,17 @@ def test_interpolation_that_is_asked_for_is_no_baseline() -> None:
     }  # fmt: skip
 
 
+def test_both_takes_the_scales_up_to_the_aligned_model() -> None:
+    found = candidates_of(Grid(methods=("both",), scales=(0.0, 0.5, 1.0, 1.5)))
+    assert {each.name for each in found if not each.baseline} == {"both-0.5", "both-1"}
+
+
 @pytest.mark.parametrize(
     ("candidate", "equation"),
     [
         (Candidate(method="resta", scale=0.3), "tuned + 0.3 * (aligned - base)"),
         (Candidate(method="interpolation", scale=0.3), "tuned + 0.3 * (aligned - tuned)"),
+        (Candidate(method="both", scale=0.3), "tuned + 0.3 * (aligned - base) + 0.3 * (aligned - tuned)"),
         (Candidate(method="random", scale=0.3), "tuned + 0.3 * (aligned - base)"),
         (
             Candidate(method="resta_d", scale=0.3, density=0.7),
@@ -135,6 +141,10 @@ def test_methods_that_need_what_is_not_given_are_refused() -> None:
     without = family_of(load_recipe(RECIPES / "wise_ft.yaml"))
     with pytest.raises(RequestError, match="--base"):
         check_methods(Grid(methods=("resta",), scales=(1.0,)), without)
+    with pytest.raises(RequestError, match="both need --base"):
+        check_methods(Grid(methods=("both",), scales=(1.0,)), without)
+    with pytest.raises(RequestError, match="at most 1"):
+        check_methods(Grid(methods=("both",), scales=(1.5,)), family())
     with pytest.raises(RequestError, match="--density"):
         check_methods(Grid(methods=("resta_d",), scales=(1.0,)), family())
     with pytest.raises(RequestError, match="resta_d alone"):

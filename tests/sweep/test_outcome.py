@@ -95,7 +95,7 @@ def test_a_sweep_of_another_version_is_refused_in_words(
         ({"scale": "0:1:0.3"}, "do not end at 1"),
         ({"density": "1.5", "method": "resta_d"}, "above 0 and at most 1"),
         ({"method": "resta_d"}, "resta_d needs --density"),
-        ({"method": "ties"}, "expected some of resta, resta_d, interpolation"),
+        ({"method": "ties"}, "expected some of resta, resta_d, interpolation, both"),
         ({"base": None}, "need --base"),
         ({"aligned": None}, "give --aligned"),
     ],
