@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,19 +36,21 @@ class Utility:
     gen_kwargs: Mapping[str, Any] = field(default_factory=dict)  # of tasks that generate
     documents: int | None = None  # per task
     tokenizer: str | None = None  # directory of the served models' tokenizer
+    part: tuple[int, int] | None = None  # (i, n): one of n parts of the documents, which share none
 
     def read(self) -> Suite:
         """Return the tasks. Raises RequestError."""
         from resta.verify.utility import read_suite
 
         nothing = self.profile is None and self.folder is None and not self.names
-        return read_suite(
+        suite = read_suite(
             "regression" if nothing else self.profile,
             None if self.folder is None else Path(self.folder),
             self.names,
             num_fewshot=self.num_fewshot,
             gen_kwargs=self.gen_kwargs,
         )
+        return replace(suite, part=self.part)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

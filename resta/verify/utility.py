@@ -34,7 +34,7 @@ from typing import Any, Literal
 import numpy as np
 
 from resta.errors import RequestError, UnansweredError
-from resta.fingerprint import sha256_file
+from resta.fingerprint import sha256_file, sha256_text
 from resta.out_of_memory import is_out_of_memory
 from resta.redeval.models import LocalModel, adds_bos, free_bytes
 from resta.redeval.targets import api_key
@@ -72,11 +72,16 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Suite:
-    """The tasks to measure; `folder` is the user's own task folder, where there is one."""
+    """The tasks to measure; `folder` is the user's own task folder, where there is one.
+
+    Of a `part` (i, n) are the documents whose content's digest is i modulo n: parts share no document, however often it
+    is there.
+    """
 
     name: str
     tasks: tuple[Task, ...]
     folder: Path | None = None
+    part: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,8 +191,7 @@ def count_documents(suite: Suite, limit: int | None) -> dict[str, int | None]:
                 counts[task.name] = limit
                 continue
             leaves = _leaves(managers[task.folder], task.name, task.folder)
-            sizes = [len(list(leaf.eval_docs)) for leaf in leaves.values()]
-            counts[task.name] = sum(min(size, limit or size) for size in sizes)
+            counts[task.name] = sum(map(len, _chosen(leaves, suite.part, limit).values()))
     return counts
 
 
@@ -213,6 +217,7 @@ def suite_facts(suite: Suite, *, limit: int | None, backend: Backend) -> dict[st
         "lm_eval": _version(),
         "backend": backend,
         "limit": limit,
+        **({} if suite.part is None else {"part": list(suite.part)}),
         "seed": SEED,
         "tasks": {
             task.name: {
@@ -539,7 +544,8 @@ def measure(subject: LocalModel | Served, suite: Suite, folder: Path, *, limit: 
         for task in missing:
             start, heard = time.monotonic(), len(log)
             leaves = loaded.pop(task.name)
-            documents = _carefully(subject, functools.partial(_ask, lm, task, leaves, limit, note))
+            which = {"limit": limit} if suite.part is None else {"samples": _chosen(leaves, suite.part, limit)}
+            documents = _carefully(subject, functools.partial(_ask, lm, task, leaves, which, note))
             cut = sum("runcat" in record.getMessage() for record in log[heard:])
             seconds = round(time.monotonic() - start, 1)
             write_documents(folder, task.name, documents, cut=cut, seconds=seconds)
@@ -573,7 +579,26 @@ def _load(tasks: Sequence[Task], log: Sequence[logging.LogRecord], note: Note) -
     return loaded
 
 
-def _ask(lm: Any, task: Task, leaves: Mapping[str, Any], limit: int | None, note: Note) -> list[Document]:
+def _chosen(leaves: Mapping[str, Any], part: tuple[int, int] | None, limit: int | None) -> dict[str, list[int]]:
+    """Return which documents of each subtask are asked: the first `limit` of a part. Raises RequestError for none."""
+    chosen = {}
+    for name, leaf in leaves.items():
+        documents = list(leaf.eval_docs)
+        mine = [i for i, each in enumerate(documents) if part is None or _digest(each) % part[1] == part[0]]
+        if not mine:
+            raise RequestError(
+                f"{name}: none of its {len(documents)} documents is in the part that is asked; give more"
+            )
+        chosen[name] = mine[:limit]
+    return chosen
+
+
+def _digest(document: Any) -> int:
+    text = json.dumps(document, sort_keys=True, ensure_ascii=False, default=str)
+    return int(sha256_text(text)[:8], 16)
+
+
+def _ask(lm: Any, task: Task, leaves: Mapping[str, Any], which: Mapping[str, Any], note: Note) -> list[Document]:
     import lm_eval
 
     for leaf in leaves.values():
@@ -588,7 +613,7 @@ def _ask(lm: Any, task: Task, leaves: Mapping[str, Any], limit: int | None, note
     found = lm_eval.evaluate(
         lm=lm,
         task_dict={"tasks": dict(leaves), "groups": {}},
-        limit=limit,
+        **which,
         bootstrap_iters=0,
         apply_chat_template=task.chat_template,
         fewshot_as_multiturn=task.chat_template,

@@ -23,7 +23,18 @@ from resta.redeval.models import LocalModel, LocalSpec, load_local, token_id
 from resta.verify import utility
 from resta.verify.documents import DOCUMENTS, Document, read_documents, read_facts
 from resta.verify.regression import made
-from resta.verify.utility import PROFILES, REGRESSION, SMOKE, Served, Suite, Task, measure, read_suite, suite_facts
+from resta.verify.utility import (
+    PROFILES,
+    REGRESSION,
+    SMOKE,
+    Served,
+    Suite,
+    Task,
+    count_documents,
+    measure,
+    read_suite,
+    suite_facts,
+)
 from tests.redeval import builders as redeval
 from tests.verify.builders import ROWS, a_model, a_task
 
@@ -110,6 +121,25 @@ def test_the_regression_check_is_made_here_and_scored_as_by_a_naive_loop(
         expected.append(float(np.argmax(scores) == document["answer"]))
     assert [document.value for document in read_documents(tmp_path / "u")] == expected
     assert 0 < sum(expected) < len(expected)
+
+
+def test_parts_of_a_task_share_no_document_and_make_up_the_whole(
+    models: tuple[LocalModel, LocalModel], tmp_path: Path
+) -> None:
+    whole = read_suite("smoke", None, ["smoke_sense"])
+    halves = [replace(whole, part=(i, 2)) for i in range(2)]
+    found = []
+    for number, suite in enumerate([whole, *halves]):
+        measure(models[0], suite, tmp_path / str(number), limit=None, note=HEARD.append)
+        found.append({each.doc_id: each.value for each in read_documents(tmp_path / str(number))})
+    assert found[1]
+    assert found[2]
+    assert not found[1].keys() & found[2].keys()
+    assert found[1] | found[2] == found[0]
+    assert [count_documents(suite, None)["smoke_sense"] for suite in halves] == [len(each) for each in found[1:]]
+    assert suite_facts(halves[0], limit=None, backend="hf") != suite_facts(halves[1], limit=None, backend="hf")
+    with pytest.raises(RequestError, match="none of its"):
+        measure(models[0], replace(whole, part=(997, 1000)), tmp_path / "none", limit=None, note=HEARD.append)
 
 
 def test_documents_have_the_same_ids_for_every_model_and_one_id_each(
