@@ -14,7 +14,7 @@ from resta.lazy import lazily
 from resta.version import VERSION as __version__
 
 if TYPE_CHECKING:
-    from resta import redeval, sft, sweep, verify
+    from resta import patch, redeval, sft, sweep, verify
     from resta.algebra import Checkpoint, Delta, Merge, dare, load
     from resta.auditing import audit
     from resta.distance import diff
@@ -31,7 +31,7 @@ else:
             "RestaError": "errors",
             "audit": "auditing",
             "diff": "distance",
-            **{package: package for package in ("redeval", "sft", "sweep", "verify")},
+            **{package: package for package in ("patch", "redeval", "sft", "sweep", "verify")},
         },
     )
 
@@ -48,6 +48,7 @@ __all__ = [
     "load",
     "load_recipe",
     "merge",
+    "patch",
     "redeval",
     "sft",
     "sweep",

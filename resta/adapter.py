@@ -149,7 +149,7 @@ def _same_files(base: Weights, folder: Path) -> dict[Path, bool | None]:
     """
     manifest = folder / MANIFEST
     facts = read_json(manifest) if manifest.is_file() else {}
-    noted = _mapping(_mapping(facts.get("base")).get("files")) if facts.get("kind") == "sft" else {}
+    noted = _mapping(_mapping(facts.get("base")).get("files")) if facts.get("kind") in ("sft", "patch") else {}
     files = {path: _mapping(noted.get(path.name)) for path in base.files}
     # Earlier adapters call it `sketch`.
     known = {path: facts.get("fingerprint", facts.get("sketch")) for path, facts in files.items()}

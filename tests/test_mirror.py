@@ -15,6 +15,7 @@ ELSEWHERE = {
     "redeval/test_run": "cli/options cli/redeval redeval/answering redeval/batchfile redeval/labels redeval/protocol "
     "redeval/tasks",
     "sft/test_cli": "cli/sft sft/show",
+    "patch/test_learn": "cli/patch patch/request patch/teachers patch/written",
     "sft/test_collect": "cli/collect sft/endpoint",
     "sft/test_distil": "sft/lessons",
     "sweep/test_measure": "cli/sweep opened",

@@ -51,6 +51,12 @@ LAYERS = (
     "redeval: judging report tasks",
     "redeval: evaluation",
     "redeval: __init__",
+    "patch: prompts",
+    "patch: teachers",
+    "patch: request",
+    "patch: written",
+    "patch: learn",
+    "patch: __init__",
     "verify: coherence decision documents places policy regression.made regression.__init__ sameness scores",
     "verify: generated measurement words",
     "verify: claims comparison samples utility",
@@ -76,7 +82,7 @@ LAYERS = (
     "demo: run",
     "demo: __init__",
     "cli: options audit completion output schema",
-    "cli: collect demo diff merge redeval sft verify",
+    "cli: collect demo diff merge patch redeval sft verify",
     "cli: sweep",
     "cli: __init__",
     "__main__",
@@ -89,6 +95,7 @@ GROUND = (
 DOORS = {
     "sft": "",
     "redeval": "engine hub",
+    "patch": "distance",
     "verify": "auditing manifest",
     "sweep": "engine hub opened plan recipe shorthand",
     "demo": "__init__ recipe",
@@ -167,7 +174,7 @@ def past_the_doors(tree: Mapping[str, set[str]], doors: Mapping[str, str]) -> li
 def test_the_public_surface_is_this() -> None:
     assert sorted(resta.__all__) == [
         "Checkpoint", "Delta", "Merge", "Recipe", "RestaError", "__version__", "audit", "dare", "diff", "load",
-        "load_recipe", "merge", "redeval", "sft", "sweep", "tensors", "verify",
+        "load_recipe", "merge", "patch", "redeval", "sft", "sweep", "tensors", "verify",
     ]  # fmt: skip
     for name in resta.__all__:
         assert getattr(resta, name) is not None
@@ -181,7 +188,7 @@ import importlib, pkgutil, sys, types, resta
 for module in pkgutil.walk_packages(resta.__path__, "resta."):
     if module.name != "resta.__main__":
         importlib.import_module(module.name)
-packages = [resta.redeval, resta.sft, resta.sweep, resta.verify]
+packages = [resta.patch, resta.redeval, resta.sft, resta.sweep, resta.verify]
 assert all(isinstance(package, types.ModuleType) for package in packages)
 for package in (resta, *packages):
     for name in getattr(package, "__all__", ()):

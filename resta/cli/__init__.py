@@ -20,6 +20,7 @@ COMMANDS = {
     "merge": ("resta.cli.merge", "Add a safety vector to a fine-tuned model, streaming, on disk."),
     "sft": ("resta.cli.sft", "Fine-tune a model on conversations: safety (Starling) or any other task."),
     "collect": ("resta.cli.collect", "Collect safe conversations from a well-aligned model, each judged."),
+    "patch": ("resta.cli.patch", "Teach a tuned model an aligned one's refusals, where no merge gives them back."),
     "redeval": ("resta.cli.redeval", "Measure how often a model can be led to harm (Red-Eval)."),
     "verify": ("resta.cli.verify", "Say whether safety is back and at what cost: PASS or FAIL."),
     "sweep": ("resta.cli.sweep", "Find the scale that restores safety at the least cost."),

@@ -73,7 +73,7 @@ class Prompt:
 @dataclass(frozen=True, slots=True)
 class Generation:
     """New tokens as text. `finish` is "stop" or "length"; counts are tokens without padding; `rows` is the most prompts
-    that a batch could hold.
+    that a batch could hold; `ids` are the new tokens, the one that stopped it last.
     """
 
     text: str
@@ -81,6 +81,7 @@ class Generation:
     prompt_tokens: int
     new_tokens: int
     rows: int
+    ids: tuple[int, ...] = ()
 
 
 class LocalModel:
@@ -328,7 +329,8 @@ def _generation(local: LocalModel, prompt: Prompt, new: list[int], whole_sequenc
         text = local.tokenizer.decode(kept, skip_special_tokens=False)
     used = len(new) if stop is None else stop + 1
     finish = "length" if stop is None else "stop"
-    return Generation(text, finish, len(prompt.ids), used, min(local.rows_in_force, local.batch_rows))
+    rows = min(local.rows_in_force, local.batch_rows)
+    return Generation(text, finish, len(prompt.ids), used, rows, tuple(new[:used]))
 
 
 def clip_text(tokenizer: Any, text: str, tokens: int) -> str:

@@ -28,12 +28,14 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from resta.errors import RequestError, RestaError, ResumeError
+from resta.fingerprint import digest
 from resta.journal import differences, read_object, to_json, write_whole
 from resta.out_of_memory import is_out_of_memory
 from resta.sft import recipe as recipes
 from resta.sft.chat import Chat, open_chat
-from resta.sft.data import Mixture, mix
+from resta.sft.data import Loaded, Mixture, mix
 from resta.sft.distil import CollateLessons, DistilTrainer, lesson_columns, prepare_lessons
+from resta.sft.lessons import read_facts
 from resta.sft.objective import BlueRedTrainer, CollateWithSide
 from resta.sft.recipe import Recipe
 from resta.sft.samples import Prepared, columns, prepare
@@ -460,7 +462,7 @@ def open_partial(job: Job, mixture: Mixture) -> Path | None:
         identity = {
             "recipe": recipes.dump(job.recipe),
             "base": job.base,
-            "data": {loaded.source.name: loaded.digest for loaded in mixture.sources},
+            "data": {loaded.source.name: _digest(job, loaded) for loaded in mixture.sources},
             "processes": world_size(),
         }
         record = job.partial / "run.json"
@@ -469,6 +471,13 @@ def open_partial(job: Job, mixture: Mixture) -> Path | None:
         job.partial.mkdir(parents=True, exist_ok=True)
         write_whole(record, to_json(identity, indent=1) + "\n")
     return newest_checkpoint(job.partial, world_size())
+
+
+def _digest(job: Job, loaded: Loaded) -> str:
+    """Return what names a source's content; of lessons, whose rows are only their words, with the distributions."""
+    if job.recipe.objective.kind != "distil" or loaded.source.path is None:
+        return loaded.digest
+    return digest(read_facts((job.root / loaded.source.path).expanduser().parent))
 
 
 def _check_same_run(record: Path, now: dict[str, Any]) -> None:

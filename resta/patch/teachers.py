@@ -1,0 +1,195 @@
+"""Phase one: a teacher answers prompts, greedily, and what it held likely at each token of its answer is kept.
+
+One model is in memory at a time. The answer is the first tokens of the reply, with the token that ends the turn where
+the teacher ended it: a student that never sees it would not learn to stop. A lesson holds the prompt as the student's
+own chat template writes it, whatever the teacher's does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from resta.chat_templates import read_chat_template
+from resta.errors import RequestError
+from resta.patch.prompts import Asked
+from resta.redeval.messages import Decoding, Rendering
+from resta.redeval.models import (
+    Generation,
+    LocalModel,
+    LocalSpec,
+    Prompt,
+    adds_bos,
+    read_tokenizer,
+    render_chat,
+    token_ids,
+)
+from resta.redeval.thoughts import opened_by, strip_thoughts
+from resta.sft.lessons import NOTHING, Lesson
+
+FORWARD_BYTES = 1 << 28  # of logits at once
+Known = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]  # top ids, log-probabilities, rest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Teaching:
+    """How teachers are asked, and what is kept of them: `tokens` of each answer, at each the `top` likeliest.
+
+    `top` of None keeps the whole vocabulary; 0 nothing but the answer itself, so that learning is plain fine-tuning.
+    """
+
+    tokens: int = 24
+    top: int | None = 64
+    template_args: dict[str, Any] = field(default_factory=dict)  # of the chat template, such as enable_thinking
+
+    @property
+    def decoding(self) -> Decoding:
+        """Return how tokens are chosen: greedily."""
+        return Decoding(max_new_tokens=self.tokens)
+
+    def rendering(self, start: str = "") -> Rendering:
+        """Return how a prompt is put, with the start of its answer."""
+        return Rendering(template_args=self.template_args, suffix=start)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Student:
+    """Who will learn: how it writes a prompt, and its tokens."""
+
+    name: str
+    tokenizer: Any
+
+    def prompt(self, asked: Asked, teaching: Teaching) -> list[int]:
+        """Return a prompt's tokens, with those of the given start of its answer. Raises RequestError."""
+        text = render_chat(self.tokenizer, self.name, asked.messages, teaching.rendering(asked.start))
+        return token_ids(self.tokenizer, text, adds_bos=adds_bos(self.tokenizer))
+
+
+def student_of(spec: LocalSpec) -> Student:
+    """Return a model as a student, without its weights. Raises RequestError."""
+    tokenizer = read_tokenizer(spec)
+    if spec.chat_template is not None:
+        tokenizer.chat_template = read_chat_template(spec.chat_template, tokenizer.get_vocab())
+    return Student(name=spec.model, tokenizer=tokenizer)
+
+
+def teach(local: LocalModel, prompts: Sequence[Asked], teaching: Teaching, student: Student) -> list[Lesson]:
+    """Return a lesson for each prompt, in their order.
+
+    Raises RequestError: the chat template refuses a prompt, a prompt does not fit the context, the teacher thinks
+    before it answers, or what it holds likely are no numbers.
+    """
+    rendered = [_prompt(local, i, asked, teaching) for i, asked in enumerate(prompts)]
+    for prompt in rendered:
+        local.check_length(prompt, teaching.decoding)
+    lessons: dict[int, Lesson] = {}
+    todo = list(range(len(prompts)))
+    while todo:
+        batch = [todo[i] for i in local.take([rendered[i] for i in todo], teaching.decoding)]
+        answers = local.answer([rendered[i] for i in batch], teaching.decoding)
+        known = _distributions(local, [rendered[i] for i in batch], answers, teaching.top)
+        for i, answer, likely in zip(batch, answers, known, strict=True):
+            lessons[i] = _lesson(local, prompts[i], student.prompt(prompts[i], teaching), answer, likely)
+        todo = [i for i in todo if i not in lessons]
+    return [lessons[i] for i in range(len(prompts))]
+
+
+def _lesson(local: LocalModel, asked: Asked, seen: Sequence[int], answer: Generation, likely: Known) -> Lesson:
+    top_ids, top_logprobs, rest = likely
+    return Lesson(
+        messages=_conversation(local, asked, answer.text),
+        kind=asked.kind,
+        ids=np.array([*seen, *answer.ids], dtype=np.int32),
+        prompt_tokens=len(seen),
+        top_ids=top_ids,
+        top_logprobs=top_logprobs,
+        rest=rest,
+    )
+
+
+def _prompt(local: LocalModel, number: int, asked: Asked, teaching: Teaching) -> Prompt:
+    """Return a teacher's prompt as Red-Eval renders it. Raises RequestError where it opens a thought."""
+    start = "" if asked.kind == "harmful" else asked.start
+    prompt = local.chat_prompt(f"{asked.kind} {number}", asked.messages, teaching.rendering(start))
+    if opened_by(prompt.text):
+        raise RequestError(_thinks(local.name))
+    return prompt
+
+
+def _thinks(name: str) -> str:
+    return (
+        f"{name}: thinks before it answers, and its first tokens would teach how to think and not what to answer; "
+        "ask it without thoughts, as with --template-arg enable_thinking=false"
+    )
+
+
+def _conversation(local: LocalModel, asked: Asked, answer: str) -> tuple[dict[str, str], ...]:
+    """Return prompt and answer in words. Raises RequestError where the answer is a thought."""
+    if strip_thoughts(answer).flags:
+        raise RequestError(_thinks(local.name))
+    turns = [{"role": message.role, "content": message.content} for message in asked.messages]
+    return (*turns, {"role": "assistant", "content": asked.start + answer})
+
+
+# -- what a teacher holds likely -----------------------------------------------------------------------------
+
+
+def _distributions(
+    local: LocalModel, prompts: Sequence[Prompt], answers: Sequence[Generation], top: int | None
+) -> Iterator[Known]:
+    """Yield what the model holds likely at each place of its answers, prompt by prompt."""
+    if top == 0:
+        yield from (_sure(answer.ids) for answer in answers)
+        return
+    vocabulary = local.model.config.get_text_config().vocab_size
+    longest = max(len(prompt.ids) + len(answer.ids) for prompt, answer in zip(prompts, answers, strict=True))
+    rows = max(1, FORWARD_BYTES // (4 * vocabulary * longest))
+    for start in range(0, len(prompts), rows):
+        yield from _forward(local, prompts[start : start + rows], answers[start : start + rows], top)
+
+
+def _sure(answer: Sequence[int]) -> Known:
+    """Return all probability on the answer's own tokens."""
+    ids = np.array(answer, dtype=np.int32)[:, None]
+    return ids, np.zeros(ids.shape, dtype=np.float32), np.full(len(ids), NOTHING)
+
+
+def _forward(
+    local: LocalModel, prompts: Sequence[Prompt], answers: Sequence[Generation], top: int | None
+) -> Iterator[Known]:
+    """Run prompts and answers once, padded on the right, where padding changes no token before it."""
+    import torch
+
+    whole = [[*prompt.ids, *answer.ids] for prompt, answer in zip(prompts, answers, strict=True)]
+    longest = max(map(len, whole))
+    ids = torch.full((len(whole), longest), local.pad_id, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(whole):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        mask[row, : len(tokens)] = 1
+    with torch.inference_mode():
+        out = local.model(input_ids=ids.to(local.device), attention_mask=mask.to(local.device), use_cache=False).logits
+        for row, (prompt, tokens) in enumerate(zip(prompts, whole, strict=True)):
+            logits = out[row, len(prompt.ids) - 1 : len(tokens) - 1]  # each predicts the token after it
+            logprobs = torch.log_softmax(logits.float(), dim=-1).cpu()
+            if torch.isnan(logprobs).any():
+                raise RequestError(f"{local.name}: what it holds likely are no numbers; its weights are damaged")
+            yield _likeliest(logprobs, top)
+
+
+def _likeliest(logprobs: Any, top: int | None) -> Known:
+    """Return the `top` likeliest of (tokens, vocabulary) log-probabilities and the log of the mass of all others."""
+    import torch
+
+    size = logprobs.shape[1]
+    if top is None or top >= size:
+        ids = torch.arange(size, dtype=torch.int32).expand(len(logprobs), size)
+        return ids.numpy(), logprobs.numpy(), np.full(len(logprobs), NOTHING)
+    found = logprobs.topk(top, dim=1)
+    # In float64, where what is left of 1 after many small terms is still a number.
+    rest = 1.0 - found.values.double().exp().sum(1)
+    logs = torch.where(rest > 0, rest.clamp(min=1e-300).log(), -torch.inf)
+    return found.indices.to(torch.int32).numpy(), found.values.numpy(), logs.float().numpy()

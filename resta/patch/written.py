@@ -1,0 +1,134 @@
+"""What was learned, as the folder that is handed on: the adapter, where it comes from, and a card that promises little.
+
+The trainer's result becomes the patch's folder at once: it appears under its name only when it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from resta.distance import diff
+from resta.journal import read_object, to_json, write_whole
+from resta.patch.prompts import KINDS
+from resta.patch.request import Request
+from resta.redeval.models import LocalSpec, fingerprint
+
+FACTS = "resta.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patch:
+    """A finished patch: an adapter on the tuned model, and how it was learned. Divergences are in nats a token."""
+
+    out: Path
+    prompts: Mapping[str, int]  # kind -> how many were asked
+    given_kl_before: float | None  # of aligned from tuned, on harmful prompts that were not learned from
+    given_kl: float | None  # the same of the patched model; None where no such prompt was held out
+    kept_kl: float | None  # of tuned from the patched model, on all other prompts that were not learned from
+    norm_share: float | None  # the patch's norm against the fine-tune's, |tuned - base|; None where base is not known
+    steps: int
+    seconds: float  # of this call; one that was killed before took longer
+
+
+def finish(request: Request, learned: Path, *, seconds: float) -> Patch:
+    """Turn the trainer's folder into the patch's, in place of it, and return what it is."""
+    trained = read_object(learned / FACTS)
+    history = json.loads((learned / "loss.json").read_text(encoding="utf-8"))
+    before: dict[str, Any] = next((line for line in history if "eval_given_kl" in line and line["step"] == 0), {})
+    metrics = trained["metrics"]
+    patch = Patch(
+        out=request.out,
+        prompts={kind: request.counts[kind] for kind in KINDS},
+        given_kl_before=before.get("eval_given_kl"),
+        given_kl=metrics.get("eval_given_kl"),
+        kept_kl=metrics.get("eval_kept_kl"),
+        norm_share=_norm_share(request, learned),
+        steps=metrics["steps"],
+        seconds=round(seconds, 1),
+    )
+    facts = {**trained, "kind": "patch", "patch": provenance(request, patch)}
+    write_whole(learned / FACTS, to_json(facts, indent=1) + "\n")
+    write_whole(learned / "README.md", card(request, patch))
+    learned.rename(request.out)
+    return patch
+
+
+def _norm_share(request: Request, learned: Path) -> float | None:
+    """Return |patch| / |tuned - base|, Frobenius norms over all tensors; None where base is not known, or is tuned."""
+    if request.base is None:
+        return None
+    tuned = request.tuned.model
+    fine_tune = diff(request.base, tuned).total.norm_diff
+    return diff(tuned, learned, on=tuned).total.norm_diff / fine_tune if fine_tune else None
+
+
+def provenance(request: Request, patch: Patch) -> dict[str, Any]:
+    """Return who taught what, from which prompts, and what that changed."""
+    return {
+        "tuned": _named(request.tuned),
+        "aligned": _named(request.aligned),
+        "base": None if request.base is None else Path(request.base).name,
+        "prompts": {
+            kind: sorted(asked.digest for asked in request.prompts if asked.kind == kind) for kind in request.counts
+        },
+        "templates": sorted({asked.template for asked in request.prompts if asked.template}),
+        "starts": sorted({asked.start for asked in request.prompts if asked.start}),
+        "teaching": asdict(request.teaching),
+        "learning": asdict(request.learning),
+        "changed": {key: value for key, value in asdict(patch).items() if key not in ("out", "prompts")},
+    }
+
+
+CARD = """---
+{front}---
+
+# {title}
+
+A safety patch: a small adapter that gives `{tuned}` refusals of `{aligned}` back. It was distilled from
+both models' own answers: from {aligned}'s to {harmful} harmful prompts, and from {tuned}'s to {task} prompts of its
+task, {harmless} harmless ones and {lookalike} look-alikes. No answer that does harm was needed or written by anyone.
+
+| on prompts that it did not learn from | nats a token |
+|---|---|
+| from {aligned}, on harmful prompts, before | {given_kl_before} |
+| from {aligned}, on harmful prompts, patched | {given_kl} |
+| from {tuned}, on all others, patched | {kept_kl} |
+
+Its norm is {norm_share} of the fine-tune's.
+
+## What it is not
+
+- **Not verified.** These figures say how near it came to its teachers, not whether it is safe. `resta verify` decides,
+  on questions that it did not learn from; their digests are in `resta.json`.
+- **No deeper than its teacher.** It refuses what {aligned} refuses. Where {aligned} can be led on, by a template or by
+  an answer that has been begun for it, so can this.
+- **No lock.** Whoever has it can leave it out again: one subtraction, or a fine-tune, undoes it.
+"""
+
+
+def card(request: Request, patch: Patch) -> str:
+    """Return the model card: what the patch is, what it is not, and the metadata that model hubs read."""
+    local = Path(request.tuned.model).is_dir()
+    front: dict[str, Any] = {"library_name": "peft", **({} if local else {"base_model": request.tuned.model})}
+    front |= {"base_model_relation": "adapter", "pipeline_tag": "text-generation", "tags": ["resta", "patch", "lora"]}
+    names = {"tuned": _named(request.tuned)["model"], "aligned": _named(request.aligned)["model"]}
+    kls = {key: getattr(patch, key) for key in ("given_kl_before", "given_kl", "kept_kl")}
+    return CARD.format(
+        front=yaml.safe_dump(front, sort_keys=False),
+        title=request.out.name,
+        **names,
+        **patch.prompts,
+        **{key: "not measured" if value is None else f"{value:.3f}" for key, value in kls.items()},
+        norm_share="an unknown share" if patch.norm_share is None else f"{patch.norm_share:.1%}",
+    )
+
+
+def _named(spec: LocalSpec) -> dict[str, Any]:
+    folder = Path(spec.model)
+    return {"model": folder.name if folder.is_dir() else spec.model, "fingerprint": fingerprint(spec)}

@@ -1,0 +1,349 @@
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click.testing
+import numpy as np
+import pytest
+import torch
+
+import resta
+from resta.cli import main
+from resta.errors import RequestError, RestaError, ResumeError
+from resta.patch.learn import carry_out, check_answers, make_lessons
+from resta.patch.request import Request, check, model_of
+from resta.patch.teachers import Teaching, student_of, teach
+from resta.redeval.models import LocalModel, LocalSpec, load_local
+from resta.sft.lessons import read_lessons
+from tests.patch.builders import asked, write_json_lines
+from tests.redeval.builders import TEMPLATE, save_llama, save_tokenizer
+
+
+def loaded(model: Path) -> LocalModel:
+    return load_local(LocalSpec(model=str(model), device="cpu"))
+
+
+# -- phase one -----------------------------------------------------------------------------------------------
+
+
+def test_lessons_are_the_teachers_own_greedy_answers_and_its_distributions(pair: dict[str, Path]) -> None:
+    local, student = loaded(pair["aligned"]), student_of(LocalSpec(model=str(pair["tuned"])))
+    prompts = asked("harmful", 9, "harm") + asked("harmful", 3, "a much longer question about")
+    for lesson in teach(local, prompts, Teaching(tokens=5, top=7), student):
+        ids = torch.tensor(lesson.ids[None], dtype=torch.long)
+        with torch.inference_mode():
+            logprobs = torch.log_softmax(local.model(ids).logits[0].double(), -1)
+        for place in range(lesson.prompt_tokens, len(lesson.ids)):
+            i, row = place - lesson.prompt_tokens, logprobs[place - 1]
+            assert int(lesson.ids[place]) == int(row.argmax())
+            best = row.topk(7)
+            assert np.allclose(lesson.top_logprobs[i], best.values, atol=1e-4)
+            assert set(lesson.top_ids[i].tolist()) == set(best.indices.tolist())
+            assert np.exp(lesson.rest[i]) == pytest.approx(1 - best.values.exp().sum().item(), abs=1e-5)
+        assert list(lesson.ids).count(local.tokenizer.bos_token_id) == 1
+
+
+def test_a_given_start_is_seen_by_the_teacher_of_what_is_kept_and_by_the_student_alone_of_a_refusal(
+    pair: dict[str, Path],
+) -> None:
+    local, student = loaded(pair["tuned"]), student_of(LocalSpec(model=str(pair["tuned"])))
+    start = local.tokenizer("Sure: ", add_special_tokens=False)["input_ids"]
+    for kind in ("harmful", "task"):
+        [bare] = asked(kind, 1, "do")
+        plain, begun = teach(local, [bare, replace(bare, start="Sure: ")], Teaching(tokens=4, top=5), student)
+        prompt = list(plain.ids[: plain.prompt_tokens])
+        assert list(begun.ids[: begun.prompt_tokens]) == [*prompt, *start]
+        assert begun.messages[-1]["content"].startswith("Sure: ")
+        same = np.array_equal(begun.top_logprobs, plain.top_logprobs)
+        assert same == (kind == "harmful")
+
+
+def test_a_lesson_stands_in_the_students_own_chat_template(pair: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(pair["tuned"], tmp_path / "other")
+    other = TEMPLATE.replace("<|end|>", "<|end|>!")
+    save_tokenizer(tmp_path / "other", adds_bos=True, chat_template=other)
+    prompts = asked("harmful", 2, "harm")
+    [own, _], [lesson, _] = (
+        teach(loaded(pair["aligned"]), prompts, Teaching(tokens=4), student_of(LocalSpec(model=str(model))))
+        for model in (pair["tuned"], tmp_path / "other")
+    )
+    text = loaded(pair["tuned"]).tokenizer.decode(lesson.ids[: lesson.prompt_tokens])
+    assert "harm redhat<|end|>!" in text
+    assert list(lesson.ids[lesson.prompt_tokens :]) == list(own.ids[own.prompt_tokens :])
+    assert np.array_equal(lesson.top_logprobs, own.top_logprobs)
+
+
+def test_the_whole_vocabulary_leaves_no_rest(pair: dict[str, Path]) -> None:
+    student = student_of(LocalSpec(model=str(pair["tuned"])))
+    [lesson] = teach(loaded(pair["tuned"]), asked("task", 1, "task"), Teaching(tokens=2, top=None), student)
+    assert lesson.top_ids.shape[1] == 263
+    assert np.isneginf(lesson.rest).all()
+    assert np.exp(lesson.top_logprobs.astype(np.float64)).sum(1) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_without_distributions_the_answer_itself_is_all_that_is_taught(pair: dict[str, Path]) -> None:
+    student = student_of(LocalSpec(model=str(pair["tuned"])))
+    [lesson] = teach(loaded(pair["tuned"]), asked("task", 1, "task"), Teaching(tokens=3, top=0), student)
+    assert lesson.top_ids[:, 0].tolist() == lesson.ids[lesson.prompt_tokens :].tolist()
+    assert (lesson.top_logprobs == 0).all()
+    assert np.isneginf(lesson.rest).all()
+
+
+def test_a_teacher_whose_weights_are_no_numbers_teaches_nothing(pair: dict[str, Path]) -> None:
+    local, student = loaded(pair["aligned"]), student_of(LocalSpec(model=str(pair["tuned"])))
+    with torch.no_grad():
+        next(iter(local.model.parameters())).fill_(math.nan)
+    with pytest.raises(RequestError, match="no numbers"):
+        teach(local, asked("harmful", 2, "harm"), Teaching(tokens=2), student)
+
+
+def test_what_the_teachers_said_is_taken_again_and_never_for_another_request(request_: Request) -> None:
+    said: list[str] = []
+    student = student_of(request_.tuned)
+    folders = make_lessons(request_, student, "float32", said.append)
+    before = {side: (folder / "lessons.safetensors").read_bytes() for side, folder in folders.items()}
+    make_lessons(request_, student, "float32", said.append)
+    assert sum("already" in line for line in said) == 2
+    assert all((folders[side] / "lessons.safetensors").read_bytes() == data for side, data in before.items())
+    assert len(read_lessons(folders["harmful"])) == 12
+    for changed in (replace(request_, teaching=Teaching(tokens=7, top=16)), replace(request_, aligned=request_.tuned)):
+        with pytest.raises(ResumeError, match="another teacher or other settings"):
+            make_lessons(changed, student, "float32", said.append)
+
+
+def test_a_teacher_that_says_nothing_or_always_the_same_is_none(request_: Request) -> None:
+    student = student_of(request_.tuned)
+    folders = make_lessons(request_, student, "float32", lambda line: None)
+    lessons = read_lessons(folders["keep"])
+    check_answers(lessons, "tuned")
+
+    def all_say(text: str) -> list[Any]:
+        return [replace(x, messages=(*x.messages[:-1], {"role": "assistant", "content": text})) for x in lessons]
+
+    with pytest.raises(RequestError, match="36 of 36 answers are empty"):
+        check_answers(all_say(" "), "tuned")
+    with pytest.raises(RequestError, match="24 of 24 harmless prompts one and the same"):
+        check_answers(all_say("I can't."), "tuned")
+
+
+# -- phase two -----------------------------------------------------------------------------------------------
+
+
+def test_a_patch_moves_tuned_towards_aligned_where_it_should_and_nowhere_else(request_: Request) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    said: list[str] = []
+    patch = carry_out(request_, note=said.append)
+    log = json.loads((patch.out / "loss.json").read_text())
+    learned = [line for line in log if "given_kl" in line]
+    assert learned[0]["kept_kl"] == pytest.approx(0.0, abs=1e-4)  # the student is tuned before its first step
+    assert np.mean([line["given_kl"] for line in learned[-4:]]) < 0.5 * learned[0]["given_kl"]
+    assert patch.given_kl is not None
+    assert patch.given_kl_before is not None
+    assert patch.given_kl < patch.given_kl_before
+    assert patch.prompts == {"harmful": 12, "task": 12, "harmless": 12, "lookalike": 12}
+    base = AutoModelForCausalLM.from_pretrained(request_.tuned.model)
+    model = PeftModel.from_pretrained(base, patch.out)
+    assert sum(p.numel() for n, p in model.named_parameters() if "lora" in n) > 0
+    assert any("answers 12 prompts" in line for line in said)
+    assert sorted(path.name for path in patch.out.parent.iterdir()) == ["patch", "patch.lessons"]
+
+
+def test_a_patch_names_its_teachers_its_prompts_and_what_it_changed(request_: Request) -> None:
+    from safetensors.torch import load_file
+
+    patch = carry_out(replace(request_, learning=replace(request_.learning, steps=2)))
+    facts = json.loads((patch.out / "resta.json").read_text())
+    assert facts["kind"] == "patch"
+    assert {facts["patch"][role]["model"] for role in ("tuned", "aligned")} == {"tuned", "aligned"}
+    digests = {digest for kind in facts["patch"]["prompts"].values() for digest in kind}
+    assert digests == {each.digest for each in request_.prompts}
+    assert facts["patch"]["changed"]["given_kl"] == patch.given_kl
+    assert all(each.text not in json.dumps(facts) for each in request_.prompts)  # digests, and no words
+    tensors = load_file(patch.out / "adapter_model.safetensors")
+    ups = {name: value for name, value in tensors.items() if "lora_B" in name}
+    change = [2.0 * up @ tensors[name.replace("lora_B", "lora_A")] for name, up in ups.items()]
+    tuned, base = (load_file(Path(m) / "model.safetensors") for m in (request_.tuned.model, str(request_.base)))
+    fine_tune = math.sqrt(sum(((tuned[name] - base[name]) ** 2).sum().item() for name in base))
+    norm = math.sqrt(sum((each**2).sum().item() for each in change))
+    assert patch.norm_share == pytest.approx(norm / fine_tune, rel=1e-3)
+
+
+def test_the_card_claims_no_more_than_is_known(request_: Request) -> None:
+    patch = carry_out(replace(request_, base=None, learning=replace(request_.learning, steps=2)))
+    card = (patch.out / "README.md").read_text()
+    assert patch.norm_share is None
+    for words in ("Not verified", "one subtraction", "No deeper than its teacher", "an unknown share"):
+        assert words in card
+
+
+def test_a_patch_is_merged_as_any_adapter_is(request_: Request, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    patch = carry_out(replace(request_, learning=replace(request_.learning, steps=3)))
+    tuned = resta.load(request_.tuned.model)
+    (tuned + 1.0 * (resta.load(str(patch.out), on=tuned) - tuned)).save(tmp_path / "merged")
+    ids = torch.arange(10, 40)[None]
+    base = AutoModelForCausalLM.from_pretrained(request_.tuned.model)
+    with torch.inference_mode():
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
+        by_peft = PeftModel.from_pretrained(base, patch.out)(ids).logits
+    assert torch.allclose(merged, by_peft, atol=1e-4)
+    assert not torch.allclose(merged, AutoModelForCausalLM.from_pretrained(request_.tuned.model)(ids).logits, atol=1e-4)
+
+
+def test_a_killed_run_goes_on_to_the_same_patch(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in training, and again before the finished patch has its name."""
+    from resta.patch import learn
+
+    request = replace(request_, learning=replace(request_.learning, steps=14))
+    whole = carry_out(replace(request, out=request.out.with_name("whole")))
+
+    class Killed(Exception):
+        pass
+
+    def kill(progress: Any) -> None:
+        if progress.step == 12:
+            raise Killed
+
+    def never(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        carry_out(request, progress=kill)
+    with monkeypatch.context() as patched:
+        patched.setattr(learn, "finish", never)
+        with pytest.raises(Killed):
+            carry_out(request)
+    assert not request.out.exists()
+    steps: list[int] = []
+    patch = carry_out(request, progress=lambda progress: steps.append(progress.step))
+    assert steps == []  # it was learned already
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (patch.out / name).read_bytes() == (whole.out / name).read_bytes()
+
+
+def test_no_patch_is_written_where_the_loss_is_no_number(request_: Request) -> None:
+    wild = replace(request_.learning, learning_rate=1e38, steps=5)
+    with pytest.raises(RestaError, match=r"loss|grad_norm"):
+        carry_out(replace(request_, learning=wild))
+    assert not request_.out.exists()
+
+
+# -- what is refused -----------------------------------------------------------------------------------------
+
+
+def test_an_aligned_model_of_another_tokenizer_is_refused_before_any_model_is_loaded(
+    request_: Request, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(request_.aligned.model, other)
+    tokenizer = save_tokenizer(other, adds_bos=True)
+    tokenizer.add_tokens(["strange"])
+    tokenizer.save_pretrained(other)
+    (other / "model.safetensors").unlink()
+    with pytest.raises(RequestError, match=r"different tokenizers.*'strange'"):
+        check(replace(request_, aligned=LocalSpec(model=str(other))), student_of(request_.tuned))
+
+
+def test_a_model_without_a_chat_template_is_refused(request_: Request, tmp_path: Path) -> None:
+    save_llama(tmp_path / "bare", seed=1)
+    save_tokenizer(tmp_path / "bare", adds_bos=True, chat_template=None)
+    for role in ("tuned", "aligned"):
+        changed = replace(request_, **{role: LocalSpec(model=str(tmp_path / "bare"))})
+        with pytest.raises(RequestError, match="no chat template"):
+            check(changed, student_of(changed.tuned))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("inspect:openai/some", "served model"),
+        ("http://localhost:8000/v1", "server's address"),
+        ("merge.yaml", "not written yet"),
+        ("./nowhere", "no such file or folder"),
+    ],
+)
+def test_a_model_whose_weights_are_not_at_hand_is_refused(
+    name: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "merge.yaml").write_text("")
+    with pytest.raises(RequestError, match=said):
+        model_of(name)
+
+
+def test_an_output_that_is_there_is_never_written_over(request_: Request) -> None:
+    request_.out.mkdir()
+    with pytest.raises(ResumeError, match="already exists"):
+        carry_out(request_)
+    assert not request_.lessons.exists()
+
+
+# -- the call and the command --------------------------------------------------------------------------------
+
+
+def task_file(tmp_path: Path) -> Path:
+    return write_json_lines(tmp_path / "task.jsonl", [{"prompt": f"Which team takes ticket {n}?"} for n in range(20)])
+
+
+def test_one_call_makes_a_patch_and_prints_nothing(
+    pair: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    patch = resta.patch.run(
+        tuned=pair["tuned"],
+        aligned=pair["aligned"],
+        task_prompts=task_file(tmp_path),
+        out=tmp_path / "patch",
+        drawing=resta.patch.Drawing(harmful_count=8, keep_count=8),
+        teaching=resta.patch.Teaching(tokens=3),
+        learning=resta.patch.Learning(steps=2),
+        device="cpu",
+    )
+    assert patch.out == tmp_path / "patch"
+    assert patch.steps == 2
+    assert capfd.readouterr() == ("", "")
+
+
+def command(pair: dict[str, Path], tmp_path: Path, *more: str) -> click.testing.Result:
+    words = [
+        "patch", str(pair["tuned"]), "--aligned", str(pair["aligned"]), "--task-prompts", str(task_file(tmp_path)),
+        "--harmful-count", "8", "--keep-count", "8", "--tokens", "3", "--steps", "2", "--device", "cpu",
+        "-o", str(tmp_path / "patch"), *more,
+    ]  # fmt: skip
+    return click.testing.CliRunner().invoke(main, words)
+
+
+def test_the_command_makes_a_patch_and_claims_no_more_than_it_knows(pair: dict[str, Path], tmp_path: Path) -> None:
+    planned = command(pair, tmp_path, "--dry-run")
+    assert planned.exit_code == 0, planned.output
+    assert "8 harmful prompts" in planned.output
+    assert not list(tmp_path.glob("patch*"))
+    done = command(pair, tmp_path)
+    assert done.exit_code == 0, done.output
+    assert "not verified" in done.output
+    assert (tmp_path / "patch" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--apart", "smoke"), "shares a question"),
+        (("--harmful-count", "5"), "5 different harmful prompts"),
+        (("--harmful", "no-such-bank"), "no-such-bank"),
+    ],
+)
+def test_the_command_refuses_what_cannot_be_proved_or_read(
+    more: tuple[str, ...], said: str, pair: dict[str, Path], tmp_path: Path
+) -> None:
+    done: Any = command(pair, tmp_path, *more)
+    assert done.exit_code == 2
+    assert said in " ".join(done.output.split())
+    assert not list(tmp_path.glob("patch*"))
