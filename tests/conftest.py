@@ -15,6 +15,8 @@ for folder in ("", "demo.", "redeval.", "sft.", "sweep.", "verify."):
 # Before huggingface_hub is imported, which reads it once: else every file of a model that is not there is asked for six
 # times, with pauses, in the hope of a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Before torch is imported: models so small gain nothing by a second thread, and processes side by side lose by it.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 from tests.builders import llama_tensors, nudged, save_model  # noqa: E402
 

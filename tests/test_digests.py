@@ -117,7 +117,7 @@ def test_what_the_hubs_cache_names_by_its_digest_is_not_read_and_said_to_be_the_
         blob = cache / "blobs" / (sha256(file) if weights else hashlib.sha1(file.read_bytes()).hexdigest())
         shutil.copy(file, blob)
         (snapshot / file.name).symlink_to(blob)
-    monkeypatch.setattr("resta.hub._download", lambda hub_id, revision: snapshot)
+    monkeypatch.setattr("resta.hub._download", lambda source, hub_id, revision: snapshot)
     models = {**trio, "base": "org/base@main"}
     files = manifest_of(engine.merge(recipe_of(models, "tuned", RESTA), tmp_path / "plain").out)["inputs"]["base"]
     known = {"sha256": sha256(snapshot / "model.safetensors"), "sha256_from": "hub"}

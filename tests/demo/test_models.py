@@ -6,7 +6,6 @@ import hashlib
 import json
 from pathlib import Path
 
-import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -15,11 +14,6 @@ from resta.demo.models import STAGES, Making, Schedule, make_models, make_tokeni
 from tests.demo.builders import BRIEF
 
 INSTRUCT = Schedule(base=None, aligned=BRIEF.aligned, tuned=BRIEF.tuned)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def _facts(model: str) -> dict[str, object]:

@@ -9,18 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from resta import sft
 from resta.errors import RequestError, RestaError
 from resta.sft import train as training
 from resta.sft.recipe import Recipe, load
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture

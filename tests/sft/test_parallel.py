@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -45,7 +44,6 @@ def settings_of(case: str, base: Path, sums: Path, red: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", ["full", "blue_red"])
 def test_two_processes_train_what_one_trains(tiny_base: Path, sums_file: Path, tmp_path: Path, case: str) -> None:
-    torch.set_num_threads(1)
     red = tmp_path / "red.jsonl"
     rows = [exchange(f"Placeholder {i}?", f"Placeholder answer {i}.") for i in range(12)]
     red.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
@@ -74,7 +72,6 @@ def launch(processes: int, *words: object, module: str = "resta") -> subprocess.
     target = ["-m", module] if module == "resta" else [str(Path(__file__).with_name(module))]
     return subprocess.run(
         [*start, *target, *map(str, words)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -41,11 +40,6 @@ TRAIN: dict[str, Any] = {
     "save_every": 2,
     "gradient_checkpointing": False,
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture
@@ -240,8 +234,7 @@ main()
 
 def start(recipe: Path, out: Path, until: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", RUN, str(until), "sft", str(recipe), "--output", str(out), "--device", "cpu"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def test_a_killed_run_resumes_to_the_same_bytes(make: Make, tmp_path: Path) -> None:
