@@ -24,6 +24,7 @@ from resta.checkpoint import Operand, Reader, Weights
 from resta.compute import CHUNK, Workspace
 from resta.engine import UNIT, default_workers
 from resta.errors import RequestError
+from resta.figure import require_matplotlib
 from resta.header import DTYPE_BITS, FLOAT_DTYPES, Spec
 from resta.hub import locate
 from resta.manifest import layer_of, layer_order
@@ -187,20 +188,12 @@ def write_json(result: Diff, path: Path) -> None:
     path.write_text(json.dumps(describe(result), indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
 
 
-def require_plots() -> None:
-    """Raise RequestError unless matplotlib is there."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise RequestError('--plot needs matplotlib: pip install "resta[plots]"') from error
-
-
 def write_plot(result: Diff, path: Path) -> None:
     """Draw the relative sizes as a heat map, layers by kinds of modules, into a PNG file.
 
     Raises RequestError: matplotlib is not installed.
     """
-    require_plots()
+    require_matplotlib()
     from matplotlib.figure import Figure
 
     inner, outer = _cells(result.tensors)

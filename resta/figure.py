@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from resta.errors import RequestError
+
 TICKS = 5  # at most so many steps along an axis
 
 
@@ -150,3 +152,11 @@ def up_to(ends: Sequence[float], *, label: str = "", percent: bool = True) -> Ax
     """Return an axis from 0 to a round value above all, for shares at most 1."""
     highest = max(0.05, math.ceil(20 * max(ends) - 1e-9) / 20) if percent else max(ends) * 1.05 or 1.0
     return Axis(low=0.0, high=min(1.0, highest) if percent else highest, label=label, percent=percent)
+
+
+def require_matplotlib() -> None:
+    """Raise RequestError unless matplotlib is there, which draws figures as files of their own."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise RequestError('figures as files need matplotlib: pip install "resta[plots]"') from error

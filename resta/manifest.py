@@ -15,10 +15,9 @@ from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from typing import Any
 
-import yaml
-
 from resta.cautions import cautions
 from resta.coverage import Coverage
+from resta.dialect import dump
 from resta.plan import Plan, Step
 from resta.recipe import Recipe, Term
 from resta.safety import Safety, judge_safety
@@ -359,7 +358,7 @@ def render_card(plan: Plan, facts: Mapping[str, TensorFacts]) -> str:
     }
     lines = [
         "---",
-        yaml.safe_dump(head, sort_keys=False).rstrip(),
+        dump(head).rstrip(),
         "---",
         "",
         f"# {recipe.files_from} {'with a safety vector' if safety.restored else 'after a merge'}",

@@ -16,8 +16,8 @@ PACKAGE = Path(resta.__file__).parent
 
 # Each layer knows nothing of those after it, nor of itself; a line that begins with a package's name is of its modules.
 LAYERS = (
-    "version errors lazy kernels out_of_memory served statistics figure page coverage compatibility",
-    "dialect mergekit fingerprint files schema",
+    "version errors lazy kernels out_of_memory served statistics page coverage compatibility",
+    "dialect figure mergekit fingerprint files schema",
     "strict",
     "header hub journal recipe chat_templates",
     "checkpoint safety",

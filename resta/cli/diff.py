@@ -12,8 +12,9 @@ from rich.table import Table
 import resta
 from resta.checkpoint import following_links
 from resta.cli.audit import byte_progress
-from resta.distance import Diff, Distance, require_plots, write_json, write_plot
+from resta.distance import Diff, Distance, write_json, write_plot
 from resta.errors import RequestError
+from resta.figure import require_matplotlib
 from resta.page import console, printable
 
 EPILOG = """\b
@@ -48,7 +49,7 @@ def command(
     (Frobenius norms). Entries differ if their values do; an adapter's are taken before any rounding.
     """
     if plot_file:
-        require_plots()
+        require_matplotlib()
     for path in (json_file, plot_file):
         if path and not path.absolute().parent.is_dir():
             raise RequestError(f"{path}: there is no directory {path.absolute().parent}")

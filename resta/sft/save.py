@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from transformers import AutoTokenizer
 
+from resta.dialect import dump
 from resta.errors import RequestError, RestaError
 from resta.fingerprint import file_fingerprint, sha256_file, sha256_text
 from resta.journal import to_json, write_whole
@@ -323,8 +324,6 @@ This model is one term of a safety restoration. A training loss does not measure
 
 def card(job: Job, facts: dict[str, Any]) -> str:
     """Return the model card, with the metadata that model hubs read."""
-    import yaml
-
     recipe, metrics = job.recipe, facts["metrics"]
     adapter = recipe.method != "full"
     front: dict[str, Any] = {"library_name": "peft" if adapter else "transformers"}
@@ -348,7 +347,7 @@ def card(job: Job, facts: dict[str, Any]) -> str:
     ]
     evals = [f"{key} {value:.4f}" for key, value in metrics.items() if key.startswith("eval_")]
     return CARD.format(
-        front=yaml.safe_dump(front, sort_keys=False),
+        front=dump(front),
         title=job.out.name,
         kind="Adapter" if adapter else "Full fine-tune",
         base=recipe.base,

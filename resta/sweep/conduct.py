@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from resta.figure import require_matplotlib
 from resta.redeval.progress import RunOptions
 from resta.redeval.records import environment, private_files
 from resta.redeval.targets import Target, parse_target
@@ -16,7 +17,7 @@ from resta.sweep.candidates import Family, Grid, candidates_of, check_groups, ch
 from resta.sweep.choose import Rule
 from resta.sweep.measure import REFERENCES, Measure, Sweep, check_sweep, in_this_process, open_sweep
 from resta.sweep.outcome import Outcome, carry_out
-from resta.sweep.report import require_plots, write_reports
+from resta.sweep.report import write_reports
 from resta.verify.budget import Exam, read_budget
 from resta.verify.gate import check_tasks
 from resta.verify.policy import Policy, read_policy
@@ -114,7 +115,7 @@ def run(
         RequestError: the request cannot be carried out; nothing was written.
         UnansweredError: questions got no answer; those that did are kept.
     """
-    require_plots()
+    require_matplotlib()
     rules = policy if isinstance(policy, Policy) else read_policy(None if policy is None else Path(policy))
     check_methods(grid, family)
     check_groups(family)

@@ -7,8 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from resta.errors import RequestError
-from resta.figure import Axis, Level, Scatter, around, up_to
+from resta.figure import Axis, Level, Scatter, around, require_matplotlib, up_to
 from resta.figure import Point as Place
 from resta.journal import document, write_whole
 from resta.page import (
@@ -45,14 +44,6 @@ STYLES = {  # the same for matplotlib: (colour of Okabe and Ito's palette, marke
     "aligned": ("#0072B2", "o"),
     "control": ("#666666", "X"),
 }
-
-
-def require_plots() -> None:
-    """Raise RequestError unless matplotlib is there."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise RequestError('resta sweep draws its front: pip install "resta[plots]"') from error
 
 
 def write_reports(sweep: Sweep, outcome: Outcome, versions: Mapping[str, str]) -> None:
@@ -354,7 +345,7 @@ def _panel(
 
 def draw(outcome: Outcome, policy: Policy, out: Path) -> None:
     """Draw the panels of the page as files of their own: pareto.svg, pareto.png."""
-    require_plots()
+    require_matplotlib()
     import matplotlib
     from matplotlib.figure import Figure
 

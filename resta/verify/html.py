@@ -11,8 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
-import yaml
-
+from resta.dialect import dump
 from resta.figure import Axis, Bars, Mark, Point, Row, Rows, Scatter, around, up_to
 from resta.fingerprint import sha256_text
 from resta.page import Cell, Entry, Table, Tile, render, table
@@ -88,9 +87,7 @@ def to_html(comparison: Comparison, decision: Decision, ruling: Ruling, *, inclu
 
 def _evidence(comparison: Comparison, decision: Decision, ruling: Ruling) -> dict[str, object]:
     """Return the figures and tables of the sections, by the names that the template has for them."""
-    policy = yaml.safe_dump(
-        ruling.policy.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True
-    )
+    policy = dump(ruling.policy.model_dump(mode="json", exclude_none=True))
     harm, safe = ([cell for cell in comparison.cells if cell.safe is flag] for flag in (False, True))
     limits = ruling.policy
     return {
