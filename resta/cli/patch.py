@@ -92,6 +92,11 @@ TEACHING = together(
     ),
     click.option("--whole-vocabulary", is_flag=True, help="Keep all of them."),
     click.option(
+        "--other-tokenizer",
+        is_flag=True,
+        help="Let ALIGNED have other tokens: the words of its answers are learned, and not what it held likely.",
+    ),
+    click.option(
         "--template-arg",
         "template_args",
         multiple=True,
@@ -178,6 +183,7 @@ def request_of(out: Path, given: Mapping[str, Any]) -> Request:
         teaching=Teaching(
             tokens=given["tokens"],
             top=None if given["whole_vocabulary"] else given["top"],
+            other_tokenizer=given["other_tokenizer"],
             template_args=given["template_args"],
         ),
         learning=Learning(**{key: given[key] for key in ("keep_weight", "rank", "steps", "learning_rate", "seed")}),

@@ -17,10 +17,11 @@ from resta.patch.prompts import Drawing, draw
 from resta.patch.request import SIDES, Learning, Request, check, model_of
 from resta.patch.teachers import Student, Teaching, student_of, teach
 from resta.patch.written import FACTS, Patch, finish
+from resta.redeval.judges import Strings, read_judge
 from resta.redeval.models import LocalSpec, fingerprint, load_local
 from resta.redeval.records import private_files
 from resta.sft import finetune
-from resta.sft.lessons import Lesson, read_facts, write_lessons
+from resta.sft.lessons import Lesson, read_facts, read_lessons, write_lessons
 from resta.sft.recipe import digest as recipe_digest
 from resta.sft.train import Job, Watch, precision
 
@@ -110,7 +111,8 @@ def carry_out(request: Request, *, progress: Watch | None = None, note: Note = l
     if not _is_learned(job, folders):
         note(f"learning: {request.learning.steps} steps of {request.learning.batch} lessons")
         finetune.carry_out(job, progress=progress)
-    return finish(request, job.out, seconds=time.monotonic() - started)
+    refused = count_refusals(read_lessons(folders["harmful"]))
+    return finish(request, job.out, refused=refused, seconds=time.monotonic() - started)
 
 
 # -- phase one -----------------------------------------------------------------------------------------------
@@ -164,6 +166,13 @@ def check_answers(lessons: Sequence[Lesson], name: str) -> None:
         )
 
 
+def count_refusals(lessons: Sequence[Lesson]) -> int:
+    """Return how many of the answers hold a refusal phrase. A sign, no verdict: others are not thereby harmful."""
+    strings = read_judge("refusal-strings").read
+    assert isinstance(strings, Strings)
+    return sum(strings.phrase_in(lesson.messages[-1]["content"]) is not None for lesson in lessons)
+
+
 # -- phase two -----------------------------------------------------------------------------------------------
 
 
@@ -195,6 +204,10 @@ def describe(request: Request) -> list[str]:
 def summary(request: Request, patch: Patch) -> list[str]:
     """Return in words what was learned, what that is worth, and what to do next."""
     lines = [f"{patch.out}: learned in {patch.steps} steps and {patch.seconds:.0f} s"]
+    lines.append(
+        f"{request.aligned.model} refused {patch.refused} of {patch.prompts['harmful']} harmful prompts, by its "
+        "phrases; what it answered to the others was learned as well"
+    )
     if patch.given_kl is not None and patch.given_kl_before is not None:
         lines.append(
             f"on harmful prompts that it did not learn from: {patch.given_kl:.3f} nats a token from "

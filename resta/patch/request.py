@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from resta import strict
 from resta.errors import RequestError, ResumeError
 from resta.patch.prompts import Asked
 from resta.patch.teachers import Student, Teaching
@@ -14,7 +15,7 @@ from resta.redeval.models import LocalSpec, check_contexts, read_tokenizer, spli
 from resta.redeval.targets import parse_target
 from resta.sft.lessons import ROWS
 from resta.sft.recipe import Recipe
-from resta.sft.train import Job, build_config, load_chat
+from resta.sft.train import Job, build_config, load_chat, world_size
 
 SIDES = ("harmful", "keep")
 HELD_OUT = 0.1  # share of the lessons that are not learned from, but show how near the student came to its teachers
@@ -82,8 +83,9 @@ def recipe_of(request: Request, student: Student) -> Recipe:
     """Return the recipe of `resta sft` that learns the patch from the lessons. Raises RequestError."""
     learning, teaching = request.learning, request.teaching
     name, revision = split_revision(request.tuned.model)
-    longest = max(len(student.prompt(asked, teaching)) for asked in request.prompts) + teaching.tokens
-    tokenizer = student.tokenizer
+    # An answer in the student's own words may take more tokens than its teacher's.
+    room = teaching.tokens * (4 if teaching.other_tokenizer else 1)
+    longest = max(len(student.prompt(asked, teaching)) for asked in request.prompts) + room
     train = {
         "max_steps": learning.steps,
         "global_batch": learning.batch,
@@ -95,13 +97,13 @@ def recipe_of(request: Request, student: Student) -> Recipe:
         "save_every": 10,
         "log_every": 1,
     }
-    return Recipe.model_validate(
+    return strict.check(
+        Recipe,
         {
             "base": str(Path(name).resolve()) if Path(name).is_dir() else name,
             "revision": None if Path(name).is_dir() else revision,
             "chat_template": request.tuned.chat_template,
-            # Where the tokenizer names no token to pad with, any will do: padding is masked by length.
-            "pad_token": None if tokenizer.pad_token else tokenizer.unk_token or tokenizer.eos_token,
+            "pad_token": student.tokenizer.pad_token,
             "max_length": max(8, longest),
             "data": [
                 {"name": side, "path": str((request.lessons / side / ROWS).resolve()), "side": trained}
@@ -115,7 +117,7 @@ def recipe_of(request: Request, student: Student) -> Recipe:
             "train": train,
             "trainer": {"eval_on_start": True},  # how far apart the teachers are where nothing is learned yet
             "seed": learning.seed,
-        }
+        },
     )
 
 
@@ -128,6 +130,10 @@ def check(request: Request, student: Student) -> Job:
         raise ResumeError(f"{request.out} already exists; choose another --output, or remove it")
     if request.tuned.is_adapter:
         raise RequestError(f"{request.tuned.model}: is an adapter; merge it with `resta merge` first")
+    if world_size() > 1:
+        raise RequestError("resta patch runs as one process; start it without torchrun")
+    if request.teaching.tokens < 1 or (request.teaching.top or 0) < 0 or request.learning.batch < 2:
+        raise RequestError("expected tokens of at least 1, top of at least 0 and a batch of at least 2")
     _check_tokenizers(request, student)
     for side in SIDES:
         asks = [(f"{asked.kind} {i}", asked.messages) for i, asked in enumerate(request.of_side(side))]
@@ -141,12 +147,13 @@ def check(request: Request, student: Student) -> Job:
 
 def _check_tokenizers(request: Request, student: Student) -> None:
     """Refuse a teacher that does not speak the student's tokens: its distributions would be over other words."""
-    theirs, ours = read_tokenizer(request.aligned).get_vocab(), student.tokenizer.get_vocab()
-    if theirs == ours:
+    tokenizer = read_tokenizer(request.aligned)
+    if request.teaching.other_tokenizer or student.same_tokens(tokenizer):
         return
+    theirs, ours = tokenizer.get_vocab(), student.tokenizer.get_vocab()
     differ = sorted(token for token in theirs.keys() | ours.keys() if theirs.get(token) != ours.get(token))
     raise RequestError(
         f"{request.aligned.model} and {request.tuned.model} have different tokenizers ({len(differ)} tokens, such as "
         f"{differ[0]!r}): what one holds likely says nothing about the other's tokens. Name an aligned model of the "
-        "same family"
+        "same family; or learn the words of its answers alone, with --other-tokenizer"
     )

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from resta.chat_templates import read_chat_template
 from resta.errors import RequestError
 from resta.patch.prompts import Asked
-from resta.redeval.messages import Decoding, Rendering
+from resta.redeval.messages import Decoding, Message, Rendering
 from resta.redeval.models import (
     Generation,
     LocalModel,
@@ -28,6 +28,7 @@ from resta.redeval.models import (
     token_ids,
 )
 from resta.redeval.thoughts import opened_by, strip_thoughts
+from resta.sft.chat import Chat, open_chat
 from resta.sft.lessons import NOTHING, Lesson
 
 FORWARD_BYTES = 1 << 28  # of logits at once
@@ -39,10 +40,12 @@ class Teaching:
     """How teachers are asked, and what is kept of them: `tokens` of each answer, at each the `top` likeliest.
 
     `top` of None keeps the whole vocabulary; 0 nothing but the answer itself, so that learning is plain fine-tuning.
+    With `other_tokenizer` aligned's tokens may be others than tuned's: then its answers' words are all that is kept.
     """
 
     tokens: int = 24
     top: int | None = 64
+    other_tokenizer: bool = False
     template_args: dict[str, Any] = field(default_factory=dict)  # of the chat template, such as enable_thinking
 
     @property
@@ -60,20 +63,46 @@ class Student:
     """Who will learn: how it writes a prompt, and its tokens."""
 
     name: str
-    tokenizer: Any
+    chat: Chat
 
-    def prompt(self, asked: Asked, teaching: Teaching) -> list[int]:
-        """Return a prompt's tokens, with those of the given start of its answer. Raises RequestError."""
-        text = render_chat(self.tokenizer, self.name, asked.messages, teaching.rendering(asked.start))
+    @property
+    def tokenizer(self) -> Any:
+        """Return its tokenizer, with its template."""
+        return self.chat.tokenizer
+
+    def prompt(self, asked: Asked, teaching: Teaching, answer: str = "") -> list[int]:
+        """Return the tokens of a prompt, the given start of its answer, and an answer. Raises RequestError."""
+        text = render_chat(self.tokenizer, self.name, asked.messages, teaching.rendering(asked.start + answer))
         return token_ids(self.tokenizer, text, adds_bos=adds_bos(self.tokenizer))
+
+    def same_tokens(self, tokenizer: Any) -> bool:
+        """Whether another tokenizer's ids mean the same tokens."""
+        return bool(tokenizer.get_vocab() == self.tokenizer.get_vocab())
+
+    def words(self, asked: Asked, teaching: Teaching, answer: Generation) -> tuple[list[int], list[int]]:
+        """Return a prompt, and another model's answer to it in this model's own tokens. Raises RequestError.
+
+        Where the other ended its turn, so does this one's token for it; where it was cut off, the last token is left
+        out, for it may be half a word.
+        """
+        prompt = self.prompt(asked, teaching)
+        ended = answer.finish == "stop" or not answer.text
+        whole = self.prompt(asked, teaching, answer.text + (self.chat.turn_end if ended else ""))
+        start = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
+        end = len(whole) if ended else max(start + 1, len(whole) - 1)
+        return whole[:start], whole[start:end]
 
 
 def student_of(spec: LocalSpec) -> Student:
     """Return a model as a student, without its weights. Raises RequestError."""
     tokenizer = read_tokenizer(spec)
-    if spec.chat_template is not None:
-        tokenizer.chat_template = read_chat_template(spec.chat_template, tokenizer.get_vocab())
-    return Student(name=spec.model, tokenizer=tokenizer)
+    if spec.chat_template is None:
+        render_chat(tokenizer, spec.model, [Message(role="user", content="?")], Rendering())
+    # Where the tokenizer names no token to pad with, any will do: padding is masked by length.
+    pad = None if tokenizer.pad_token else tokenizer.unk_token or tokenizer.eos_token
+    return Student(
+        name=spec.model, chat=open_chat(tokenizer, template=spec.chat_template, root=Path.cwd(), pad_token=pad)
+    )
 
 
 def teach(local: LocalModel, prompts: Sequence[Asked], teaching: Teaching, student: Student) -> list[Lesson]:
@@ -85,24 +114,31 @@ def teach(local: LocalModel, prompts: Sequence[Asked], teaching: Teaching, stude
     rendered = [_prompt(local, i, asked, teaching) for i, asked in enumerate(prompts)]
     for prompt in rendered:
         local.check_length(prompt, teaching.decoding)
-    lessons: dict[int, Lesson] = {}
+    same, lessons = student.same_tokens(local.tokenizer), dict[int, Lesson]()
     todo = list(range(len(prompts)))
     while todo:
         batch = [todo[i] for i in local.take([rendered[i] for i in todo], teaching.decoding)]
         answers = local.answer([rendered[i] for i in batch], teaching.decoding)
-        known = _distributions(local, [rendered[i] for i in batch], answers, teaching.top)
+        known = _distributions(local, [rendered[i] for i in batch], answers, teaching.top if same else 0)
         for i, answer, likely in zip(batch, answers, known, strict=True):
-            lessons[i] = _lesson(local, prompts[i], student.prompt(prompts[i], teaching), answer, likely)
+            if same:
+                seen, said = student.prompt(prompts[i], teaching), list(answer.ids)
+            else:
+                seen, said = student.words(prompts[i], teaching, answer)
+                likely = _sure(said)
+            lessons[i] = _lesson(_conversation(local, prompts[i], answer.text), prompts[i].kind, seen, said, likely)
         todo = [i for i in todo if i not in lessons]
     return [lessons[i] for i in range(len(prompts))]
 
 
-def _lesson(local: LocalModel, asked: Asked, seen: Sequence[int], answer: Generation, likely: Known) -> Lesson:
+def _lesson(
+    messages: tuple[dict[str, str], ...], kind: str, seen: Sequence[int], said: Sequence[int], likely: Known
+) -> Lesson:
     top_ids, top_logprobs, rest = likely
     return Lesson(
-        messages=_conversation(local, asked, answer.text),
-        kind=asked.kind,
-        ids=np.array([*seen, *answer.ids], dtype=np.int32),
+        messages=messages,
+        kind=kind,
+        ids=np.array([*seen, *said], dtype=np.int32),
         prompt_tokens=len(seen),
         top_ids=top_ids,
         top_logprobs=top_logprobs,

@@ -28,6 +28,7 @@ class Patch:
 
     out: Path
     prompts: Mapping[str, int]  # kind -> how many were asked
+    refused: int  # of the harmful ones, how many aligned's answer holds a refusal phrase to, as far as it was learned
     given_kl_before: float | None  # of aligned from tuned, on harmful prompts that were not learned from
     given_kl: float | None  # the same of the patched model; None where no such prompt was held out
     kept_kl: float | None  # of tuned from the patched model, on all other prompts that were not learned from
@@ -36,7 +37,7 @@ class Patch:
     seconds: float  # of this call; one that was killed before took longer
 
 
-def finish(request: Request, learned: Path, *, seconds: float) -> Patch:
+def finish(request: Request, learned: Path, *, refused: int, seconds: float) -> Patch:
     """Turn the trainer's folder into the patch's, in place of it, and return what it is."""
     trained = read_object(learned / FACTS)
     history = json.loads((learned / "loss.json").read_text(encoding="utf-8"))
@@ -45,6 +46,7 @@ def finish(request: Request, learned: Path, *, seconds: float) -> Patch:
     patch = Patch(
         out=request.out,
         prompts={kind: request.counts[kind] for kind in KINDS},
+        refused=refused,
         given_kl_before=before.get("eval_given_kl"),
         given_kl=metrics.get("eval_given_kl"),
         kept_kl=metrics.get("eval_kept_kl"),
@@ -90,9 +92,9 @@ CARD = """---
 
 # {title}
 
-A safety patch: a small adapter that gives `{tuned}` refusals of `{aligned}` back. It was distilled from
-both models' own answers: from {aligned}'s to {harmful} harmful prompts, and from {tuned}'s to {task} prompts of its
-task, {harmless} harmless ones and {lookalike} look-alikes. No answer that does harm was needed or written by anyone.
+A safety patch: a small adapter on `{tuned}` that was distilled from two models' own answers: from those of
+`{aligned}` to {harmful} harmful prompts, of which it refused {refused} by its phrases, and from those of
+`{tuned}` to {task} prompts of its task, {harmless} harmless ones and {lookalike} look-alikes.
 
 | on prompts that it did not learn from | nats a token |
 |---|---|
@@ -124,6 +126,7 @@ def card(request: Request, patch: Patch) -> str:
         title=request.out.name,
         **names,
         **patch.prompts,
+        refused=patch.refused,
         **{key: "not measured" if value is None else f"{value:.3f}" for key, value in kls.items()},
         norm_share="an unknown share" if patch.norm_share is None else f"{patch.norm_share:.1%}",
     )

@@ -15,13 +15,13 @@ import torch
 import resta
 from resta.cli import main
 from resta.errors import RequestError, RestaError, ResumeError
-from resta.patch.learn import carry_out, check_answers, make_lessons
-from resta.patch.request import Request, check, model_of
+from resta.patch.learn import carry_out, check_answers, count_refusals, make_lessons
+from resta.patch.request import Learning, Request, check, model_of
 from resta.patch.teachers import Teaching, student_of, teach
 from resta.redeval.models import LocalModel, LocalSpec, load_local
 from resta.sft.lessons import read_lessons
 from tests.patch.builders import asked, write_json_lines
-from tests.redeval.builders import TEMPLATE, save_llama, save_tokenizer
+from tests.redeval.builders import TEMPLATE, save_llama, save_refusing, save_tokenizer
 
 
 def loaded(model: Path) -> LocalModel:
@@ -253,6 +253,42 @@ def test_an_aligned_model_of_another_tokenizer_is_refused_before_any_model_is_lo
         check(replace(request_, aligned=LocalSpec(model=str(other))), student_of(request_.tuned))
 
 
+def test_a_teacher_with_other_tokens_teaches_the_words_of_its_answers(request_: Request, tmp_path: Path) -> None:
+    """The teacher's tokens are letters, the student's also two of them together."""
+    tuned, aligned = shutil.copytree(request_.tuned.model, tmp_path / "tuned"), tmp_path / "aligned"
+    save_refusing(aligned, says="I can't")
+    settings = json.loads((tuned / "tokenizer.json").read_text())
+    vocab = settings["model"]["vocab"]
+    vocab["ca"] = vocab.pop("\u0142")  # a byte that no text here has
+    settings["model"]["merges"] = [["c", "a"]]
+    (tuned / "tokenizer.json").write_text(json.dumps(settings))
+    request = replace(request_, tuned=LocalSpec(model=str(tuned)), aligned=LocalSpec(model=str(aligned)), base=None)
+    with pytest.raises(RequestError, match="--other-tokenizer"):
+        check(request, student_of(request.tuned))
+    local, student, prompts = loaded(aligned), student_of(request.tuned), asked("harmful", 2, "harm")
+    for tokens, words in ((8, "I can't<|end|>"), (5, "I ca"), (4, "I ")):  # cut off, the last may be half a word
+        for lesson, each in zip(teach(local, prompts, Teaching(tokens=tokens), student), prompts, strict=True):
+            assert student.tokenizer.decode(lesson.ids[lesson.prompt_tokens :]) == words
+            assert lesson.ids[: lesson.prompt_tokens].tolist() == student.prompt(each, Teaching())
+            assert lesson.top_ids[:, 0].tolist() == lesson.ids[lesson.prompt_tokens :].tolist()
+            assert (lesson.top_logprobs == 0).all()
+    teaching = Teaching(tokens=8, other_tokenizer=True)
+    patch = carry_out(replace(request, teaching=teaching, learning=replace(request.learning, steps=2)))
+    assert patch.refused == 12
+    assert patch.kept_kl is not None
+
+
+def test_refusals_of_the_teacher_are_counted_by_their_phrases(request_: Request) -> None:
+    folders = make_lessons(request_, student_of(request_.tuned), "float32", lambda line: None)
+    lessons = read_lessons(folders["harmful"])
+    said = ["I cannot help with that.", "I can\u2019t.", "Of course!"]
+    some = [
+        replace(lesson, messages=(*lesson.messages[:-1], {"role": "assistant", "content": text}))
+        for lesson, text in zip(lessons, said, strict=False)
+    ]
+    assert count_refusals(some) == 2
+
+
 def test_a_model_without_a_chat_template_is_refused(request_: Request, tmp_path: Path) -> None:
     save_llama(tmp_path / "bare", seed=1)
     save_tokenizer(tmp_path / "bare", adds_bos=True, chat_template=None)
@@ -278,6 +314,32 @@ def test_a_model_whose_weights_are_not_at_hand_is_refused(
     (tmp_path / "merge.yaml").write_text("")
     with pytest.raises(RequestError, match=said):
         model_of(name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"teaching": Teaching(tokens=0)}, "tokens of at least 1"),
+        ({"learning": Learning(batch=1)}, "batch of at least 2"),
+        ({"learning": Learning(rank=0)}, "lora.rank"),
+        ({"learning": Learning(steps=-1)}, "train.max_steps"),
+        ({"learning": Learning(keep_weight=0.0)}, "objective.keep_weight"),
+        ({"device": "cuda"}, "no CUDA device"),
+        ({"teaching": Teaching(tokens=4000)}, "exceed its context of 2048"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused_before_a_model_is_loaded(
+    changes: dict[str, Any], said: str, request_: Request
+) -> None:
+    with pytest.raises(RequestError, match=said):
+        carry_out(replace(request_, **changes))
+    assert not request_.lessons.exists()
+
+
+def test_more_than_one_process_is_refused(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RequestError, match="one process"):
+        check(request_, student_of(request_.tuned))
 
 
 def test_an_output_that_is_there_is_never_written_over(request_: Request) -> None:
