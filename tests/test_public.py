@@ -31,7 +31,7 @@ LAYERS = (
     "engine forecast",
     "algebra show distance claims shorthand",
     "auditing",
-    "sft: lessons recipe",
+    "sft: adapters lessons recipe",
     "sft: data objective",
     "sft: chat endpoint",
     "sft: collect samples",

@@ -25,7 +25,10 @@ MODELS = together(
     click.argument("tuned"),
     click.option("--aligned", required=True, help="The model whose refusals are wanted: of the same family as TUNED."),
     click.option(
-        "--base", metavar="MODEL", help="What TUNED was made from: the patch is measured against that change."
+        "--base",
+        metavar="MODEL",
+        help="What TUNED was made from: its norm is compared with that change's. Adapters are on it. [default: what "
+        "they name]",
     ),
     click.option("--chat-template", metavar="NAME|FILE", help="Chat template of models that have none."),
 )
@@ -130,7 +133,9 @@ LEARNING = together(
 @PROMPTS
 @TEACHING
 @LEARNING
-@output(type=click.Path(path_type=Path), help="The directory that will hold the patch, a PEFT adapter on TUNED.")
+@output(
+    type=click.Path(path_type=Path), help="The directory that will hold the patch, a PEFT adapter on TUNED or its base."
+)
 @click.option(
     "--dry-run", is_flag=True, help="Check all that can be without weights, and estimate memory; ask nothing."
 )
@@ -171,12 +176,13 @@ def request_of(out: Path, given: Mapping[str, Any]) -> Request:
     from resta.patch.request import Learning, Request, model_of
     from resta.patch.teachers import Teaching
 
+    on = {"base": given["base"], "chat_template": given["chat_template"]}
     drawing = Drawing(
         starts=STARTS if given["starts"] else (),
         **{key: given[key] for key in ("harmful_count", "keep_count", "templates", "bank_dirs", "download", "seed")},
     )
     return Request(
-        **{role: model_of(given[role], chat_template=given["chat_template"]) for role in ("tuned", "aligned")},
+        **{role: model_of(given[role], **on) for role in ("tuned", "aligned")},
         prompts=draw(given["task_prompts"], given["harmful"], given["apart"], drawing),
         out=out,
         lessons=given["lessons"] or beside(out),

@@ -16,7 +16,7 @@ from resta.journal import FolderLock, read_object
 from resta.patch.prompts import Drawing, draw
 from resta.patch.request import SIDES, Learning, Request, check, model_of
 from resta.patch.teachers import Student, Teaching, student_of, teach
-from resta.patch.written import FACTS, Patch, finish
+from resta.patch.written import FACTS, Patch, fine_tune_norm, finish
 from resta.redeval.judges import Strings, read_judge
 from resta.redeval.models import LocalSpec, fingerprint, load_local
 from resta.redeval.records import private_files
@@ -58,17 +58,18 @@ def run(
     safe.
 
     Args:
-        tuned: the fine-tuned model: a directory or org/name@revision, or how it is loaded.
+        tuned: the fine-tuned model: a directory, an adapter, org/name@revision, or how it is loaded.
         aligned: the model whose refusals are wanted: of the same family, with the same tokenizer.
         task_prompts: a file of the task's prompts, or of its training data as `resta.sft.run` reads it.
-        out: the folder to write, a PEFT adapter on tuned; it appears when it is whole, and must not be there.
+        out: the folder to write, a PEFT adapter on tuned, or where tuned is an adapter itself one on its base that is
+            both; it appears when it is whole, and must not be there.
         harmful: banks of harmful questions to learn on, by name or file.
         apart: files or banks of questions that a choice or a verdict will rest on; a shared question is refused.
         drawing: how many prompts of each kind, and how they are put: templates, and starts of answers.
         teaching: how the teachers are asked.
         learning: how the student learns.
         base: the model that tuned was made from, if it is at hand: then the patch's norm is told against the
-            fine-tune's.
+            fine-tune's. Adapters are on it, where it is given, and else on the base that they name.
         chat_template: the chat template of models that have none: a name or a file.
         lessons: where the teachers' answers are kept; by default OUT.lessons.
         device: where to compute; auto takes a GPU if there is one.
@@ -81,8 +82,8 @@ def run(
     """
     out = Path(out)
     request = Request(
-        tuned=model_of(tuned, chat_template=chat_template),
-        aligned=model_of(aligned, chat_template=chat_template),
+        tuned=model_of(tuned, base=None if base is None else str(base), chat_template=chat_template),
+        aligned=model_of(aligned, base=None if base is None else str(base), chat_template=chat_template),
         prompts=draw(Path(task_prompts), [str(bank) for bank in harmful], [str(bank) for bank in apart], drawing),
         out=out,
         lessons=Path(lessons) if lessons is not None else beside(out),
@@ -104,6 +105,7 @@ def carry_out(request: Request, *, progress: Watch | None = None, note: Note = l
     started = time.monotonic()
     student = student_of(request.tuned)
     job = check(request, student)
+    fine_tune = fine_tune_norm(request)
     with private_files():
         request.lessons.mkdir(parents=True, exist_ok=True)
         with FolderLock(request.lessons):
@@ -112,7 +114,7 @@ def carry_out(request: Request, *, progress: Watch | None = None, note: Note = l
         note(f"learning: {request.learning.steps} steps of {request.learning.batch} lessons")
         finetune.carry_out(job, progress=progress)
     refused = count_refusals(read_lessons(folders["harmful"]))
-    return finish(request, job.out, refused=refused, seconds=time.monotonic() - started)
+    return finish(request, job.out, refused=refused, fine_tune=fine_tune, seconds=time.monotonic() - started)
 
 
 # -- phase one -----------------------------------------------------------------------------------------------

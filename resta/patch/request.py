@@ -11,8 +11,9 @@ from resta import strict
 from resta.errors import RequestError, ResumeError
 from resta.patch.prompts import Asked
 from resta.patch.teachers import Student, Teaching
-from resta.redeval.models import LocalSpec, check_contexts, read_tokenizer, split_revision
+from resta.redeval.models import LocalSpec, check_contexts, files_of, read_tokenizer, split_revision
 from resta.redeval.targets import parse_target
+from resta.sft.adapters import read_factors
 from resta.sft.lessons import ROWS
 from resta.sft.recipe import Recipe
 from resta.sft.train import Job, build_config, load_chat, world_size
@@ -82,7 +83,7 @@ def model_of(name: str | Path | LocalSpec, **settings: Any) -> LocalSpec:
 def recipe_of(request: Request, student: Student) -> Recipe:
     """Return the recipe of `resta sft` that learns the patch from the lessons. Raises RequestError."""
     learning, teaching = request.learning, request.teaching
-    name, revision = split_revision(request.tuned.model)
+    name, revision = split_revision(files_of(request.tuned))
     # An answer in the student's own words may take more tokens than its teacher's.
     room = teaching.tokens * (4 if teaching.other_tokenizer else 1)
     longest = max(len(student.prompt(asked, teaching)) for asked in request.prompts) + room
@@ -102,6 +103,7 @@ def recipe_of(request: Request, student: Student) -> Recipe:
         {
             "base": str(Path(name).resolve()) if Path(name).is_dir() else name,
             "revision": None if Path(name).is_dir() else revision,
+            "adapter": str(Path(request.tuned.model).resolve()) if request.tuned.is_adapter else None,
             "chat_template": request.tuned.chat_template,
             "pad_token": student.tokenizer.pad_token,
             "max_length": max(8, longest),
@@ -129,7 +131,7 @@ def check(request: Request, student: Student) -> Job:
     if request.out.exists():
         raise ResumeError(f"{request.out} already exists; choose another --output, or remove it")
     if request.tuned.is_adapter:
-        raise RequestError(f"{request.tuned.model}: is an adapter; merge it with `resta merge` first")
+        read_factors(Path(request.tuned.model))
     if world_size() > 1:
         raise RequestError("resta patch runs as one process; start it without torchrun")
     if request.teaching.tokens < 1 or (request.teaching.top or 0) < 0 or request.learning.batch < 2:

@@ -17,7 +17,7 @@ from resta.distance import diff
 from resta.journal import read_object, to_json, write_whole
 from resta.patch.prompts import KINDS
 from resta.patch.request import Request
-from resta.redeval.models import LocalSpec, fingerprint
+from resta.redeval.models import LocalSpec, files_of, fingerprint
 
 FACTS = "resta.json"
 
@@ -37,8 +37,11 @@ class Patch:
     seconds: float  # of this call; one that was killed before took longer
 
 
-def finish(request: Request, learned: Path, *, refused: int, seconds: float) -> Patch:
-    """Turn the trainer's folder into the patch's, in place of it, and return what it is."""
+def finish(request: Request, learned: Path, *, refused: int, fine_tune: float | None, seconds: float) -> Patch:
+    """Turn the trainer's folder into the patch's, in place of it, and return what it is.
+
+    `refused` is how many of the harmful prompts aligned refused, `fine_tune` the norm of tuned - base, if known.
+    """
     trained = read_object(learned / FACTS)
     history = json.loads((learned / "loss.json").read_text(encoding="utf-8"))
     before: dict[str, Any] = next((line for line in history if "eval_given_kl" in line and line["step"] == 0), {})
@@ -50,7 +53,7 @@ def finish(request: Request, learned: Path, *, refused: int, seconds: float) -> 
         given_kl_before=before.get("eval_given_kl"),
         given_kl=metrics.get("eval_given_kl"),
         kept_kl=metrics.get("eval_kept_kl"),
-        norm_share=_norm_share(request, learned),
+        norm_share=_norm(request, learned) / fine_tune if fine_tune else None,
         steps=metrics["steps"],
         seconds=round(seconds, 1),
     )
@@ -61,13 +64,15 @@ def finish(request: Request, learned: Path, *, refused: int, seconds: float) -> 
     return patch
 
 
-def _norm_share(request: Request, learned: Path) -> float | None:
-    """Return |patch| / |tuned - base|, Frobenius norms over all tensors; None where base is not known, or is tuned."""
-    if request.base is None:
-        return None
-    tuned = request.tuned.model
-    fine_tune = diff(request.base, tuned).total.norm_diff
-    return diff(tuned, learned, on=tuned).total.norm_diff / fine_tune if fine_tune else None
+def fine_tune_norm(request: Request) -> float | None:
+    """Return |tuned - base|, the Frobenius norm over all tensors; None where base is not known. Raises RequestError."""
+    tuned = request.tuned
+    base = request.base or (files_of(tuned) if tuned.is_adapter else None)
+    return None if base is None else diff(base, tuned.model, on=base if tuned.is_adapter else None).total.norm_diff
+
+
+def _norm(request: Request, learned: Path) -> float:
+    return diff(request.tuned.model, learned, on=files_of(request.tuned)).total.norm_diff
 
 
 def provenance(request: Request, patch: Patch) -> dict[str, Any]:
@@ -92,7 +97,7 @@ CARD = """---
 
 # {title}
 
-A safety patch: a small adapter on `{tuned}` that was distilled from two models' own answers: from those of
+A safety patch: {what} that was distilled from two models' own answers: from those of
 `{aligned}` to {harmful} harmful prompts, of which it refused {refused} by its phrases, and from those of
 `{tuned}` to {task} prompts of its task, {harmless} harmless ones and {lookalike} look-alikes.
 
@@ -110,23 +115,28 @@ Its norm is {norm_share} of the fine-tune's.
   on questions that it did not learn from; their digests are in `resta.json`.
 - **No deeper than its teacher.** It refuses what {aligned} refuses. Where {aligned} can be led on, by a template or by
   an answer that has been begun for it, so can this.
-- **No lock.** Whoever has it can leave it out again: one subtraction, or a fine-tune, undoes it.
+- **No lock.** It is one subtraction away from being undone, and a fine-tune can undo it too.
 """
 
 
 def card(request: Request, patch: Patch) -> str:
     """Return the model card: what the patch is, what it is not, and the metadata that model hubs read."""
-    local = Path(request.tuned.model).is_dir()
-    front: dict[str, Any] = {"library_name": "peft", **({} if local else {"base_model": request.tuned.model})}
+    base = files_of(request.tuned)
+    front: dict[str, Any] = {"library_name": "peft", **({} if Path(base).is_dir() else {"base_model": base})}
     front |= {"base_model_relation": "adapter", "pipeline_tag": "text-generation", "tags": ["resta", "patch", "lora"]}
-    names = {"tuned": _named(request.tuned)["model"], "aligned": _named(request.aligned)["model"]}
+    tuned, aligned = (_named(spec)["model"] for spec in (request.tuned, request.aligned))
+    on_it = request.tuned.is_adapter
     kls = {key: getattr(patch, key) for key in ("given_kl_before", "given_kl", "kept_kl")}
     return CARD.format(
         front=yaml.safe_dump(front, sort_keys=False),
         title=request.out.name,
-        **names,
+        tuned=tuned,
+        aligned=aligned,
         **patch.prompts,
         refused=patch.refused,
+        what=f"the adapter `{tuned}` and a small one more, joined to one,"
+        if on_it
+        else f"a small adapter on `{tuned}`",
         **{key: "not measured" if value is None else f"{value:.3f}" for key, value in kls.items()},
         norm_share="an unknown share" if patch.norm_share is None else f"{patch.norm_share:.1%}",
     )

@@ -219,6 +219,10 @@ class Recipe(Strict):
 
     base: str = Field(min_length=1, description="The model that is trained: a Hub id, or a folder beside the recipe.")
     revision: str | None = None
+    adapter: str | None = Field(
+        default=None,
+        description="A LoRA adapter on the base, beside the recipe: it stays, and comes out as one with the new one.",
+    )
     chat_template: str | None = Field(
         default=None, description="A name, or a .jinja file; by default the base's own template."
     )
@@ -249,6 +253,10 @@ class Recipe(Strict):
     def _one_clear_thing(self) -> Recipe:
         _check_sources(self)
         _check_objective(self)
+        if self.adapter is not None and self.method == "full":
+            raise ValueError(
+                "an `adapter` on the base needs `method: lora` or `qlora`; a full fine-tune has no place for it"
+            )
         for key in self.trainer:
             if key in OWNED_BY_RECIPE:
                 raise ValueError(f"`trainer.{key}` is set by `{OWNED_BY_RECIPE[key]}`; set it there")

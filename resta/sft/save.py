@@ -20,6 +20,7 @@ from resta.errors import RequestError, RestaError
 from resta.fingerprint import file_fingerprint, sha256_file, sha256_text
 from resta.journal import to_json, write_whole
 from resta.sft import recipe as recipes
+from resta.sft.adapters import TENSORS, join_with, read_factors
 from resta.sft.chat import Chat
 from resta.sft.lessons import read_facts
 from resta.sft.samples import lengths
@@ -90,6 +91,8 @@ def save_weights(job: Job, fitted: Fitted, folder: Path) -> None:
         learned, written = sum(p.requires_grad for p in model.parameters()), len(_tensor_files(folder))
         if learned != written:
             raise RestaError(f"{folder}: holds {written} tensors of an adapter of {learned}; the checkpoints are kept")
+    if job.adapter is not None:
+        join_with(read_factors(job.adapter), folder)
     if dtype is not None:
         # The model in memory is float32 and says so; the files hold what was rounded above.
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -225,6 +228,9 @@ def provenance(job: Job, fitted: Fitted, base: Path, metrics: dict[str, Any]) ->
         "recipe": recipes.dump(job.recipe),
         "recipe_digest": recipes.digest(job.recipe),
         "base": base_facts(job, base),
+        "adapter": None
+        if job.adapter is None
+        else {"source": str(job.adapter), "sha256": sha256_file(job.adapter / TENSORS)},
         "data": data_facts(job, fitted),
         "samples": {
             "train": lengths(fitted.prepared.train),

@@ -28,10 +28,11 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from resta.errors import RequestError, RestaError, ResumeError
-from resta.fingerprint import digest
+from resta.fingerprint import digest, sha256_file
 from resta.journal import differences, read_object, to_json, write_whole
 from resta.out_of_memory import is_out_of_memory
 from resta.sft import recipe as recipes
+from resta.sft.adapters import TENSORS, carry, read_factors
 from resta.sft.chat import Chat, open_chat
 from resta.sft.data import Loaded, Mixture, mix
 from resta.sft.distil import CollateLessons, DistilTrainer, lesson_columns, prepare_lessons
@@ -74,6 +75,11 @@ class Job:
         """The base as libraries load it: a Hub id, or the absolute path of a local folder."""
         local = (self.root / self.recipe.base).expanduser()
         return str(local.resolve()) if local.is_dir() else self.recipe.base
+
+    @property
+    def adapter(self) -> Path | None:
+        """The adapter that the base carries, if any."""
+        return None if self.recipe.adapter is None else (self.root / self.recipe.adapter).expanduser().resolve()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,6 +298,8 @@ def load_model(job: Job, chat: Chat) -> Any:
             "they belong to different models, or tokens were added without resizing: use the model's own "
             "tokenizer"
         )
+    if job.adapter is not None:
+        carry(model, read_factors(job.adapter), str(job.adapter))
     return model
 
 
@@ -462,6 +470,7 @@ def open_partial(job: Job, mixture: Mixture) -> Path | None:
         identity = {
             "recipe": recipes.dump(job.recipe),
             "base": job.base,
+            "adapter": None if job.adapter is None else sha256_file(job.adapter / TENSORS),
             "data": {loaded.source.name: _digest(job, loaded) for loaded in mixture.sources},
             "processes": world_size(),
         }
@@ -494,9 +503,9 @@ def _check_same_run(record: Path, now: dict[str, Any]) -> None:
             f"the recipe changed since {record.parent} was begun: {'; '.join(changed)}. "
             "Undo the change, or remove the folder"
         )
-    for key in ("base", "data", "processes"):
-        if before[key] != now[key]:
-            found = "; ".join(differences(before[key], now[key], key))
+    for key in ("base", "adapter", "data", "processes"):
+        if before.get(key) != now[key]:
+            found = "; ".join(differences(before.get(key), now[key], key))
             raise ResumeError(f"the {key} changed since {record.parent} was begun: {found}")
 
 
@@ -532,6 +541,8 @@ def train(job: Job, watch: Watch | None = None) -> Fitted:
     if job.out.exists():
         raise RequestError(f"{job.out} already exists; choose another --output, or remove it")
     check_launch(job)
+    if job.adapter is not None:
+        read_factors(job.adapter)
     chat = load_chat(job)
     mixture, prepared = load_data(job, chat)
     # Before the model: what splits it must know of the processes when it is loaded, and a refusal leaves nothing.

@@ -409,3 +409,68 @@ def test_the_command_refuses_what_cannot_be_proved_or_read(
     assert done.exit_code == 2
     assert said in " ".join(done.output.split())
     assert not list(tmp_path.glob("patch*"))
+
+
+# -- models that are adapters --------------------------------------------------------------------------------
+
+
+def save_adapter(base: Path, folder: Path) -> Path:
+    """Write an adapter that changes a model's attention in part."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(3)
+    config = LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=["q_proj"], init_lora_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    model.save_pretrained(folder)
+    saved = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(saved | {"base_model_name_or_path": str(base)}))
+    return folder
+
+
+def test_the_patch_of_an_adapter_is_one_adapter_on_its_base_that_is_both(request_: Request, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = Path(request_.tuned.model)
+    adapter = save_adapter(base, tmp_path / "adapter")
+    aligned = save_adapter(Path(request_.aligned.model), tmp_path / "aligned_adapter")
+    request = replace(
+        request_,
+        tuned=model_of(adapter),
+        aligned=model_of(aligned),
+        base=None,
+        learning=replace(request_.learning, steps=6),
+    )
+    patch = carry_out(request)
+    log = json.loads((patch.out / "loss.json").read_text())
+    assert log[0]["eval_kept_kl"] == pytest.approx(0.0, abs=1e-4)  # the student began as base and adapter
+    config = json.loads((patch.out / "adapter_config.json").read_text())
+    assert config["r"] == 3 + 8
+    assert Path(config["base_model_name_or_path"]) == base
+    ids = torch.arange(10, 40)[None]
+    with torch.inference_mode():
+        tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).merge_and_unload()
+        before = tuned(ids).logits
+        both = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), patch.out)
+        after = both(ids).logits
+        for name, layer in both.get_base_model().named_modules():
+            if hasattr(layer, "lora_A"):  # the first three ranks are the adapter's, the others what was learned
+                up, down = layer.lora_B["default"].weight, layer.lora_A["default"].weight
+                tuned.get_submodule(name).weight += up[:, 3:] @ down[3:]
+        assert torch.allclose(tuned(ids).logits, after, atol=1e-4)
+    assert not torch.allclose(before, after, atol=1e-3)
+    assert patch.norm_share is not None
+    assert patch.norm_share > 0
+    assert "joined to one" in (patch.out / "README.md").read_text()
+
+
+def test_an_adapter_that_cannot_be_joined_is_refused_before_any_model_is_loaded(
+    request_: Request, tmp_path: Path
+) -> None:
+    adapter = save_adapter(Path(request_.tuned.model), tmp_path / "adapter")
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": True}))
+    with pytest.raises(RequestError, match="more than a plain LoRA adapter"):
+        carry_out(replace(request_, tuned=model_of(adapter)))
+    assert not request_.lessons.exists()
