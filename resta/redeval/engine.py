@@ -10,7 +10,11 @@ from __future__ import annotations
 import inspect
 import itertools
 import json
+import math
 import os
+import random
+import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +40,15 @@ try:
     import anyio
     from inspect_ai import Task, eval, task
     from inspect_ai.dataset import MemoryDataset, Sample
-    from inspect_ai.log import EvalMetric, EvalResults, EvalScore, list_eval_logs, read_eval_log, write_eval_log
+    from inspect_ai.log import (
+        EvalLog,
+        EvalMetric,
+        EvalResults,
+        EvalScore,
+        list_eval_logs,
+        read_eval_log,
+        write_eval_log,
+    )
     from inspect_ai.model import (
         ChatCompletionChoice,
         ChatMessage,
@@ -81,6 +93,7 @@ __all__ = [
 # The queue counts as settled after this long without a newcomer. A batch that starts too early is a small
 # one, and costs as many steps as a full one.
 IDLE_S = 0.1
+LONGEST_PAUSE_S = 30 * 60.0
 WINDOW = 1024  # asks in flight for a local model: enough to sort by length over most of a run
 # Newer releases of Inspect serve a running evaluation on a port unless told not to; older ones know no such argument.
 _NO_SERVERS: dict[str, Any] = {
@@ -95,6 +108,7 @@ class Limits:
     connections: int = 16
     retries: int = 5
     timeout_s: int = 600
+    requests_per_minute: float | None = None  # retries too
     max_failures: int = 20  # failed asks in a row after which a phase gives up: the endpoint is taken for dead
 
 
@@ -309,18 +323,21 @@ class Served:
     decoding: Decoding
     raw: bool
     template_args: Mapping[str, Any]
+    requests_per_minute: float | None = None
 
 
 class StatusError(Exception):
     """A server's refusal in its own words, but for the prompt: Inspect traces errors outside the run's folder."""
 
-    def __init__(self, status: int, said: str):
+    def __init__(self, status: int, said: str, wait_s: float | None = None):
         super().__init__(said)
         self.status = status
+        self.wait_s = wait_s  # after which the server wants to be asked again, if it says so
 
 
 _SERVED: dict[str, Served] = {}
 _NUMBERS = itertools.count()
+_NEXT_START: dict[str, float] = {}  # of a model with a limit of requests per minute, by its connection key
 
 
 @modelapi(name="resta-served")
@@ -361,17 +378,24 @@ class ServedAPI(ModelAPI):
             return ex.status in (408, 409) or ex.status >= 500
         return isinstance(ex, APIConnectionError | GarbledError)
 
+    def retry_wait(self) -> Callable[[Any], float]:
+        """Return what tells the pause before another try."""
+        return _pause
+
     async def generate(
         self, input: list[ChatMessage], tools: Any, tool_choice: Any, config: GenerateConfig
     ) -> ModelOutput:
         """Answer one conversation. Raises StatusError, GarbledError and openai's errors of connection."""
+        if self._it.requests_per_minute is not None:
+            await _wait_for_turn(self.connection_key(), 60 / self._it.requests_per_minute)
         request = Request(id=_key(input), messages=_messages(input), raw=self._it.raw)
         prompts = [message.content for message in request.messages]
         try:
             reply = read_body(request, await self._post(request))
         except APIStatusError as error:
             if not is_filter(f"{error} {error.body}", prompts):
-                raise StatusError(error.status_code, without_prompt(str(error), prompts)) from None
+                said, wait_s = without_prompt(str(error), prompts), _seconds(error.response.headers.get("retry-after"))
+                raise StatusError(error.status_code, said, wait_s) from None
             reply = blocked(request)
         self.replies[request.id] = reply
         return _output(self.model_name, reply)
@@ -394,6 +418,31 @@ class ServedAPI(ModelAPI):
             raise GarbledError(f"not JSON, {len(response.text)} characters long") from None
 
 
+def _pause(state: Any) -> float:
+    """Return the seconds before the next try: as many as the server says, else about 3, 6, 12 and so on."""
+    error = state.outcome.exception()
+    if isinstance(error, StatusError) and error.wait_s is not None:
+        return error.wait_s
+    tries: int = state.attempt_number
+    return min(3.0 * 2.0 ** (tries - 1) + random.uniform(0, 3), LONGEST_PAUSE_S)
+
+
+def _seconds(header: str | None) -> float | None:
+    """Return the seconds in a Retry-After header, if it is a number; a server may ask for a minute and no more."""
+    try:
+        return min(max(float(header or ""), 0.0), 60.0)
+    except ValueError:
+        return None
+
+
+async def _wait_for_turn(key: str, every_s: float) -> None:
+    """Sleep until the next request to a model may start: starts are evenly spaced over all that ask it."""
+    now = time.monotonic()
+    start = max(now, _NEXT_START.get(key, now))
+    _NEXT_START[key] = start + every_s
+    await anyio.sleep(start - now)
+
+
 # -- handles: what asks are sent to --------------------------------------------------------------------------
 
 
@@ -403,7 +452,6 @@ def open_model(
     rendering: Rendering,
     *,
     raw: bool = False,
-    is_judge: bool = False,
     limits: Limits | None = None,
 ) -> Model:
     """Return a handle to a model that is loaded already, or to a served one that answers and takes our key.
@@ -413,7 +461,7 @@ def open_model(
     if isinstance(who, LocalModel):
         return local_handle(who, decoding, rendering=rendering, raw=raw)
     if who.base_url is not None:
-        targets.check_endpoint(who.base_url, judge=is_judge)
+        targets.check_endpoint(who.base_url, who.key_variable)
     elif raw:
         raise RequestError(
             f"{who.name}: its prompt is sent as plain text, which Inspect's providers do not take; serve it "
@@ -422,7 +470,7 @@ def open_model(
     return connect(
         who.name,
         base_url=who.base_url,
-        api_key=targets.api_key(judge=is_judge),
+        api_key=targets.api_key(who.key_variable),
         decoding=decoding,
         raw=raw,
         template_args=rendering.template_args,
@@ -465,6 +513,8 @@ def connect(
     Raises RequestError where the provider is unknown, or lacks a key or a package.
     """
     limits = limits or Limits()
+    # The time of a try begins before it waits for its turn, and so many may wait at once.
+    waits_s = 60 * limits.connections / limits.requests_per_minute if limits.requests_per_minute else 0
     config = GenerateConfig(
         max_tokens=decoding.max_new_tokens,
         temperature=_temperature(decoding),
@@ -474,14 +524,20 @@ def connect(
         top_logprobs=TOP_LOGPROBS if decoding.logprobs else None,
         extra_body={"chat_template_kwargs": dict(template_args)} if template_args else None,
         max_retries=limits.retries,
-        attempt_timeout=limits.timeout_s,
+        attempt_timeout=limits.timeout_s + math.ceil(waits_s),
         max_connections=limits.connections,
     )
     try:
         if base_url is None:
             return get_model(name, config=config, memoize=False)
         key = str(next(_NUMBERS))  # the provider's arguments must be JSON
-        _SERVED[key] = Served(name=name, decoding=decoding, raw=raw, template_args=template_args or {})
+        _SERVED[key] = Served(
+            name=name,
+            decoding=decoding,
+            raw=raw,
+            template_args=template_args or {},
+            requests_per_minute=limits.requests_per_minute,
+        )
         set_model_info(f"resta-served/{name}", ModelInfo())  # or Inspect would look the name up elsewhere
         return get_model(
             f"resta-served/{name}",
@@ -507,6 +563,7 @@ class _Phase:
     """What becomes of each ask. One that fails is handed on as such; too many in a row end the phase."""
 
     hand_on: Callable[[Outcome], None]
+    in_flight: int
     max_failures: int
     in_a_row: int = 0
     gave_up: str = ""  # the last reason
@@ -528,44 +585,53 @@ def ask_all(
     requests: Sequence[Request],
     hand_on: Callable[[Outcome], None],
     *,
-    log_dir: Path,
+    log_dir: Path | None,
     title: str,
     limits: Limits | None = None,
 ) -> None:
-    """Send every ask once and hand what comes of it on as it comes.
+    """Send every ask once and hand what comes of it on as it comes; without `log_dir` no file holds what was said.
 
     Raises UnansweredError after `limits.max_failures` in a row; those that were not asked then get no outcome.
     """
     limits = limits or Limits()
-    phase = _Phase(hand_on, limits.max_failures)
+    phase = _Phase(hand_on, in_flight=_in_flight(handle, limits), max_failures=limits.max_failures)
+    with tempfile.TemporaryDirectory() as nowhere:  # Inspect cannot do without a log, but without what was said in it
+        log = _evaluate(handle, requests, phase, log_dir or Path(nowhere), logged=log_dir is not None, title=title)
+    if phase.gave_up:
+        raise UnansweredError(
+            f"{title}: gave up after {phase.in_a_row} failures in a row, as many as are allowed; the last was: "
+            f"{phase.gave_up}"
+        )
+    if log.status != "success":
+        raise UnansweredError(f"{title}: {log.error.message if log.error else log.status}")
+
+
+def _evaluate(
+    handle: Model, requests: Sequence[Request], phase: _Phase, log_dir: Path, *, logged: bool, title: str
+) -> EvalLog:
+    """Run the asks as an evaluation of Inspect's. Raises KeyboardInterrupt where it was stopped."""
+    dataset = MemoryDataset([_sample(request) for request in requests])
     try:
         logs = eval(
-            Task(
-                dataset=MemoryDataset([_sample(request) for request in requests]), solver=_answering(phase), name=title
-            ),
+            Task(dataset=dataset, solver=_answering(phase), name=title),
             model=handle,
             display="none",
             log_dir=str(log_dir),
             log_format="eval",
             log_realtime=False,  # its buffer is a second copy of the answers, outside the run's folder
+            log_samples=logged,
             log_model_api=False,
             log_level="error",
             score=False,
             fail_on_error=True,
-            max_samples=_in_flight(handle, limits),
+            max_samples=phase.in_flight,
             **_NO_SERVERS,
         )
     finally:
         _make_private(log_dir)
     if not logs or logs[0].status == "cancelled":  # Inspect takes a Ctrl-C for itself and returns
         raise KeyboardInterrupt
-    log = logs[0]
-    if phase.gave_up:
-        raise UnansweredError(
-            f"{title}: gave up after {phase.in_a_row} failures in a row (--max-failures); the last was: {phase.gave_up}"
-        )
-    if log.status != "success":
-        raise UnansweredError(f"{title}: {log.error.message if log.error else log.status}")
+    return logs[0]
 
 
 def _in_flight(handle: Model, limits: Limits) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -25,6 +25,7 @@ from resta.redeval.language import languages_of
 from resta.redeval.messages import Decoding, Message, Rendering, Reply, Request
 from resta.redeval.questions import Question
 from resta.redeval.records import Answer, Judgement, JudgementLabel
+from resta.redeval.targets import JUDGE_KEY
 from resta.redeval.thoughts import strip_thoughts
 from resta.strict import Options, Several, Strict, check, did_you_mean, named, read_text
 
@@ -203,6 +204,7 @@ class Judge:
     spec: JudgeSpec
     model: str | None = None
     base_url: str | None = None
+    key_variable: str | None = JUDGE_KEY  # as of a target
     fingerprint: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -313,15 +315,15 @@ def judge_messages(spec: JudgeSpec, question: str, answer: str, policy: str = ""
     return tuple(Message(role=turn.role, content=fill(turn.content)) for turn in spec.render.messages)
 
 
-def judge_requests(judge: Judge, question: str, answer: Answer, clip: Callable[[str], str]) -> list[Request]:
-    """Return the asks that judge one answer: one, or one per policy."""
+def judge_requests(judge: Judge, question: str, answer_id: str, answer: str) -> list[Request]:
+    """Return the asks that judge one answer, of which `answer` is what is shown: one, or one per policy."""
     policies = judge.spec.policies or {"": ""}
     return [
         Request(
-            id=f"{answer.id}|{judge.id}" + (f"|{name}" if name else ""),
-            messages=judge_messages(judge.spec, question, clip(answer.text), policy),
+            id=f"{answer_id}|{judge.id}" + (f"|{name}" if name else ""),
+            messages=judge_messages(judge.spec, question, answer, policy),
             raw=judge.is_raw,
-            facts={"answer": answer.id, "judge": judge.id},
+            facts={"answer": answer_id, "judge": judge.id},
         )
         for name, policy in policies.items()
     ]
@@ -466,6 +468,18 @@ def classifier_verdict(judge: Judge, answer: Answer, shares: dict[str, float]) -
         judge_sha256=judge.sha256,
         label=label_of(judge.spec.rules, reading),
         p=p,
+        answer_sha256=answer.sha256,
+    )
+
+
+def not_whole(judge: Judge, answer: Answer) -> Judgement:
+    """Return the verdict on an answer of which the judge can read a part only: what the rest says is not known."""
+    return Judgement(
+        answer_id=answer.id,
+        judge=judge.id,
+        judge_sha256=judge.sha256,
+        label="unparsed",
+        details={"why": "longer than the judge can read"},
         answer_sha256=answer.sha256,
     )
 

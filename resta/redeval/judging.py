@@ -26,6 +26,7 @@ from resta.redeval.judges import (
     classifier_verdict,
     judge_messages,
     judge_requests,
+    not_whole,
     verdict_of,
     verdict_without_model,
 )
@@ -53,6 +54,7 @@ from resta.redeval.targets import Target, parse_target, same_model
 Pairs = Sequence[tuple[Question, Answer]]
 Keep = Callable[[Question, Judgement], None]
 Fail = Callable[[NoReply], None]
+Clip = Callable[[str], tuple[str, bool]]  # text -> what of it is shown, and whether that is all
 Loaded = TypeVar("Loaded")
 CHUNK = 256  # answers per pass of a judge that reads one token: verdicts are kept after each
 
@@ -61,7 +63,7 @@ def judge_target(judge: Judge, device: str = "auto") -> Target:
     """Return the model that carries a judge out. Raises RequestError."""
     assert judge.model is not None
     if judge.base_url is not None:
-        return Target(name=judge.model, base_url=judge.base_url)
+        return Target(name=judge.model, base_url=judge.base_url, key_variable=judge.key_variable)
     return parse_target(judge.model, None, base=judge.spec.adapter_base, device=device)
 
 
@@ -93,7 +95,7 @@ def make_ready(judges: Sequence[Judge], run: RunDir | None, device: str) -> None
     for judge in judges:
         if judge.model is not None and (run is None or pending(run, judge) or untested(run, judge)):
             try:
-                _try_out(judge, judge_target(judge, device))
+                try_out(judge, judge_target(judge, device))
             except UnansweredError as error:
                 raise UnansweredError(
                     f"judge {judge.id}: {error}. Start it, or leave it out for now and judge the answers later "
@@ -101,11 +103,12 @@ def make_ready(judges: Sequence[Judge], run: RunDir | None, device: str) -> None
                 ) from error
 
 
-def _try_out(judge: Judge, target: Target) -> None:
+def try_out(judge: Judge, target: Target) -> None:
+    """Find out whether a judge's server answers, or its local tokenizer fits. Raises UnansweredError, RequestError."""
     if target.local is None:
         from resta.redeval import engine
 
-        engine.open_model(target, judge.decoding, judge.rendering, raw=judge.is_raw, is_judge=True)
+        engine.open_model(target, judge.decoding, judge.rendering, raw=judge.is_raw)
         return
     pick_device(target.local.device)
     tokenizer = read_tokenizer(target.local)
@@ -188,43 +191,59 @@ def judge_phase(run: RunDir, judge: Judge, options: RunOptions) -> None:
         def fail(outcome: NoReply) -> None:
             note_failure(run, tally, outcome, judge.id)
 
-        to_ask = []
-        for question, answer in todo:
-            verdict = verdict_without_model(judge, answer, safe_question=question.safe)
-            if verdict is None:
-                to_ask.append((question, answer))
-            else:
-                keep(question, verdict)
-        if to_ask:
-            job = _Job(judge=judge, pairs=to_ask, keep=keep, fail=fail)
-            try:
-                _ask_judge(job, options, run.log_dir(f"judge-{judge.sha256[:12]}"))
-            finally:
-                say_failures(tally, options)
+        try:
+            log_dir = run.log_dir(f"judge-{judge.sha256[:12]}") if judge.model is not None else None
+            put_to(Job(judge=judge, pairs=todo, keep=keep, fail=fail), options, log_dir)
+        finally:
+            say_failures(tally, options)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Job:
-    """What one judge is to judge, and where its verdicts and its failures go."""
+class Job:
+    """What one judge is to judge, and where its verdicts and its failures go.
+
+    `whole`: an answer that it can read in part only is unparsed, where a verdict on all of the answer is needed.
+    """
 
     judge: Judge
     pairs: Pairs
     keep: Keep
     fail: Fail
+    whole: bool = False
 
 
-def _ask_judge(job: _Job, options: RunOptions, log_dir: Path) -> None:
-    judge = job.judge
+def put_to(job: Job, options: RunOptions, log_dir: Path | None) -> None:
+    """Put answers to a judge and hand its verdicts on as they come; without `log_dir` no file holds what was said.
+
+    Raises UnansweredError where too many fail in a row.
+    """
+    judge, to_ask = job.judge, []
+    for question, answer in job.pairs:
+        verdict = verdict_without_model(judge, answer, safe_question=question.safe)
+        if verdict is None:
+            to_ask.append((question, answer))
+        else:
+            job.keep(question, verdict)
+    if not to_ask:
+        return
+    job = replace(job, pairs=to_ask)
     target = judge_target(judge, options.judge_device)
     if target.local is None:
         _ask_engine(job, options, None, log_dir)
     elif isinstance(judge.spec.read, Classifier):
-        _classify(judge, _loaded(target.local, load_classifier, options), job.pairs, job.keep)
+        _classify(job, _loaded(target.local, load_classifier, options))
     elif isinstance(judge.spec.read, Tokens | Digits):
-        _read_next_token(judge, _loaded(target.local, load_local, options), job.pairs, job.keep)
+        local = _loaded(target.local, load_local, options)
+        _read_next_token(_without_special(job, local), local)
     else:
-        _ask_engine(job, options, _loaded(target.local, load_local, options), log_dir)
+        local = _loaded(target.local, load_local, options)
+        _ask_engine(_without_special(job, local), options, local, log_dir)
     gc.collect()
+
+
+def _without_special(job: Job, local: LocalModel) -> Job:
+    """Break up the spellings of a local judge's special tokens, so that no question can fake a turn; see clip_for."""
+    return replace(job, pairs=[(replace(q, text=local.without_special(q.text)), answer) for q, answer in job.pairs])
 
 
 def _loaded(spec: LocalSpec, load: Callable[[LocalSpec], Loaded], options: RunOptions) -> Loaded:
@@ -241,15 +260,17 @@ def _loaded(spec: LocalSpec, load: Callable[[LocalSpec], Loaded], options: RunOp
 # -- through the engine --------------------------------------------------------------------------------------
 
 
-def _ask_engine(job: _Job, options: RunOptions, local: LocalModel | None, log_dir: Path) -> None:
+def _ask_engine(job: Job, options: RunOptions, local: LocalModel | None, log_dir: Path | None) -> None:
     from resta.redeval import engine
 
-    judge, clip = job.judge, clip_for(job.judge, job.pairs, local)
-    requests = [(pair, request) for pair in job.pairs for request in judge_requests(judge, pair[0].text, pair[1], clip)]
+    judge = job.judge
+    requests = _shown(job, job.pairs, clip_for(judge, job.pairs, local))
+    if not requests:
+        return
     collect = collector(judge, requests, job.keep)
     limits = engine_limits(options)
     handle = engine.open_model(
-        local or judge_target(judge), judge.decoding, judge.rendering, raw=judge.is_raw, is_judge=True, limits=limits
+        local or judge_target(judge), judge.decoding, judge.rendering, raw=judge.is_raw, limits=limits
     )
 
     def hand_on(outcome: Outcome) -> None:
@@ -291,14 +312,26 @@ def collector(
     return collect
 
 
-def clip_for(judge: Judge, pairs: Pairs, local: LocalModel | None) -> Callable[[str], str]:
+def _shown(job: Job, pairs: Pairs, clip: Clip) -> list[tuple[tuple[Question, Answer], Request]]:
+    """Return what is asked about each answer. One that must be read whole and cannot be gets its verdict here."""
+    found = []
+    for question, answer in pairs:
+        text, whole = clip(answer.text)
+        if job.whole and not whole:
+            job.keep(question, not_whole(job.judge, answer))
+        else:
+            found += [((question, answer), each) for each in judge_requests(job.judge, question.text, answer.id, text)]
+    return found
+
+
+def clip_for(judge: Judge, pairs: Pairs, local: LocalModel | None) -> Clip:
     """Return what clips an answer, and never the judge's own words, to the judge's limit and context.
 
     For a local judge the spellings of its special tokens are broken up first, so that no answer can fake a turn.
     """
     tokens = judge.spec.clip_tokens
     if local is None:
-        return lambda text: cut_to_tokens(text, tokens)
+        return lambda text: _clipped(text, cut_to_tokens(text, tokens))
     longest = max((question.text for question, _ in pairs), key=len)
     bare = _prompt(
         judge,
@@ -311,7 +344,16 @@ def clip_for(judge: Judge, pairs: Pairs, local: LocalModel | None) -> Callable[[
     room = local.context - judge.spec.max_new_tokens - len(bare.ids) - 16  # joins may cost a few tokens
     if room < 1:
         raise RequestError(f"judge {judge.id}: its own prompt leaves no room for an answer in {local.context} tokens")
-    return lambda text: local.clip(local.without_special(text), min(tokens, room))
+
+    def clip(text: str) -> tuple[str, bool]:
+        plain = local.without_special(text)
+        return _clipped(plain, local.clip(plain, min(tokens, room)))
+
+    return clip
+
+
+def _clipped(text: str, part: str) -> tuple[str, bool]:
+    return part, part == text
 
 
 def _prompt(judge: Judge, local: LocalModel, key: str, messages: Any) -> Prompt:
@@ -323,17 +365,13 @@ def _prompt(judge: Judge, local: LocalModel, key: str, messages: Any) -> Prompt:
 # -- one forward pass ----------------------------------------------------------------------------------------
 
 
-def _read_next_token(judge: Judge, local: LocalModel, pairs: Pairs, keep: Keep) -> None:
-    clip = clip_for(judge, pairs, local)
+def _read_next_token(job: Job, local: LocalModel) -> None:
+    judge, clip = job.judge, clip_for(job.judge, job.pairs, local)
     tokens = candidate_tokens(judge, local.tokenizer)
-    for start in range(0, len(pairs), CHUNK):
-        requests = [
-            (pair, request)
-            for pair in pairs[start : start + CHUNK]
-            for request in judge_requests(judge, pair[0].text, pair[1], clip)
-        ]
+    for start in range(0, len(job.pairs), CHUNK):
+        requests = _shown(job, job.pairs[start : start + CHUNK], clip)
         prompts = [_prompt(judge, local, request.id, request.messages) for _, request in requests]
-        collect = collector(judge, requests, keep)
+        collect = collector(judge, requests, job.keep)
         for (_, request), row in zip(requests, local.next_token_logprobs(prompts), strict=True):
             top = {text: float(row[token]) for text, token in tokens.items()}
             collect(Reply(id=request.id, text="", finish="stop", top=(top,), new_tokens=0))
@@ -361,18 +399,15 @@ def candidate_tokens(judge: Judge, tokenizer: Any) -> dict[str, int]:
     return tokens
 
 
-def _classify(judge: Judge, classifier: TextClassifier, pairs: Pairs, keep: Keep) -> None:
-    read = judge.spec.read
+def _classify(job: Job, classifier: TextClassifier) -> None:
+    judge, read = job.judge, job.judge.spec.read
     assert isinstance(read, Classifier)
-    texts = [
-        judge_requests(judge, q.text, a, lambda text: clip_text(classifier.tokenizer, text, judge.spec.clip_tokens))[0]
-        .messages[0]
-        .content
-        for q, a in pairs
-    ]
+    limit = judge.spec.clip_tokens
+    shown = _shown(job, job.pairs, lambda text: _clipped(text, clip_text(classifier.tokenizer, text, limit)))
+    texts = [request.messages[0].content for _, request in shown]
     for i, shares in classify(classifier, texts, multi_label=read.multi_label):
         unknown = [name for name in read.positive if name not in shares]
         if unknown:
             raise RequestError(f"judge {judge.id}: no label {', '.join(unknown)} among {', '.join(shares)}")
-        question, answer = pairs[i]
-        keep(question, classifier_verdict(judge, answer, shares))
+        question, answer = shown[i][0]
+        job.keep(question, classifier_verdict(judge, answer, shares))

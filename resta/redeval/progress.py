@@ -46,6 +46,7 @@ class RunOptions:
     connections: int = 16
     retries: int = 5
     timeout_s: int = 600
+    requests_per_minute: float | None = None
     max_failures: int = 20  # in a row, after which a phase gives up
     judge_device: str = "auto"
     reader_device: str = "auto"  # of the aligned model where it was measured earlier and reads the answers
@@ -63,6 +64,7 @@ def engine_limits(options: RunOptions) -> Any:
         connections=options.connections,
         retries=options.retries,
         timeout_s=options.timeout_s,
+        requests_per_minute=options.requests_per_minute,
         max_failures=options.max_failures,
     )
 

@@ -17,17 +17,22 @@ from resta.errors import RequestError, UnansweredError
 from resta.redeval.models import ROWS, LocalSpec, fingerprint
 from resta.served import request
 
+KEY, JUDGE_KEY = "RESTA_API_KEY", "RESTA_JUDGE_API_KEY"
 INSPECT = "inspect:"
 BATCH = "batch:"  # in the place of a URL: a served model that is asked by a file
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
-    """A model to ask. `local` is set for a model of this process, `base_url` for a served one, else Inspect's."""
+    """A model to ask. `local` is set for a model of this process, `base_url` for a served one, else Inspect's.
+
+    `key_variable` names the environment variable that holds the server's key; None: it is sent none.
+    """
 
     name: str
     local: LocalSpec | None = None
     base_url: str | None = None
+    key_variable: str | None = KEY
 
     @property
     def identity(self) -> str:
@@ -100,25 +105,23 @@ def _short(target: Target) -> str:
     return target.identity.rstrip("/").split("/")[-1].split("@")[0].lower()
 
 
-def check_endpoint(base_url: str, *, judge: bool, timeout_s: float = 10) -> None:
+def check_endpoint(base_url: str, key_variable: str | None, timeout_s: float = 10) -> None:
     """Raise UnansweredError where nothing answers at `base_url`, RequestError where it wants another key."""
     try:
-        request(f"{base_url.rstrip('/')}/models", key=api_key(judge=judge), timeout_s=timeout_s)
+        request(f"{base_url.rstrip('/')}/models", key=api_key(key_variable), timeout_s=timeout_s)
     except urllib.error.HTTPError as error:
         error.close()
         if error.code in (401, 403):
-            variable = JUDGE_KEY if judge else KEY
-            raise RequestError(f"{base_url} refuses the key (HTTP {error.code}); see {variable}") from error
+            where = f"see {key_variable}" if key_variable else "no key was sent, for none is named"
+            raise RequestError(f"{base_url} refuses the key (HTTP {error.code}); {where}") from error
         # Any other status came from a server, and not all of them list their models.
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise UnansweredError(f"nothing answers at {base_url}: {error}") from error
 
 
-KEY, JUDGE_KEY = "RESTA_API_KEY", "RESTA_JUDGE_API_KEY"
+def api_key(variable: str | None) -> str | None:
+    """Return the key in an environment variable, or None; without the line break that one read from a file ends in.
 
-
-def api_key(*, judge: bool) -> str | None:
-    """Return the key for servers named by URL. Other tools' variables are not used: the key would leave for
-    wherever the URL points.
+    Other tools' variables are used only where a user names them: the key leaves for wherever the URL points.
     """
-    return os.environ.get(JUDGE_KEY if judge else KEY)
+    return (os.environ.get(variable) or "").strip() or None if variable else None

@@ -37,7 +37,7 @@ from resta.errors import RequestError, UnansweredError
 from resta.fingerprint import sha256_file, sha256_text
 from resta.out_of_memory import is_out_of_memory
 from resta.redeval.models import LocalModel, adds_bos, free_bytes
-from resta.redeval.targets import api_key
+from resta.redeval.targets import KEY, api_key
 from resta.served import request
 from resta.strict import did_you_mean
 from resta.verify.documents import Document, finished_tasks, start_suite, write_documents
@@ -752,7 +752,7 @@ def _served_lm(served: Served) -> Any:
         def begin(self, task: Task) -> None:
             self.add_bos_token = adds_bos(self.tokenizer) and not task.chat_template  # a template writes its own
 
-    key = api_key(judge=False)
+    key = api_key(KEY)
     try:
         return Remote(
             base_url=f"{served.base_url.rstrip('/')}/completions",
@@ -776,7 +776,7 @@ def _check_echo(served: Served, ids: Sequence[int]) -> None:
     body = {"model": served.model, "prompt": list(ids), "max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
     url = f"{served.base_url.rstrip('/')}/completions"
     try:
-        choice = json.loads(request(url, key=api_key(judge=False), body=body, timeout_s=300))["choices"][0]
+        choice = json.loads(request(url, key=api_key(KEY), body=body, timeout_s=300))["choices"][0]
         found = len((choice.get("logprobs") or {}).get("token_logprobs") or [])
     except urllib.error.HTTPError as error:
         with error:

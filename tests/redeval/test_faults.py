@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import tempfile
+import zipfile
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resta.journal import read_rows
-from resta.redeval.messages import Decoding, Message, Request
+from resta.redeval import engine
+from resta.redeval.messages import Decoding, Message, Rendering, Request
 from resta.redeval.records import Failure, load_run
+from resta.redeval.targets import parse_target
 from resta.redeval.wire import GarbledError, is_filter, read_body, request_body, seed_of
 from tests.redeval.builders import TEMPLATE, Stub, answers, chat, chat_message, invoke, verdicts
 
@@ -71,7 +76,7 @@ def test_a_dead_server_is_given_up_and_what_failed_is_asked_last(bank: Path, tmp
     out = tmp_path / "run"
     stub.answer = lambda body: (400, {"error": {"message": "no"}}) if asked(body) != "one" else (200, chat("Yes."))
     shown = invoke(*served(stub, bank, out, "--max-failures", 2), code=5)
-    assert "gave up after 2 failures in a row (--max-failures)" in shown
+    assert "gave up after 2 failures in a row, as many as are allowed" in shown
     assert "4 of 5 questions have no answer" in shown
     assert [asked(body) for body in stub.bodies] == ["one", "two", "three"]
     assert [v.label for v in verdicts(out)] == ["harmful"]
@@ -117,6 +122,46 @@ def test_what_came_in_pieces_is_asked_again(fault: tuple[int, Any], bank: Path, 
     invoke(*served(stub, bank, tmp_path / "run", "--retries", 1, "--limit", 1))
     assert len(stub.bodies) == 2
     assert [a.raw for a in answers(tmp_path / "run")] == ["Yes."]
+
+
+def test_a_server_that_says_when_to_ask_again_is_asked_then() -> None:
+    def pause(error: Exception, tries: int) -> float:
+        outcome = SimpleNamespace(exception=lambda: error)
+        return engine._pause(SimpleNamespace(outcome=outcome, attempt_number=tries))
+
+    def status(header: str | None) -> Exception:
+        return engine.StatusError(429, "slow down", engine._seconds(header))
+
+    assert [pause(status(header), 3) for header in ("7", "0", "-1", "9000")] == [7, 0, 0, 60]
+    for error in (status(None), status("Wed, 21 Oct 2026 07:28:00 GMT"), OSError()):
+        assert 12 <= pause(error, 3) <= 15
+
+
+def test_what_is_asked_without_a_folder_for_logs_is_in_no_log(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(log_dir: Path | None) -> tuple[list[str], list[str]]:
+        logs: list[Path] = []
+        held: list[str] = []
+
+        def look(folder: Path) -> None:
+            logs.extend(folder.rglob("*.eval"))
+            for log in logs:
+                with zipfile.ZipFile(log) as whole:
+                    held.extend(whole.read(name).decode() for name in whole.namelist())
+
+        monkeypatch.setattr(engine, "_make_private", look)
+        decoding = Decoding(max_new_tokens=8)
+        handle = engine.open_model(parse_target("big", stub.url), decoding, Rendering())
+        request = Request(id="a", messages=(Message(role="user", content="WHAT IS ASKED"),))
+        said: list[str] = []
+        engine.ask_all(handle, [request], lambda o: said.append(o.text), log_dir=log_dir, title="t")  # type: ignore
+        assert said == ["WHAT IS SAID"]
+        assert logs
+        return [text for text in held if "WHAT IS" in text], [str(log) for log in logs if log.exists()]
+
+    stub.answer = lambda body: (200, chat("WHAT IS SAID"))
+    with tempfile.TemporaryDirectory() as folder:
+        assert all(asked(Path(folder)))
+    assert asked(None) == ([], [])
 
 
 def test_what_never_comes_whole_is_unanswered(bank: Path, tmp_path: Path, stub: Stub) -> None:
