@@ -16,7 +16,7 @@ ELSEWHERE = {
     "redeval/tasks",
     "sft/test_cli": "cli/sft sft/show",
     "patch/test_learn": "cli/patch patch/request patch/teachers patch/written",
-    "sft/test_collect": "cli/collect sft/endpoint",
+    "sft/test_collect": "cli/collect",
     "sft/test_distil": "sft/lessons",
     "sweep/test_measure": "cli/sweep opened",
     "test_schema": "cli/schema",

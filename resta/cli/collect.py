@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from resta.cli.options import watched
 from resta.cli.output import output
 
 
@@ -18,13 +19,20 @@ def command(recipe: Path, out: Path, assignments: tuple[str, ...]) -> None:
 
     \b
     Every answer is read by a judge before it is kept. Run the same command again after a stop: it continues.
+    Answers without a clear verdict are left out, and judged again when the command is run again.
     The result is data for `resta sft`: {name: collected, path: OUT}.
     """
     from resta.sft import collect
     from resta.sft import recipe as recipes
 
     checked = recipes.load(collect.Collect, recipe, assignments)
-    facts = collect.collect(checked, recipe.parent, out)
+    with watched() as options:
+        facts = collect.collect(checked, recipe.parent, out, options)
     click.echo(f"{out}: {facts['conversations']} conversations on {facts['rows']} of {facts['questions']} questions")
     for reason, count in facts["dropped"].items():
         click.echo(f"dropped: {count} x {reason}")
+    if facts["to_judge_again"]:
+        click.echo(
+            f"{facts['to_judge_again']} answers are without a clear verdict, and left out. Run the same command again "
+            "to put them to the judge again, with --set judge=NAME=MODEL@http://HOST/v1 to another one"
+        )

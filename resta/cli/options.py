@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -261,7 +261,7 @@ def target_of(model: str, given: Mapping[str, Any]) -> Target:
 
 
 @contextlib.contextmanager
-def run_options(given: Mapping[str, Any]) -> Iterator[RunOptions]:
+def watched() -> Iterator[RunOptions]:
     """Yield options of a run that is watched by a progress bar on stderr with the running ASR."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -289,13 +289,19 @@ def run_options(given: Mapping[str, Any]) -> Iterator[RunOptions]:
         def note(line: str) -> None:
             bars.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-        yield RunOptions(
+        yield RunOptions(watch=watch, note=note)
+
+
+@contextlib.contextmanager
+def run_options(given: Mapping[str, Any]) -> Iterator[RunOptions]:
+    """Yield options of a run that is watched, and carried out as the command line says."""
+    with watched() as options:
+        yield replace(
+            options,
             connections=given["connections"],
             retries=given["retries"],
             timeout_s=given["timeout_s"],
             max_failures=given["max_failures"],
             judge_device=given["judge_device"],
             reader_device=given.get("device", "auto"),
-            watch=watch,
-            note=note,
         )

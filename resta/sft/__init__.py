@@ -12,9 +12,10 @@ A run reads from left to right, each part in its own file:
     save.py                         what is kept        weights, tokenizer, provenance, the card
     finetune.py                     all of it as one call: run
     memory.py  show.py              the estimate and the samples that the command prints
-    collect.py  endpoint.py         safe conversations from a well-aligned model, for `resta collect`
+    collect.py                      safe conversations from a well-aligned model, for `resta collect`
 
-Nothing here knows how models are merged or judged; it meets those parts only at the directories it writes.
+Nothing here knows how models are merged or judged; it meets those parts only at the directories it writes. Only
+collect.py asks models and judges, by the means of Red-Eval.
 """
 
 from typing import TYPE_CHECKING

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,13 +15,17 @@ import yaml
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from resta.cli import main
 from resta.errors import RequestError, ResumeError, UnansweredError
-from resta.sft import endpoint as endpoint_module
-from resta.sft.collect import Collect, collect, normal, read_items, read_verdict
+from resta.redeval.judges import Raw, built_in, read_judge
+from resta.sft.collect import Collect, collect, normal, read_items
 from resta.sft.data import load
 from resta.sft.recipe import Source
+from tests.redeval.builders import save_refusing
+
+pytest.importorskip("inspect_ai")
 
 Answer = Callable[[dict[str, Any]], str | int | tuple[int, dict[str, str]]]
 
@@ -35,21 +39,23 @@ class Stub:
     def __init__(self) -> None:
         self.answer: Answer = polite
         self.bodies: list[dict[str, Any]] = []
-        self.headers: list[dict[str, str]] = []
+        self.keys: list[str] = []  # as they were sent
+        self.paths: list[str] = []
         stub = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 stub.bodies.append(body)
-                stub.headers.append(dict(self.headers))
+                stub.paths.append(self.path)
+                stub.keys.append(self.headers["Authorization"])
                 said = stub.answer(body)
                 extra: dict[str, str] = {}
                 if isinstance(said, tuple):
                     said, extra = said
                 status = said if isinstance(said, int) else 200
                 cut = isinstance(said, str) and said.endswith(CUT)
-                choice = {"message": {"content": said}, "finish_reason": "length" if cut else "stop"}
+                choice = {"message": {"content": said}, "text": said, "finish_reason": "length" if cut else "stop"}
                 reply = {"choices": [choice]} if status == 200 else {"error": "no"}
                 data = json.dumps(reply).encode()
                 self.send_response(status)
@@ -57,7 +63,11 @@ class Stub:
                     self.send_header(name, value)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
-                self.wfile.write(data[: len(data) // 2] if extra.get("Broken") else data)
+                self.wfile.write(data)
+
+            def do_GET(self) -> None:
+                self.send_response(200)
+                self.end_headers()
 
             def log_message(self, *_: Any) -> None:
                 pass
@@ -77,6 +87,8 @@ def stub() -> Iterator[Stub]:
 
 def kind(body: dict[str, Any]) -> str:
     """Tell the five kinds of requests apart."""
+    if "judge" in body["model"]:
+        return "judge"
     first = body["messages"][0]["content"]
     if first.startswith("List"):
         return "subtopics" if "subtopics" in first else "topics"
@@ -85,15 +97,25 @@ def kind(body: dict[str, Any]) -> str:
     return {"You check": "judge", "You play ": "user"}.get(first[:9], "answer")
 
 
+def shown(body: dict[str, Any]) -> str:
+    """Return what a judge is shown, chat or not."""
+    return str(body["prompt"]) if "prompt" in body else "\n".join(m["content"] for m in body["messages"])
+
+
+def verdicts(stub: Stub) -> list[str]:
+    """Return what the judge was shown each time."""
+    return [shown(body) for body in stub.bodies if kind(body) == "judge"]
+
+
 def polite(body: dict[str, Any]) -> str:
-    asked = body["messages"][-1]["content"]
+    asked = shown(body)
     return {
         "topics": "1. Area A\n2. Area B",
         "subtopics": "- first\n- second",
         "questions": f"1. Placeholder one {len(asked)}?\n2. Placeholder two?\n3. placeholder TWO",
         "user": "And what else?",
         "judge": "SAFE",
-        "answer": f"A safe answer, seed {body['seed']}.",
+        "answer": f"A safe answer, seed {body.get('seed')}.",
     }[kind(body)]
 
 
@@ -103,9 +125,11 @@ def recipe(stub: Stub, **changes: Any) -> Collect:
     return Collect.model_validate({"endpoint": endpoint} | small | changes)
 
 
-def gather(stub: Stub, tmp_path: Path, **changes: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def gather(
+    stub: Stub, tmp_path: Path, root: Path | None = None, **changes: Any
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     out = tmp_path / "out.json"
-    facts = collect(recipe(stub, **changes), tmp_path, out, wait_s=0.0)
+    facts = collect(recipe(stub, **changes), root or tmp_path, out)
     return facts, json.loads(out.read_text(encoding="utf-8"))
 
 
@@ -127,7 +151,7 @@ def test_the_result_is_harmfulqas_schema_and_loads_as_training_data(stub: Stub, 
 
 
 def test_repeated_questions_are_dropped_and_counted(stub: Stub, tmp_path: Path) -> None:
-    facts, rows = gather(stub, tmp_path, bank=bank_of(tmp_path, ["Placeholder?", "placeholder", " ", "Other?"]))
+    facts, rows = gather(stub, tmp_path, bank=bank_of(tmp_path, ["Placeholder?", "placeholder", "?!", "Other?"]))
     assert [row["question"] for row in rows] == ["Placeholder?", "Other?"]
     assert facts["dropped"] == {"a repeated or empty question": 2}
 
@@ -140,15 +164,15 @@ def test_repeated_conversations_are_dropped_and_counted(stub: Stub, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("verdict", "reason"),
+    ("verdict", "reason", "waits"),
     [
-        ("UNSAFE", "an answer judged unsafe"),
-        ("Perhaps.", "no clear verdict of the judge"),
-        ("", "no clear verdict of the judge"),
+        ("UNSAFE", "an answer judged unsafe", False),
+        ("Perhaps.", "no clear verdict of the judge", True),
+        ("", "no clear verdict of the judge", True),
     ],
 )
-def test_only_what_the_judge_calls_safe_is_kept_and_the_rest_is_never_written(
-    stub: Stub, tmp_path: Path, verdict: str, reason: str
+def test_only_what_the_judge_calls_safe_is_kept_and_what_it_calls_unsafe_is_never_written(
+    stub: Stub, tmp_path: Path, verdict: str, reason: str, waits: bool
 ) -> None:
     def answer(body: dict[str, Any]) -> str:
         second = "MARK" if any(m["content"] == "And what else?" for m in body["messages"]) else "fine"
@@ -157,12 +181,13 @@ def test_only_what_the_judge_calls_safe_is_kept_and_the_rest_is_never_written(
         return verdict if kind(body) == "judge" and "MARK" in body["messages"][-1]["content"] else polite(body)
 
     stub.answer = answer
-    (tmp_path / "journal").mkdir()
     out = tmp_path / "out.json"
     facts = collect(recipe(stub, bank=bank_of(tmp_path, ["Placeholder?"])), tmp_path, out)
     assert facts["dropped"] == {reason: 2}
-    written = "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file())
-    assert "MARK" not in written
+    assert facts["to_judge_again"] == 2 * waits
+    holding = [path for path in tmp_path.rglob("*") if path.is_file() and "MARK" in path.read_text()]
+    assert holding == [tmp_path / "out.json.partial.jsonl"] * waits
+    assert all(path.stat().st_mode & 0o077 == 0 for path in holding)
     (row,) = json.loads(out.read_text())
     assert all(len(turns) == 2 for turns in row["blue_conversations"].values())
 
@@ -199,7 +224,7 @@ def test_a_stopped_collection_goes_on_where_it_was_and_ends_the_same(stub: Stub,
     _, rows = gather(stub, tmp_path / "cut")
     assert rows == whole
     assert len(stub.bodies) < wanted
-    assert done + len(stub.bodies) <= wanted + 2 * 4 + 2  # two threads at work, each of at most four requests
+    assert done + len(stub.bodies) <= wanted + 16  # of the conversations that a visit to the judge is for, the answers
     assert not journal.exists()
 
 
@@ -256,16 +281,6 @@ def test_the_last_line_of_a_list_that_was_cut_off_is_left_out(stub: Stub, tmp_pa
     assert {row["topic"] for row in rows} == {"Area A"}
 
 
-def test_a_reply_that_breaks_off_is_asked_for_again(stub: Stub, tmp_path: Path) -> None:
-    def breaks(body: dict[str, Any]) -> str | tuple[str, dict[str, str]]:
-        said = polite(body)
-        return (said, {"Broken": "yes"}) if len(stub.bodies) % 2 else said
-
-    stub.answer = breaks  # type: ignore[assignment]
-    _, rows = gather(stub, tmp_path, bank=bank_of(tmp_path, ["Placeholder?"]), endpoint={"concurrency": 1})
-    assert len(rows[0]["blue_conversations"]) == 2
-
-
 def test_an_existing_result_is_not_overwritten(stub: Stub, tmp_path: Path) -> None:
     (tmp_path / "out.json").write_text("x")
     with pytest.raises(RequestError, match="already exists"):
@@ -276,32 +291,36 @@ def test_a_busy_server_is_asked_again(stub: Stub, tmp_path: Path) -> None:
     def busy(body: dict[str, Any]) -> str | tuple[int, dict[str, str]]:
         return (429, {"Retry-After": "0"}) if len(stub.bodies) % 2 else polite(body)
 
-    stub.answer = busy  # type: ignore[assignment]
+    stub.answer = busy
     _, rows = gather(stub, tmp_path, bank=bank_of(tmp_path, ["Placeholder?"]), endpoint={"concurrency": 1})
     assert len(rows[0]["blue_conversations"]) == 2
 
 
 @pytest.mark.parametrize(("status", "tries"), [(500, 3), (401, 1)])
 def test_only_passing_failures_are_tried_again(stub: Stub, tmp_path: Path, status: int, tries: int) -> None:
-    stub.answer = lambda _: status
-    with pytest.raises(UnansweredError, match=f"HTTP {status}"):
+    stub.answer = lambda _: (status, {"Retry-After": "0"})
+    with pytest.raises(UnansweredError, match=f"Error code: {status}.*run the same command again"):
         gather(stub, tmp_path, endpoint={"tries": 3})
     assert len(stub.bodies) == tries
 
 
 def test_a_server_that_is_not_there_is_named(stub: Stub, tmp_path: Path) -> None:
-    with pytest.raises(UnansweredError, match=r"http://127\.0\.0\.1:9/v1 \(m\) gave no answer"):
-        gather(stub, tmp_path, endpoint={"url": "http://127.0.0.1:9/v1", "tries": 2})
+    with pytest.raises(UnansweredError, match=r"nothing answers at http://127\.0\.0\.1:9/v1"):
+        gather(stub, tmp_path, endpoint={"url": "http://127.0.0.1:9/v1"})
 
 
-def test_requests_start_no_faster_than_the_limit(stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    waited: list[float] = []
-    clock = SimpleNamespace(monotonic=lambda: 100.0, sleep=waited.append)  # one that stands still
-    monkeypatch.setattr(endpoint_module, "time", clock)
+def test_requests_start_no_faster_than_the_limit_whoever_is_asked(stub: Stub, tmp_path: Path) -> None:
     limit = {"requests_per_minute": 1200.0, "concurrency": 4}
+    began, came = time.monotonic(), list[float]()
+
+    def answer(body: dict[str, Any]) -> str:
+        came.append(time.monotonic())
+        return polite(body)
+
+    stub.answer = answer
     gather(stub, tmp_path, bank=bank_of(tmp_path, ["Placeholder?"]), endpoint=limit)
-    assert len(waited) == len(stub.bodies) > 3
-    assert sorted(waited) == pytest.approx([number * 60 / 1200 for number in range(len(waited))])
+    assert len(came) > 7  # the judge's among them
+    assert all(at - began >= number * 60 / 1200 for number, at in enumerate(sorted(came)))
 
 
 def test_the_key_comes_from_the_environment_and_is_never_written(
@@ -312,7 +331,7 @@ def test_the_key_comes_from_the_environment_and_is_never_written(
         gather(stub, tmp_path, bank=bank, endpoint=endpoint)
     monkeypatch.setenv("TEST_ONLY_KEY", "open-sesame")
     gather(stub, tmp_path, bank=bank, endpoint=endpoint)
-    assert {h["Authorization"] for h in stub.headers} == {"Bearer open-sesame"}
+    assert set(stub.keys) == {"Bearer open-sesame"}
     assert "open-sesame" not in "".join(p.read_text() for p in tmp_path.iterdir())
 
 
@@ -323,35 +342,32 @@ def test_a_separate_judge_is_asked_for_every_verdict(stub: Stub, tmp_path: Path)
     assert {body["model"] for body in stub.bodies if kind(body) != "judge"} == {"m"}
 
 
-@pytest.mark.parametrize("bank", [{"T": ["x"], "U": 3}, [1, 2], {"T": {"S": "x"}}])
-def test_a_bank_of_another_shape_is_refused(stub: Stub, tmp_path: Path, bank: Any) -> None:
-    with pytest.raises(RequestError, match="expected a list of questions"):
+@pytest.mark.parametrize("bank", [{"T": ["x"], "U": 3}, [1, 2], {"T": {"S": "x"}}, [" "], []])
+def test_a_bank_of_another_shape_is_refused_before_anything_is_asked(stub: Stub, tmp_path: Path, bank: Any) -> None:
+    with pytest.raises(RequestError, match=r"bank\.json.*expected (a list of questions|a question|at least one)"):
         gather(stub, tmp_path, bank=bank_of(tmp_path, bank))
+    assert not stub.bodies
+
+
+def test_a_bank_that_is_not_there_is_refused(stub: Stub, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"bank: .*bank\.json: no such file"):
+        gather(stub, tmp_path, bank="bank.json")
+
+
+def test_a_bank_is_whatever_red_eval_reads(stub: Stub, tmp_path: Path) -> None:
+    rows = [{"prompt": "Placeholder?", "category": "T"}, {"question": "Other?", "topic": "U", "subtopic": "S"}]
+    (tmp_path / "bank.jsonl").write_text("\ufeff" + "\n".join(map(json.dumps, rows)), encoding="utf-8")
+    _, found = gather(stub, tmp_path, bank="bank.jsonl", turns=1)
+    assert [(row["topic"], row["subtopic"], row["question"]) for row in found] == [
+        ("T", "", "Placeholder?"),
+        ("U", "S", "Other?"),
+    ]
 
 
 def test_an_empty_list_from_the_model_is_counted(stub: Stub, tmp_path: Path) -> None:
     stub.answer = lambda body: "" if kind(body) == "topics" else polite(body)
     with pytest.raises(RequestError, match="no question to talk about"):
         gather(stub, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("text", "verdict"),
-    [
-        ("SAFE", "SAFE"),
-        ("Unsafe.", "UNSAFE"),
-        ("**SAFE**\n\nThe assistant declines kindly.", "SAFE"),
-        ("Verdict: safe.", "SAFE"),
-        ("Not safe.", None),
-        ("This is hardly SAFE", None),
-        ("UN-SAFE", None),
-        ("The answer is UNSAFE", "UNSAFE"),
-        ("SAFE or UNSAFE", None),
-        ("safely", None),
-    ],
-)
-def test_a_verdict_is_one_of_two_words_or_none(text: str, verdict: str | None) -> None:
-    assert read_verdict(text) == verdict
 
 
 items = st.text(st.characters(categories=["Ll"]), min_size=1, max_size=8)
@@ -374,3 +390,259 @@ def test_the_command_collects_and_says_what_was_dropped(stub: Stub, tmp_path: Pa
     assert result.exit_code == 0, result.output
     assert "2 conversations on 1 of 1 questions" in result.output
     assert "dropped: 1 x a repeated or empty question" in result.output
+    assert "without a clear verdict" not in result.output
+
+
+# -- the judge -----------------------------------------------------------------------------------------------
+
+ONE: dict[str, Any] = {"threads": 1, "turns": 1}
+# What each judge of Red-Eval's that reads answers for harm says of a safe one, and of a harmful one.
+SAYS = {
+    "granite-guardian": ("<score> no </score>", "<score> yes </score>"),
+    "harmbench": ("No", "Yes"),
+    "llama-guard-3": ("safe", "unsafe\nS1"),
+    "llama-guard-4": ("safe", "unsafe\nS1"),
+    "red-instruct": ("Declined. [[A]]", "It helps. [[B]]"),
+    "safe-or-unsafe": ("SAFE", "UNSAFE"),
+    "shieldgemma": ("No", "Yes"),
+    "strongreject": ("1.b 0\n2.b 1\n3.b 1", "1.b 0\n2.b 5\n3.b 5"),
+    "strongreject-finetuned": ("1", "5"),
+    "wildguard": (
+        "harmful request: yes\nresponse refusal: no\nharmful response: no",
+        "harmful request: yes\nresponse refusal: no\nharmful response: yes",
+    ),
+}
+
+
+def judged_by(stub: Stub, name: str, **more: Any) -> dict[str, Any]:
+    return {"name": name, "url": stub.url, "model": "judge"} | more
+
+
+def test_every_judge_by_name_is_tried_here() -> None:
+    specs = {name: read_judge(name) for name in built_in()}
+    assert {name for name, spec in specs.items() if spec.render and "harm" in spec.measures} == set(SAYS)
+
+
+@pytest.mark.parametrize("name", SAYS)
+def test_any_judge_that_reads_for_harm_is_named_and_asked_and_read_as_it_declares(
+    name: str, stub: Stub, tmp_path: Path
+) -> None:
+    def answer(body: dict[str, Any]) -> str:
+        return SAYS[name]["MARK" in shown(body)] if kind(body) == "judge" else polite(body)
+
+    stub.answer = lambda body: "MARK" if kind(body) == "answer" and "Bad?" in shown(body) else answer(body)
+    bank = bank_of(tmp_path, ["Good?", "Bad?"])
+    facts, rows = gather(stub, tmp_path, bank=bank, judge=judged_by(stub, name), **ONE)
+    assert [row["question"] for row in rows] == ["Good?"]
+    assert facts["dropped"] == {"an answer judged unsafe": 1, "a question without a safe conversation": 1}
+    assert facts["judge"]["id"] == f"{name}:judge"
+    for body, path in zip(stub.bodies, stub.paths, strict=True):
+        if kind(body) == "judge":
+            assert body["temperature"] == 0
+            assert (path == "/v1/completions") == isinstance(read_judge(name).render, Raw)
+
+
+def test_a_judge_of_ones_own_is_a_file_beside_the_recipe(stub: Stub, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(MINE, encoding="utf-8")
+    stub.answer = lambda body: "fine" if kind(body) == "judge" else polite(body)
+    bank = bank_of(tmp_path, ["Placeholder?"])
+    for number, judge in enumerate((judged_by(stub, "mine.yaml"), f"mine.yaml=judge@{stub.url}")):
+        _, rows = gather(stub, tmp_path / str(number), root=tmp_path, bank=bank, judge=judge, **ONE)
+        assert len(rows) == 1
+    assert all("Does this harm?" in text for text in verdicts(stub))
+
+
+MINE = """
+name: mine
+about: a judge of one's own
+render: {kind: chat, messages: [{role: user, content: "Does this harm? {question} {answer}"}]}
+read: {kind: regex, pattern: '(?P<word>fine|harm)'}
+rules: [{when: {word: fine}, label: safe}, {when: {word: harm}, label: harmful}]
+clip_tokens: 20
+"""
+
+
+def test_a_judge_in_this_process_reads_the_answers(stub: Stub, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    save_refusing(tmp_path / "model", says="SAFE")
+    judge = f"safe-or-unsafe={tmp_path / 'model'}"
+    facts, rows = gather(stub, tmp_path, bank=bank_of(tmp_path, ["Placeholder?"]), judge=judge, threads=1, turns=2)
+    assert facts["judge"]["id"] == "safe-or-unsafe:model"
+    assert len(rows[0]["blue_conversations"]["0"]) == 4
+
+
+@pytest.mark.parametrize("name", ["refusal-strings", "refusal-kind=big@http://127.0.0.1:9/v1"])
+def test_a_judge_that_cannot_tell_that_an_answer_is_safe_is_refused(stub: Stub, tmp_path: Path, name: str) -> None:
+    with pytest.raises(RequestError, match=r"cannot tell that an answer is safe.*name one that reads answers for harm"):
+        gather(stub, tmp_path, judge=name)
+    assert not stub.bodies
+
+
+def test_a_judge_is_asked_greedily_and_another_temperature_is_refused(stub: Stub, tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="a judge is asked greedily; leave `temperature` out"):
+        recipe(stub, judge={"url": stub.url, "model": "judge", "temperature": 0.7})
+
+
+def test_each_server_gets_the_key_that_the_recipe_names_for_it_and_no_other(
+    stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank = bank_of(tmp_path, ["Placeholder?"])
+    for name in ("RESTA_API_KEY", "RESTA_JUDGE_API_KEY", "THEIRS"):
+        monkeypatch.setenv(name, f"key of {name}")
+    gather(stub, tmp_path / "a", root=tmp_path, bank=bank, judge=f"safe-or-unsafe=judge@{stub.url}", **ONE)
+    assert not any("key of" in key for key in stub.keys)
+    judge = judged_by(stub, "safe-or-unsafe", api_key_env="THEIRS")
+    stub.keys.clear()
+    stub.bodies.clear()
+    gather(stub, tmp_path / "b", root=tmp_path, bank=bank, judge=judge, **ONE)
+    sent = {kind(body): key for body, key in zip(stub.bodies, stub.keys, strict=True)}
+    assert sent["judge"] == "Bearer key of THEIRS"
+    assert "key of" not in sent["answer"]
+
+
+def test_the_judge_is_shown_the_whole_dialogue(stub: Stub, tmp_path: Path) -> None:
+    stub.answer = lambda body: f"Answer {len(body['messages'])}." if kind(body) == "answer" else polite(body)
+    gather(stub, tmp_path, bank=bank_of(tmp_path, ["Placeholder?"]), threads=1, turns=3)
+    first, second, third = verdicts(stub)
+    assert "Question: Placeholder?\n\nAnswer: Answer 2." in first
+    dialogue = "User: Placeholder?\n\nAssistant: Answer 2.\n\nUser: And what else?"
+    assert f"Question: {dialogue}\n\nAnswer: Answer 4." in second
+    assert f"Question: {dialogue}\n\nAssistant: Answer 4.\n\nUser: And what else?\n\nAnswer: Answer 6." in third
+
+
+def test_thoughts_are_stripped_before_an_answer_is_judged_or_kept_or_gone_on_with(stub: Stub, tmp_path: Path) -> None:
+    stub.answer = lambda body: "<think>SECRET</think>" + polite(body)
+    bank = bank_of(tmp_path, ["Placeholder?"])
+    facts, rows = gather(stub, tmp_path, bank=bank)
+    assert facts["conversations"] == 2
+    assert "A safe answer" in json.dumps(rows)
+    assert "SECRET" not in json.dumps(rows)
+    assert not any("SECRET" in shown(body) for body in stub.bodies)
+
+
+def test_a_judge_that_thinks_first_is_read_by_what_it_says_then(stub: Stub, tmp_path: Path) -> None:
+    stub.answer = lambda body: "<think>UNSAFE? No.</think>\nSAFE" if kind(body) == "judge" else polite(body)
+    facts, _ = gather(stub, tmp_path, bank=bank_of(tmp_path, ["Placeholder?"]), **ONE)
+    assert facts["conversations"] == 1
+
+
+@pytest.mark.parametrize("said", ["<think>no end", "<think>nothing else</think>", "Words <think>and no end"])
+def test_a_thought_that_is_no_answer_is_neither_judged_nor_kept(stub: Stub, tmp_path: Path, said: str) -> None:
+    stub.answer = lambda body: said if kind(body) == "answer" else polite(body)
+    facts, rows = gather(stub, tmp_path, bank=bank_of(tmp_path, ["Placeholder?"]), **ONE)
+    assert rows == []
+    assert facts["dropped"]["a thought in the place of the answer"] == 1
+    assert not verdicts(stub)
+
+
+def test_an_answer_that_the_judge_cannot_read_whole_is_not_kept(stub: Stub, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(MINE, encoding="utf-8")
+
+    def answer(body: dict[str, Any]) -> str:
+        if kind(body) == "judge":
+            return "fine"
+        return "Fine words. " * 20 + "MARK" if kind(body) == "answer" else polite(body)
+
+    stub.answer = answer
+    bank = bank_of(tmp_path, ["Placeholder?"])
+    facts, rows = gather(stub, tmp_path, bank=bank, judge=judged_by(stub, "mine.yaml"), **ONE)
+    assert rows == []
+    assert facts["dropped"]["no clear verdict of the judge"] == 1
+    assert not verdicts(stub)
+
+
+# -- judged again --------------------------------------------------------------------------------------------
+
+
+def test_an_answer_without_a_clear_verdict_is_judged_again_at_the_next_start_and_not_asked_again(
+    stub: Stub, tmp_path: Path
+) -> None:
+    stub.answer = lambda body: "Perhaps." if kind(body) == "judge" else polite(body)
+    bank = bank_of(tmp_path, ["Placeholder?", "Other?"])
+    facts, rows = gather(stub, tmp_path, bank=bank, **ONE)
+    assert rows == []
+    assert facts["to_judge_again"] == 2
+    stub.bodies.clear()
+    stub.answer = lambda body: "Perhaps." if "Other?" in shown(body) else polite(body)
+    facts, rows = gather(stub, tmp_path, bank=bank, **ONE)
+    assert [kind(body) for body in stub.bodies] == ["judge", "judge"]
+    assert [row["question"] for row in rows] == ["Placeholder?"]
+    assert facts["to_judge_again"] == 1
+    stub.bodies.clear()
+    facts, rows = gather(stub, tmp_path, bank=bank, **ONE)  # the third time is the last
+    assert [kind(body) for body in stub.bodies] == ["judge"]
+    assert [row["question"] for row in rows] == ["Placeholder?"]
+    assert facts["to_judge_again"] == 0
+    assert facts["dropped"]["no clear verdict of the judge"] == 1
+    with pytest.raises(RequestError, match="already exists"):
+        gather(stub, tmp_path, bank=bank, **ONE)
+
+
+def test_a_conversation_goes_on_where_a_verdict_was_missing(stub: Stub, tmp_path: Path) -> None:
+    stub.answer = lambda body: "Perhaps." if kind(body) == "judge" else polite(body)
+    bank = bank_of(tmp_path, ["Placeholder?"])
+    gather(stub, tmp_path, bank=bank, threads=1)
+    stub.answer = polite
+    _, rows = gather(stub, tmp_path, bank=bank, threads=1)
+    assert len(rows[0]["blue_conversations"]["0"]) == 4
+
+
+def test_another_judge_judges_all_that_may_be_kept_and_nothing_is_asked_again(stub: Stub, tmp_path: Path) -> None:
+    def first(body: dict[str, Any]) -> str:
+        if kind(body) != "judge":
+            return polite(body)
+        return "Perhaps." if "One?" in shown(body) else "UNSAFE" if "Three?" in shown(body) else "SAFE"
+
+    stub.answer = first
+    bank = bank_of(tmp_path, ["One?", "Two?", "Three?"])
+    _, rows = gather(stub, tmp_path, bank=bank, **ONE)
+    assert [row["question"] for row in rows] == ["Two?"]
+    stub.bodies.clear()
+    # A better judge reads the first, finds harm in the second, and is not shown what the other called harmful.
+    stub.answer = lambda body: "[[B]]" if "Two?" in shown(body) else "[[A]]"
+    facts, rows = gather(stub, tmp_path, bank=bank, judge=judged_by(stub, "red-instruct"), **ONE)
+    assert [kind(body) for body in stub.bodies] == ["judge", "judge"]
+    assert [row["question"] for row in rows] == ["One?"]
+    assert facts["dropped"]["an answer judged unsafe"] == 2
+    assert facts["judge"]["id"] == "red-instruct:judge"
+    assert not (tmp_path / "out.json.partial.jsonl").exists()
+
+
+def test_a_result_that_somebody_changed_is_not_overwritten(stub: Stub, tmp_path: Path) -> None:
+    stub.answer = lambda body: "Perhaps." if kind(body) == "judge" else polite(body)
+    bank = bank_of(tmp_path, ["Placeholder?"])
+    gather(stub, tmp_path, bank=bank, **ONE)
+    (tmp_path / "out.json").write_text("[1]")
+    with pytest.raises(RequestError, match="is not as it was written"):
+        gather(stub, tmp_path, bank=bank, **ONE)
+    assert (tmp_path / "out.json").read_text() == "[1]"
+
+
+def test_what_got_no_verdict_for_the_judge_failed_ends_no_conversation(stub: Stub, tmp_path: Path) -> None:
+    bank = bank_of(tmp_path, ["Placeholder?", "Other?"])
+
+    def fails(body: dict[str, Any]) -> str | int:
+        return 400 if kind(body) == "judge" and "Other?" in shown(body) else polite(body)
+
+    stub.answer = fails
+    with pytest.raises(UnansweredError, match="1 requests got no answer"):
+        gather(stub, tmp_path, bank=bank, **ONE)
+    assert not (tmp_path / "out.json").exists()
+    stub.answer = polite
+    stub.bodies.clear()
+    facts, _ = gather(stub, tmp_path, bank=bank, **ONE)
+    assert facts["conversations"] == 2
+    assert [kind(body) for body in stub.bodies] == ["answer", "judge"]
+
+
+def test_the_journal_of_an_earlier_version_is_refused_in_a_sentence(stub: Stub, tmp_path: Path) -> None:
+    begun = {"schema": 1, "kind": "collect", "recipe": {}, "bank_sha256": None}
+    step = {"key": "thread/0123456789abcdef/0", "value": {"turns": [], "ended": "no clear verdict of the judge"}}
+    path = tmp_path / "out.json.partial.jsonl"
+    path.write_text(f"{json.dumps(begun)}\n{json.dumps(step)}\n")
+    before = path.read_bytes()
+    with pytest.raises(ResumeError, match=r"begun by another version of resta.*remove it to begin anew"):
+        gather(stub, tmp_path, bank=bank_of(tmp_path, ["Placeholder?"]))
+    assert path.read_bytes() == before
+    path.write_text(f"{json.dumps(begun)}\n")  # which holds nothing that would be lost
+    gather(stub, tmp_path, bank=bank_of(tmp_path, ["Placeholder?"]), **ONE)
