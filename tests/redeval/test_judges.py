@@ -433,7 +433,13 @@ def put(judge: str, *pairs: tuple[str, str], whole: bool = False) -> dict[str, J
     def keep(_: Question, verdict: Judgement) -> None:
         found[verdict.answer_id] = verdict
 
-    put_to(Job(judge=parse_judge(judge), pairs=asked, keep=keep, fail=lambda found: pytest.fail(found.reason), whole=whole), RunOptions(), None)
+    put_to(
+        Job(
+            judge=parse_judge(judge), pairs=asked, keep=keep, fail=lambda found: pytest.fail(found.reason), whole=whole
+        ),
+        RunOptions(),
+        None,
+    )
     return found
 
 
