@@ -33,7 +33,7 @@ ELSEWHERE = {
     "redeval/test_models": "redeval/messages redeval/targets",
     "redeval/test_control": "redeval/judging redeval/progress",
     "redeval/test_faults": "redeval/wire",
-    "sft/test_train": "sft/save",
+    "sft/test_train": "quantized sft/save",
     "sweep/test_search": "sweep/forecast",
     "sweep/test_outcome": "sweep/records sweep/report",
     "verify/test_gate": "verify/comparison verify/decision verify/guidance verify/measurement",

@@ -17,7 +17,7 @@ PACKAGE = Path(resta.__file__).parent
 # Each layer knows nothing of those after it, nor of itself; a line that begins with a package's name is of its modules.
 LAYERS = (
     "version errors lazy kernels out_of_memory served statistics page coverage compatibility",
-    "dialect figure mergekit fingerprint files schema",
+    "dialect figure mergekit fingerprint quantized files schema",
     "strict",
     "header hub journal recipe chat_templates",
     "checkpoint safety",
@@ -91,8 +91,8 @@ LAYERS = (
 )
 # What anybody may use, and what each package uses of the merge beside it: its calls, and facts about its files.
 GROUND = (
-    "chat_templates dialect errors figure files fingerprint journal lazy out_of_memory page schema served statistics "
-    "strict version"
+    "chat_templates dialect errors figure files fingerprint journal lazy out_of_memory page quantized schema served "
+    "statistics strict version"
 )
 DOORS = {
     "sft": "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,6 +125,7 @@ LEARNING = together(
     click.option("--rank", type=click.IntRange(1), default=8, show_default=True, help="Rank of the adapter."),
     click.option("--steps", type=click.IntRange(1), default=30, show_default=True, help="Steps of 12 answers."),
     click.option("--learning-rate", type=click.FloatRange(0, min_open=True), default=1e-3, show_default=True),
+    click.option("--four-bit", is_flag=True, help="Load both models in 4 bits; needs the extra qlora."),
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
 )
 
@@ -192,7 +194,7 @@ def request_of(out: Path, given: Mapping[str, Any]) -> Request:
             other_tokenizer=given["other_tokenizer"],
             template_args=given["template_args"],
         ),
-        learning=Learning(**{key: given[key] for key in ("keep_weight", "rank", "steps", "learning_rate", "seed")}),
+        learning=Learning(**{each.name: given[each.name] for each in fields(Learning) if each.name in given}),
         base=given["base"],
         device=given["device"],
     )

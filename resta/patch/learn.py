@@ -129,8 +129,9 @@ def make_lessons(request: Request, student: Student, dtype: str, note: Note) -> 
     folders = {side: request.lessons / side for side in SIDES}
     for side, folder in folders.items():
         spec, prompts = request.teacher(side), request.of_side(side)
+        how: dict[str, Any] = {"dtype": dtype, "four_bit": request.learning.four_bit}
         facts = {
-            "teacher": {"model": spec.model, "fingerprint": fingerprint(spec), "dtype": dtype},
+            "teacher": {"model": spec.model, "fingerprint": fingerprint(spec), **how},
             "student": {"fingerprint": fingerprint(request.tuned)},
             "asked": digest([asdict(asked) for asked in prompts]),
             "teaching": asdict(request.teaching),
@@ -145,7 +146,7 @@ def make_lessons(request: Request, student: Student, dtype: str, note: Note) -> 
             note(f"{side}: the {len(prompts)} answers of {spec.model} are there already")
             continue
         note(f"{side}: {spec.model} answers {len(prompts)} prompts, {request.teaching.tokens} tokens each")
-        local = load_local(replace(spec, device=request.device, dtype=dtype))
+        local = load_local(replace(spec, device=request.device, **how))
         lessons = teach(local, prompts, request.teaching, student)
         del local
         gc.collect()

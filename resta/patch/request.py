@@ -11,6 +11,7 @@ from resta import strict
 from resta.errors import RequestError, ResumeError
 from resta.patch.prompts import Asked
 from resta.patch.teachers import Student, Teaching
+from resta.quantized import nf4
 from resta.redeval.models import LocalSpec, check_contexts, files_of, read_tokenizer, split_revision
 from resta.redeval.targets import parse_target
 from resta.sft.adapters import read_factors
@@ -33,6 +34,7 @@ class Learning:
     steps: int = 30
     learning_rate: float = 1e-3
     batch: int = 12  # lessons a step, half of them harmful
+    four_bit: bool = False  # whether both models are loaded in 4 bits, where memory is short
     seed: int = 0
 
 
@@ -113,7 +115,7 @@ def recipe_of(request: Request, student: Student) -> Recipe:
             ],
             "bad_rows": "drop",  # a teacher may say nothing to a few prompts
             "holdout": HELD_OUT,
-            "method": "lora",
+            "method": "qlora" if learning.four_bit else "lora",
             "lora": {"rank": learning.rank, "alpha": 2.0 * learning.rank},
             "objective": {"kind": "distil", "keep_weight": learning.keep_weight},
             "train": train,
@@ -136,6 +138,8 @@ def check(request: Request, student: Student) -> Job:
         raise RequestError("resta patch runs as one process; start it without torchrun")
     if request.teaching.tokens < 1 or (request.teaching.top or 0) < 0 or request.learning.batch < 2:
         raise RequestError("expected tokens of at least 1, top of at least 0 and a batch of at least 2")
+    if request.learning.four_bit:
+        nf4(None)
     _check_tokenizers(request, student)
     for side in SIDES:
         asks = [(f"{asked.kind} {i}", asked.messages) for i, asked in enumerate(request.of_side(side))]

@@ -22,6 +22,7 @@ from resta.errors import RequestError, UnansweredError
 from resta.fingerprint import folder_fingerprint, sha256_file, sha256_text
 from resta.hub import check_there
 from resta.out_of_memory import is_out_of_memory
+from resta.quantized import nf4
 from resta.redeval.messages import Decoding, Message, Rendering
 from resta.redeval.thoughts import HARMONY_TOKENS, MARK_TOKENS
 
@@ -47,6 +48,7 @@ class LocalSpec:
     files: str | None = None
     device: str = "auto"
     dtype: str = "auto"
+    four_bit: bool = False  # whether its weights are put into 4 bits; dtype is what is computed in
     chat_template: str | None = None  # name of a known one, or path of a Jinja file
     batch_rows: int | None = None
 
@@ -524,8 +526,10 @@ def load_local(spec: LocalSpec, *, tensors: Iterable[tuple[str, torch.Tensor]] |
 
     transformers = import_transformers()
     spread = spec.device == SPREAD
-    place: dict[str, Any] = {"device_map": "auto"} if spread else {}
     device, dtype = pick_device(spec.device), pick_dtype(spec)
+    place: dict[str, Any] = {"device_map": "auto"} if spread else {}
+    if spec.four_bit:  # which are made on the device itself
+        place = {"device_map": place.get("device_map", {"": device}), "quantization_config": nf4(dtype)}
     files, revision = split_revision(files_of(spec))
     # Said outright: where the choice is open, transformers asks at the terminal whether to run a model's own code.
     known = {"revision": revision, "trust_remote_code": False}
@@ -539,7 +543,7 @@ def load_local(spec: LocalSpec, *, tensors: Iterable[tuple[str, torch.Tensor]] |
             model = _on_adapter(model, spec.model)
         if spec.chat_template is not None:
             tokenizer.chat_template = read_chat_template(spec.chat_template, tokenizer.get_vocab())
-        if not spread:
+        if not spread and not spec.four_bit:
             model = model.to(device)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         on = f" on its base {files} (--base names another place)" if spec.is_adapter else ""

@@ -31,6 +31,7 @@ from resta.errors import RequestError, RestaError, ResumeError
 from resta.fingerprint import digest, sha256_file
 from resta.journal import differences, read_object, to_json, write_whole
 from resta.out_of_memory import is_out_of_memory
+from resta.quantized import nf4
 from resta.sft import recipe as recipes
 from resta.sft.adapters import TENSORS, carry, read_factors
 from resta.sft.chat import Chat, open_chat
@@ -284,7 +285,7 @@ def load_model(job: Job, chat: Chat) -> Any:
             revision=job.recipe.revision,
             dtype=dtype,
             attn_implementation=_attention(job),
-            quantization_config=_quantization(job, computes),
+            quantization_config=nf4(computes) if job.recipe.method == "qlora" else None,
         )
     except (RequestError, torch.OutOfMemoryError):
         raise
@@ -309,23 +310,6 @@ def _attention(job: Job) -> str | None:
         return wanted
     halves = precision(job) in {"bf16", "fp16"}
     return "flash_attention_2" if halves and not on_cpu(job) and is_flash_attn_2_available() else None
-
-
-def _quantization(job: Job, computes: torch.dtype) -> Any:
-    if job.recipe.method != "qlora":
-        return None
-    try:
-        import bitsandbytes  # noqa: F401  # only whether it loads
-    except ImportError:
-        raise RequestError("method: qlora needs bitsandbytes; install it with: pip install 'resta[qlora]'") from None
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=computes,
-    )
 
 
 def build_adapter(job: Job) -> LoraConfig | None:

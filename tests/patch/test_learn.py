@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from resta.patch.request import Learning, Request, check, model_of
 from resta.patch.teachers import Teaching, student_of, teach
 from resta.redeval.models import LocalModel, LocalSpec, load_local
 from resta.sft.lessons import read_lessons
+from resta.sft.train import load_chat, load_model
 from tests.patch.builders import asked, write_json_lines
 from tests.redeval.builders import TEMPLATE, save_llama, save_refusing, save_tokenizer
 
@@ -334,6 +337,43 @@ def test_settings_that_cannot_be_meant_are_refused_before_a_model_is_loaded(
     with pytest.raises(RequestError, match=said):
         carry_out(replace(request_, **changes))
     assert not request_.lessons.exists()
+
+
+def test_four_bits_without_their_library_are_refused_before_a_model_is_loaded(
+    request_: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(RequestError, match=r"pip install 'resta\[qlora\]'"):
+        carry_out(replace(request_, learning=Learning(four_bit=True)))
+    assert not request_.lessons.exists()
+
+
+def test_in_four_bits_teachers_and_student_are_loaded_alike(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No 4-bit arithmetic is at hand here: what the loaders are asked for is what is looked at."""
+    from transformers import AutoModelForCausalLM
+
+    class Loaded(Exception):
+        pass
+
+    asked_for = []
+
+    def load(name: str, **settings: Any) -> None:
+        asked_for.append((Path(name).name, settings["quantization_config"]))
+        raise Loaded
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    request = replace(request_, learning=Learning(four_bit=True))
+    job = check(request, student_of(request.tuned))
+    assert job.recipe.method == "qlora"
+    with pytest.raises(Loaded):
+        carry_out(request)
+    with pytest.raises(RequestError):
+        load_model(job, load_chat(job))
+    [(teacher, mine), (student, its)] = asked_for
+    assert (teacher, student) == ("aligned", "tuned")
+    assert mine.to_dict() == its.to_dict()
+    assert mine.bnb_4bit_quant_type == "nf4"
 
 
 def test_more_than_one_process_is_refused(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
