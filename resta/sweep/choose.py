@@ -117,14 +117,14 @@ def _would(passing: Sequence[Tried]) -> str:
 
 
 def _why_none(tried: Sequence[Tried]) -> str:
-    own = [each for each in tried if not each.candidate.baseline and each.chance is not None]
-    best = max(own, key=lambda each: each.chance or 0.0, default=None)
-    if best is None:
+    own = [(each.chance, each) for each in tried if not each.candidate.baseline and each.chance is not None]
+    if not own:
         return "no candidate passes the policy"
-    lucky = sum(each.passes for each in own)
+    chance, best = max(own, key=lambda pair: pair[0])
+    lucky = sum(each.passes for _, each in own)
     so_far = f"{lucky} pass the policy on the sweep's own questions, but " if lucky else "no candidate passes: "
     return (
-        f"{so_far}the best, {best.candidate.name}, has a chance of {best.chance:.2f} to pass on fresh ones, where "
+        f"{so_far}the best, {best.candidate.name}, has a chance of {chance:.2f} to pass on fresh ones, where "
         f"{NEED:g} is asked for"
     )
 

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace as Shown
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resta.sweep.choose import choose, dominates, front
-from tests.sweep.builders import tried
+from resta.sweep.choose import Point, choose, dominates, front, point_of
+from tests.sweep.builders import rate, tried
 
 
 def test_the_smallest_change_that_passes_is_chosen() -> None:
@@ -32,6 +36,50 @@ def test_a_candidate_that_passed_by_luck_is_not_chosen_and_its_chance_is_said() 
 
 def test_a_candidate_of_too_small_a_sample_may_be_chosen_where_the_fresh_one_is_large_enough() -> None:
     assert choose([tried("resta-0.3", verdict="INCONCLUSIVE", chance=0.95)], "smallest-passing").name == "resta-0.3"
+
+
+def test_a_chance_of_nine_in_ten_is_enough() -> None:
+    assert choose([tried("resta-0.3", chance=0.9)], "smallest-passing").name == "resta-0.3"
+    assert choose([tried("resta-0.3", chance=0.899)], "smallest-passing").name is None
+
+
+def test_where_none_is_chosen_the_candidate_of_the_highest_chance_is_named_and_no_baseline() -> None:
+    found = [
+        tried("resta-0.3", chance=0.2),
+        tried("resta-0.6", chance=0.5, verdict="FAIL"),
+        tried("resta-0.9", chance=0.3),
+        tried("resta-1.2", verdict=None),  # given up: it has no chance to speak of
+        tried("interpolation-0.5", chance=0.8, baseline=True),
+    ]
+    reason = choose(found, "smallest-passing").reason
+    assert reason.startswith("2 pass the policy on the sweep's own questions, but the best, resta-0.6, has a chance of")
+    assert "chance of 0.50" in reason
+    none = [tried("resta-0.3", chance=0.2, verdict="FAIL"), tried("interpolation-0.5", baseline=True)]
+    assert choose(none, "smallest-passing").reason.startswith("no candidate passes: the best, resta-0.3,")
+    assert choose([tried("resta-0.9", verdict=None)], "smallest-passing").reason == "no candidate passes the policy"
+
+
+@pytest.mark.parametrize("verdict", ["PASS", "FAIL", "INCONCLUSIVE", "INVALID", None])
+def test_only_a_verdict_of_pass_passes(verdict: str | None) -> None:
+    assert tried("resta-0.3", verdict=verdict).passes == (verdict == "PASS")
+
+
+def test_costs_are_rates_and_what_utility_lacks_and_what_was_not_asked_costs_nothing() -> None:
+    whole = Point(name="", asr=rate(0.1), over_refusal=rate(0.2), utility=0.75)
+    assert whole.costs == (0.1, 0.2, 0.25)
+    assert whole.cost == pytest.approx(0.55)
+    assert replace(whole, asr=None).costs == (0.2, 0.25)
+    assert replace(whole, over_refusal=replace(rate(0.2), value=None)).costs == (0.1, 0.25)
+    assert replace(whole, utility=None).costs == (0.1, 0.2)
+
+
+def test_a_models_utility_is_the_mean_over_its_tasks() -> None:
+    tasks = [Shown(means={"restored": Shown(value=value)}) for value in (0.2, 0.3, 0.7)]
+    comparison = Shown(utility=tasks, asr=None, over_refusal=Shown(rates={"restored": rate(0.5)}))
+    point = point_of("resta-1", comparison)  # type: ignore[arg-type]
+    assert point.utility == pytest.approx(0.4)
+    assert (point.asr, point.over_refusal) == (None, rate(0.5))
+    assert point_of("resta-1", Shown(utility=[], asr=None, over_refusal=None)).utility is None  # type: ignore[arg-type]
 
 
 def test_the_best_on_the_front_weighs_harm_refusals_and_utility_alike() -> None:
