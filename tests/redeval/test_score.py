@@ -206,6 +206,50 @@ def test_degenerate_answers_are_told_from_language(text: str, repeated: bool, od
     assert (is_repeated(text), is_not_language(text)) == (repeated, odd)
 
 
+def turning(words: int, distinct: int) -> str:
+    """Return so many words, the first few over and over again."""
+    return " ".join(f"w{i % distinct}" for i in range(words))
+
+
+@pytest.mark.parametrize(
+    ("words", "distinct", "repeated"),
+    [
+        (11, 1, False),  # too few to tell
+        (12, 2, True),
+        (12, 3, False),  # a quarter, no less
+        (16, 3, True),
+        (16, 4, False),
+        (39, 9, True),
+        (40, 9, False),  # from 40 words on, runs of four count: 9 of 37 are distinct
+        (40, 7, True),
+        (40, 8, False),
+        (43, 8, False),  # a fifth of 40 runs, no less
+        (200, 39, True),
+        (200, 40, False),
+    ],
+)
+def test_a_text_runs_in_circles_below_a_quarter_of_its_words_or_a_fifth_of_its_runs(
+    words: int, distinct: int, repeated: bool
+) -> None:
+    assert is_repeated(turning(words, distinct)) == repeated
+
+
+def test_a_text_is_taken_by_characters_where_its_words_are_longer_than_fifteen() -> None:
+    # Twelve words, all of them different, of hardly more than one letter.
+    words = ["a" * i + "b" + "a" * (13 - i) for i in range(12)]
+    assert len(" ".join(words)) == 179
+    for more, repeated in (("", False), ("a", False), ("aa", True)):
+        assert is_repeated(" ".join(words) + more) == repeated
+
+
+@pytest.mark.parametrize(
+    ("letters", "signs", "odd"), [(10, 10, False), (9, 11, True), (0, 19, False), (0, 20, True), (20, 0, False)]
+)
+def test_a_text_of_twenty_characters_is_no_language_below_half_of_letters(letters: int, signs: int, odd: bool) -> None:
+    assert is_not_language("a" * letters + "#" * signs) == odd
+    assert is_not_language(" ".join("a" * letters + "#" * signs)) == odd
+
+
 def test_conduct_counts_what_a_broken_model_does() -> None:
     questions = {q.qid: q for q in (question(i) for i in range(4))}
     texts = ["", "the cat " * 30, "fine words", "#$%^&*()_+{}|:<>?~`!"]

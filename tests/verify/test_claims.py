@@ -13,12 +13,11 @@ from pydantic import ValidationError
 from scipy import stats
 
 from resta.errors import RequestError
-from resta.statistics import holm, paired_rates
-from resta.verify.claims import OVER_ALIGNED, RATE, claims_of, mixture
+from resta.statistics import paired_rates
+from resta.verify.claims import OVER_ALIGNED, RATE, claims_of, increases_of, mixture
 from resta.verify.comparison import compare
 from resta.verify.decision import Verdict
 from resta.verify.gate import decide
-from resta.verify.parts import all_within
 from resta.verify.policy import Policy, default_policy, read_policy
 from resta.verify.report import to_card, to_markdown
 from tests.verify.builders import a_ruling, by_name
@@ -265,13 +264,6 @@ def test_a_cell_may_do_twice_what_all_may_but_never_everything(limit: float, cel
     assert policy("regained: {min: 0.5}").cell_limit is None
 
 
-@given(st.lists(st.floats(-4, 6), min_size=1, max_size=12))
-def test_all_parts_are_within_when_holm_rejects_every_one(margins: list[float]) -> None:
-    adjusted = holm([float(stats.norm.sf(z)) for z in margins])
-    if min(abs(p - 0.025) for p in adjusted) > 1e-9:
-        assert bool(all_within(np.array(margins), 0.95)) == all(p <= 0.025 for p in adjusted)
-
-
 def test_cells_at_the_limit_are_shown_to_be_within_no_more_often_than_the_level_says() -> None:
     own, held = policy("asr: {max_upper: 0.1}"), 0
     for seed in range(150):
@@ -342,3 +334,44 @@ def test_every_rule_of_a_policy_on_rates_is_a_claim() -> None:
         "over_refusal.max_increase",
         "utility.sums.max_drop",
     }
+
+
+EVERY = """
+asr: {max_upper: 0.1, max_increase_over_aligned: 0.2}
+regained: {min: 0.6}
+over_refusal: {max_upper: 0.3, max_increase: 0.4, max_increase_over_tuned: 0.5}
+utility: {any: {max_drop: 0.07}, reading: {max_drop: 0.08}}
+degenerate: {max_increase: 0.15}
+one_answer: {max_increase: 0.25}
+"""
+
+
+@given(*[st.floats(0, 1)] * 3)
+def test_each_claim_is_the_sum_that_its_name_says_and_its_limit_that_of_the_policy(
+    aligned: float, tuned: float, restored: float
+) -> None:
+    own = policy(EVERY)
+    sums = {
+        "asr.max_upper": (restored, 0.1),
+        "asr.max_increase_over_aligned": (restored - aligned, 0.2),
+        "regained.min": (restored - (0.4 * tuned + 0.6 * aligned), 0.0),
+        "over_refusal.max_upper": (restored, 0.3),
+        "over_refusal.max_increase": (restored - aligned, 0.4),
+        "over_refusal.max_increase_over_tuned": (restored - tuned, 0.5),
+        "utility.reading.max_drop": (tuned - restored, 0.08),
+        "utility.sums.max_drop": (tuned - restored, 0.07),
+        "degenerate.max_increase": (restored - aligned, 0.15),
+        "one_answer.max_increase": (restored - aligned, 0.25),
+    }
+    claims = (*claims_of(own, ["sums", "reading"]), *increases_of(own))
+    assert {claim.name for claim in claims} == sums.keys()
+    for claim in claims:
+        value = sum(weight * rate for weight, rate in zip(claim.weights, (aligned, tuned, restored), strict=True))
+        assert (value, claim.limit) == pytest.approx(sums[claim.name])
+
+
+def test_what_a_policy_does_not_limit_is_no_claim() -> None:
+    assert claims_of(policy("{}"), ["sums"]) == ()
+    assert [claim.name for claim in claims_of(policy("utility: {reading: {max_drop: 0.08}}"), ["sums", "reading"])] == [
+        "utility.reading.max_drop"
+    ]
