@@ -59,9 +59,9 @@ def bank(tmp_path: Path) -> Path:
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
     """Run a stub server on a free port of the loopback, which is tried again without a pause."""
-    from inspect_ai.model import ModelAPI
+    from resta.redeval import engine
 
-    monkeypatch.setattr(ModelAPI, "retry_wait", lambda api: lambda tried: 0)
+    monkeypatch.setattr(engine, "_pause", lambda tried: 0)
     state = Stub()
 
     class Handler(BaseHTTPRequestHandler):
