@@ -121,7 +121,7 @@ def polite(body: dict[str, Any]) -> str:
 
 def recipe(stub: Stub, **changes: Any) -> Collect:
     endpoint = {"url": stub.url, "model": "m", "concurrency": 2} | changes.pop("endpoint", {})
-    small = {"topics": 2, "subtopics_per_topic": 2, "questions_per_subtopic": 3, "threads": 2, "turns": 2}
+    small = {"topics": 2, "subtopics_per_topic": 2, "questions_per_subtopic": 3, "threads": 2, "turns": 1}
     return Collect.model_validate({"endpoint": endpoint} | small | changes)
 
 
@@ -139,7 +139,7 @@ def bank_of(tmp_path: Path, questions: Any) -> str:
 
 
 def test_the_result_is_harmfulqas_schema_and_loads_as_training_data(stub: Stub, tmp_path: Path) -> None:
-    facts, rows = gather(stub, tmp_path)
+    facts, rows = gather(stub, tmp_path, turns=2)
     assert rows
     for row in rows:
         assert set(row) == {"id", "topic", "subtopic", "question", "blue_conversations"}
@@ -182,7 +182,7 @@ def test_only_what_the_judge_calls_safe_is_kept_and_what_it_calls_unsafe_is_neve
 
     stub.answer = answer
     out = tmp_path / "out.json"
-    facts = collect(recipe(stub, bank=bank_of(tmp_path, ["Placeholder?"])), tmp_path, out)
+    facts = collect(recipe(stub, bank=bank_of(tmp_path, ["Placeholder?"]), turns=2), tmp_path, out)
     assert facts["dropped"] == {reason: 2}
     assert facts["to_judge_again"] == 2 * waits
     holding = [path for path in tmp_path.rglob("*") if path.is_file() and "MARK" in path.read_text()]
@@ -254,16 +254,16 @@ def test_unusual_line_breaks_in_answers_survive_a_stop(stub: Stub, tmp_path: Pat
     bank = bank_of(tmp_path, ["Placeholder?", "Other?"])
 
     def dies(body: dict[str, Any]) -> str | int:
-        if len(stub.bodies) > 6:
+        if len(stub.bodies) > 8:
             return 400
         return f"{odd} {body['seed']}" if kind(body) == "answer" else polite(body)
 
     stub.answer = dies
     with pytest.raises(UnansweredError):
-        gather(stub, tmp_path, bank=bank, endpoint={"concurrency": 1})
+        gather(stub, tmp_path, bank=bank, endpoint={"concurrency": 1}, turns=2)
     assert odd in (tmp_path / "out.json.partial.jsonl").read_text(encoding="utf-8").replace("\\u000b", "\x0b")
     stub.answer = polite
-    _, rows = gather(stub, tmp_path, bank=bank, endpoint={"concurrency": 1})
+    _, rows = gather(stub, tmp_path, bank=bank, endpoint={"concurrency": 1}, turns=2)
     assert rows[0]["blue_conversations"]["0"][1]["value"].startswith(odd)
 
 
@@ -310,7 +310,7 @@ def test_a_server_that_is_not_there_is_named(stub: Stub, tmp_path: Path) -> None
 
 
 def test_requests_start_no_faster_than_the_limit_whoever_is_asked(stub: Stub, tmp_path: Path) -> None:
-    limit = {"requests_per_minute": 1200.0, "concurrency": 4}
+    limit = {"requests_per_minute": 1200.0, "concurrency": 4}  # of the answers and of the verdicts
     began, came = time.monotonic(), list[float]()
 
     def answer(body: dict[str, Any]) -> str:
@@ -318,8 +318,8 @@ def test_requests_start_no_faster_than_the_limit_whoever_is_asked(stub: Stub, tm
         return polite(body)
 
     stub.answer = answer
-    gather(stub, tmp_path, bank=bank_of(tmp_path, ["Placeholder?"]), endpoint=limit)
-    assert len(came) > 7  # the judge's among them
+    gather(stub, tmp_path, bank=bank_of(tmp_path, ["Placeholder?"]), endpoint=limit, threads=4)
+    assert len(came) == 8
     assert all(at - began >= number * 60 / 1200 for number, at in enumerate(sorted(came)))
 
 
@@ -513,8 +513,8 @@ def test_the_judge_is_shown_the_whole_dialogue(stub: Stub, tmp_path: Path) -> No
 def test_thoughts_are_stripped_before_an_answer_is_judged_or_kept_or_gone_on_with(stub: Stub, tmp_path: Path) -> None:
     stub.answer = lambda body: "<think>SECRET</think>" + polite(body)
     bank = bank_of(tmp_path, ["Placeholder?"])
-    facts, rows = gather(stub, tmp_path, bank=bank)
-    assert facts["conversations"] == 2
+    facts, rows = gather(stub, tmp_path, bank=bank, threads=1, turns=2)
+    assert facts["conversations"] == 1
     assert "A safe answer" in json.dumps(rows)
     assert "SECRET" not in json.dumps(rows)
     assert not any("SECRET" in shown(body) for body in stub.bodies)
@@ -581,9 +581,9 @@ def test_an_answer_without_a_clear_verdict_is_judged_again_at_the_next_start_and
 def test_a_conversation_goes_on_where_a_verdict_was_missing(stub: Stub, tmp_path: Path) -> None:
     stub.answer = lambda body: "Perhaps." if kind(body) == "judge" else polite(body)
     bank = bank_of(tmp_path, ["Placeholder?"])
-    gather(stub, tmp_path, bank=bank, threads=1)
+    gather(stub, tmp_path, bank=bank, threads=1, turns=2)
     stub.answer = polite
-    _, rows = gather(stub, tmp_path, bank=bank, threads=1)
+    _, rows = gather(stub, tmp_path, bank=bank, threads=1, turns=2)
     assert len(rows[0]["blue_conversations"]["0"]) == 4
 
 
@@ -646,3 +646,18 @@ def test_the_journal_of_an_earlier_version_is_refused_in_a_sentence(stub: Stub, 
     assert path.read_bytes() == before
     path.write_text(f"{json.dumps(begun)}\n")  # which holds nothing that would be lost
     gather(stub, tmp_path, bank=bank_of(tmp_path, ["Placeholder?"]), **ONE)
+
+
+def test_the_command_says_that_answers_can_be_judged_again_and_by_whom(stub: Stub, tmp_path: Path) -> None:
+    stub.answer = lambda body: "[[A]]" if kind(body) == "judge" else polite(body)  # no word of the first judge's
+    path = tmp_path / "collect.yaml"
+    asked = recipe(stub, bank=bank_of(tmp_path, ["Placeholder?"]), **ONE)
+    path.write_text(yaml.safe_dump(asked.model_dump(mode="json")), encoding="utf-8")
+    command = ["collect", str(path), "--output", str(tmp_path / "out.json")]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    assert "0 conversations on 0 of 1 questions" in result.output
+    assert "1 answers are without a clear verdict, and left out. Run the same command again" in result.output
+    result = CliRunner().invoke(main, [*command, "--set", f"judge=red-instruct=judge@{stub.url}"])
+    assert result.exit_code == 0, result.output
+    assert "1 conversations on 1 of 1 questions" in result.output
