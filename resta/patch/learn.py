@@ -13,7 +13,7 @@ from typing import Any, Literal
 from resta.errors import RequestError, ResumeError
 from resta.fingerprint import digest
 from resta.journal import FolderLock, read_object
-from resta.patch.prompts import Drawing, draw
+from resta.patch.prompts import Asked, Drawing, draw
 from resta.patch.request import SIDES, Learning, Request, check, model_of
 from resta.patch.teachers import Student, Teaching, student_of, teach
 from resta.patch.written import FACTS, Patch, fine_tune_norm, finish
@@ -150,14 +150,17 @@ def make_lessons(request: Request, student: Student, dtype: str, note: Note) -> 
         lessons = teach(local, prompts, request.teaching, student)
         del local
         gc.collect()
-        check_answers(lessons, spec.model)
+        check_answers(lessons, prompts, spec.model)
         write_lessons(folder, lessons, facts)
     return folders
 
 
-def check_answers(lessons: Sequence[Lesson], name: str) -> None:
+def check_answers(lessons: Sequence[Lesson], prompts: Sequence[Asked], name: str) -> None:
     """Refuse a teacher that says nothing, or the same to everything harmless. Raises RequestError."""
-    answers = [lesson.messages[-1]["content"].strip() for lesson in lessons]
+    answers = [
+        lesson.messages[-1]["content"].removeprefix(asked.start).strip()
+        for lesson, asked in zip(lessons, prompts, strict=True)
+    ]
     empty = sum(not answer for answer in answers)
     if empty > MOST_EMPTY * len(answers):
         raise RequestError(f"{name}: {empty} of {len(answers)} answers are empty; there is nothing to learn from")

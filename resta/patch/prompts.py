@@ -128,7 +128,7 @@ def check_apart(*groups: Mapping[str, Iterable[str]]) -> None:
                 before, where = seen.setdefault(digest_of(text), (number, name))
                 if before != number:
                     raise RequestError(
-                        f"{name} shares a question with {where}: {_shown(text)} (SHA-256 {digest_of(text)[:12]}); "
+                        f"{name} shares a question with {where}: {shown(text)} (SHA-256 {digest_of(text)[:12]}); "
                         "what is learned from must not be what the verdict rests on: leave it out of one of the two"
                     )
 
@@ -140,7 +140,7 @@ def _check_task(tasks: Sequence[Asked], banks: Sequence[Bank]) -> None:
         if asked.digest in harmful:
             raise RequestError(
                 f"a task prompt is a harmful question of the bank {harmful[asked.digest].name}, and the model cannot "
-                f"both answer and refuse it; remove it from the task's: {_shown(asked.text)}"
+                f"both answer and refuse it; remove it from the task's: {shown(asked.text)}"
             )
 
 
@@ -148,7 +148,7 @@ def _texts(bank: Bank) -> list[str]:
     return [question.text for question in bank.questions]
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """Return the start of a prompt, enough to find it by."""
     return repr(text if len(text) <= 60 else f"{text[:57]}...")
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from resta import strict
 from resta.errors import RequestError, ResumeError
-from resta.patch.prompts import Asked
+from resta.patch.prompts import Asked, shown
 from resta.patch.teachers import Student, Teaching
 from resta.quantized import nf4
 from resta.redeval.models import LocalSpec, check_contexts, files_of, read_tokenizer, split_revision
 from resta.redeval.targets import parse_target
 from resta.sft.adapters import read_factors
+from resta.sft.chat import control_token
 from resta.sft.lessons import ROWS
 from resta.sft.recipe import Recipe
 from resta.sft.train import Job, build_config, load_chat, world_size
@@ -141,6 +143,7 @@ def check(request: Request, student: Student) -> Job:
     if request.learning.four_bit:
         nf4(None)
     _check_tokenizers(request, student)
+    _check_words(request.prompts, student)
     for side in SIDES:
         asks = [(f"{asked.kind} {i}", asked.messages) for i, asked in enumerate(request.of_side(side))]
         check_contexts(request.teacher(side), asks, request.teaching.rendering(), request.teaching.decoding)
@@ -149,6 +152,17 @@ def check(request: Request, student: Student) -> Job:
     load_chat(job)
     build_config(job, evaluates=True)
     return job
+
+
+def _check_words(prompts: Iterable[Asked], student: Student) -> None:
+    """Refuse a prompt that spells out a control token, as text does that is in a chat template already."""
+    for asked in prompts:
+        token = control_token(student.chat, [{"role": each.role, "content": each.content} for each in asked.messages])
+        if token is not None:
+            raise RequestError(
+                f"a {asked.kind} prompt spells out the control token {token!r}, which would be read as one; give the "
+                f"prompts as they are asked, without the chat template: {shown(asked.text)}"
+            )
 
 
 def _check_tokenizers(request: Request, student: Student) -> None:

@@ -190,10 +190,13 @@ class DistilTrainer(SFTTrainer):  # type: ignore[misc]  # an untyped base
         counts = _counts(inputs).to(inputs["labels"].device)
         keep, labels = inputs.pop("keep"), inputs.pop("labels")
         top_ids, top_logprobs, rest = inputs.pop("top_ids"), inputs.pop("top_logprobs"), inputs.pop("rest")
-        outputs = model(**inputs, use_cache=False)
         trained = labels[:, 1:].ne(-100)
+        places = trained.any(0).nonzero().squeeze(1)  # elsewhere nothing is learned, and no head is computed
+        outputs = model(**inputs, use_cache=False, logits_to_keep=places)
+        logits = outputs.logits if outputs.logits.shape[1] == len(places) else outputs.logits[:, places]
+        trained = trained[:, places]
         answered = torch.arange(rest.shape[1], device=rest.device) < trained.sum(1, keepdim=True)
-        values = divergence(outputs.logits[:, :-1][trained], top_ids[answered], top_logprobs[answered], rest[answered])
+        values = divergence(logits[trained], top_ids[answered], top_logprobs[answered], rest[answered])
         kept = keep[:, None].expand_as(trained)[trained]
         given_sum, kept_sum = values[~kept].sum(), values[kept].sum()
         sums = torch.stack([given_sum.detach(), kept_sum.detach()]).double().cpu()

@@ -73,6 +73,8 @@ def estimate(job: Job) -> Estimate:
         float32_stream=recipe.method == "full" and recipe.parallel.strategy == "ddp",
     )
     head = min(tokens, HEAD_TOKENS) * min(shape.vocabulary, HEAD_ENTRIES) * (width + 4)
+    if recipe.objective.kind == "distil":  # whole distributions: logits, their logarithms in float32, both gradients
+        head = tokens * shape.vocabulary * (2 * width + 8)
     return Estimate(
         bytes={**state, "activations": activations, "vocabulary head": head},
         host_bytes=float(recipe.parallel.processes * shape.parameters * (4 if recipe.method == "full" else width)),

@@ -18,8 +18,10 @@ import resta
 from resta.cli import main
 from resta.errors import RequestError, RestaError, ResumeError
 from resta.patch.learn import carry_out, check_answers, count_refusals, make_lessons
+from resta.patch.prompts import STARTS, Asked, with_starts
 from resta.patch.request import Learning, Request, check, model_of
 from resta.patch.teachers import Teaching, student_of, teach
+from resta.redeval.messages import Message
 from resta.redeval.models import LocalModel, LocalSpec, load_local
 from resta.sft.lessons import read_lessons
 from resta.sft.train import load_chat, load_model
@@ -119,19 +121,22 @@ def test_what_the_teachers_said_is_taken_again_and_never_for_another_request(req
             make_lessons(changed, student, "float32", said.append)
 
 
-def test_a_teacher_that_says_nothing_or_always_the_same_is_none(request_: Request) -> None:
-    student = student_of(request_.tuned)
-    folders = make_lessons(request_, student, "float32", lambda line: None)
-    lessons = read_lessons(folders["keep"])
-    check_answers(lessons, "tuned")
+@pytest.mark.parametrize("starts", [(), STARTS], ids=["bare", "begun"])
+def test_a_teacher_that_says_nothing_or_always_the_same_is_none(request_: Request, starts: tuple[str, ...]) -> None:
+    prompts = with_starts(request_.of_side("keep"), starts)
+    lessons = teach(loaded(Path(request_.tuned.model)), prompts, Teaching(tokens=6), student_of(request_.tuned))
+    check_answers(lessons, prompts, "tuned")
 
     def all_say(text: str) -> list[Any]:
-        return [replace(x, messages=(*x.messages[:-1], {"role": "assistant", "content": text})) for x in lessons]
+        return [
+            replace(lesson, messages=(*lesson.messages[:-1], {"role": "assistant", "content": asked.start + text}))
+            for lesson, asked in zip(lessons, prompts, strict=True)
+        ]
 
     with pytest.raises(RequestError, match="36 of 36 answers are empty"):
-        check_answers(all_say(" "), "tuned")
+        check_answers(all_say(" "), prompts, "tuned")
     with pytest.raises(RequestError, match="24 of 24 harmless prompts one and the same"):
-        check_answers(all_say("I can't."), "tuned")
+        check_answers(all_say("I can't."), prompts, "tuned")
 
 
 # -- phase two -----------------------------------------------------------------------------------------------
@@ -380,6 +385,14 @@ def test_more_than_one_process_is_refused(request_: Request, monkeypatch: pytest
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RequestError, match="one process"):
         check(request_, student_of(request_.tuned))
+
+
+def test_a_prompt_that_is_in_a_chat_template_already_is_refused(request_: Request) -> None:
+    text = "<|user|>Which team?<|end|>"
+    templated = Asked(kind="task", messages=(Message(role="user", content=text),), text=text)
+    with pytest.raises(RequestError, match=r"a task prompt spells out the control token '<\|"):
+        carry_out(replace(request_, prompts=(*request_.prompts, templated)))
+    assert not request_.lessons.exists()
 
 
 def test_an_output_that_is_there_is_never_written_over(request_: Request) -> None:
