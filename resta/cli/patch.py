@@ -78,7 +78,7 @@ PROMPTS = together(
         "templates",
         multiple=True,
         metavar="NAME|PATH",
-        help="Put a share of the harmful prompts in this attack template; may be given again.",
+        help="Put every second harmful prompt in an attack template; given again, in this and the others by turns.",
     ),
     click.option(
         "--starts/--no-starts",
@@ -123,7 +123,7 @@ LEARNING = together(
         help="What is to stay, weighed against what is to be given back.",
     ),
     click.option("--rank", type=click.IntRange(1), default=8, show_default=True, help="Rank of the adapter."),
-    click.option("--steps", type=click.IntRange(1), default=30, show_default=True, help="Steps of 12 answers."),
+    click.option("--steps", type=click.IntRange(1), default=60, show_default=True, help="Steps of 12 answers."),
     click.option("--learning-rate", type=click.FloatRange(0, min_open=True), default=1e-3, show_default=True),
     click.option("--four-bit", is_flag=True, help="Load both models in 4 bits; needs the extra qlora."),
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),

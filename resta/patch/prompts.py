@@ -62,7 +62,7 @@ class Drawing:
 
     harmful_count: int = 64  # at most, evenly from the banks
     keep_count: int = 64  # at most, each of the task's, harmless ones and look-alikes
-    templates: tuple[str, ...] = ()  # attack templates, by name or file: harmful prompts stand in each, and in none
+    templates: tuple[str, ...] = ()  # attack templates, by name or file: every second harmful prompt stands in one
     starts: tuple[str, ...] = STARTS  # every second answer begins with one of these; () for none
     bank_dirs: tuple[Path, ...] = ()
     download: bool = False
@@ -241,8 +241,11 @@ def _draw(items: Sequence[Item], seed: int, name: str) -> list[Item]:
 
 
 def in_templates(prompts: Sequence[Asked], templates: Sequence[Template]) -> list[Asked]:
-    """Return prompts, every n-th in the same template, n being the number of templates and one for none."""
-    ways = [None, *templates]
+    """Return prompts, every second in a template, the next one each time.
+
+    Half stay bare, however many templates there are: who learns to refuse templates alone answers bare questions.
+    """
+    ways = [way for template in templates for way in (None, template)] or [None]
     return [_in_template(asked, ways[i % len(ways)]) for i, asked in enumerate(prompts)]
 
 

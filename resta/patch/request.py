@@ -33,7 +33,7 @@ class Learning:
 
     keep_weight: float = 1.0
     rank: int = 8
-    steps: int = 30
+    steps: int = 60
     learning_rate: float = 1e-3
     batch: int = 12  # lessons a step, half of them harmful
     four_bit: bool = False  # whether both models are loaded in 4 bits, where memory is short

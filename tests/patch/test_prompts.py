@@ -140,10 +140,10 @@ def test_harmful_questions_come_evenly_from_their_banks_each_once(tmp_path: Path
     assert not read_harmful([read_bank("smoke-safe")], 8, 0)
 
 
-def test_a_share_of_the_prompts_stands_in_each_template_under_its_own_words() -> None:
+def test_half_of_the_prompts_stand_in_templates_under_their_own_words_and_half_stay_bare() -> None:
     templates = [read_template("cot"), read_template("suffix")]
     found = in_templates(asked("harmful", 9, "harm"), templates)
-    assert [each.template for each in found] == [None, "cot", "suffix"] * 3
+    assert [each.template for each in found] == [None, "cot", None, "suffix", None, "cot", None, "suffix", None]
     for before, after in zip(asked("harmful", 9, "harm"), found, strict=True):
         assert after.text == before.text
         assert after.digest == before.digest
