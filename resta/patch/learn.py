@@ -108,13 +108,15 @@ def carry_out(request: Request, *, progress: Watch | None = None, note: Note = l
     fine_tune = fine_tune_norm(request)
     with private_files():
         request.lessons.mkdir(parents=True, exist_ok=True)
-        with FolderLock(request.lessons):
+        lock = FolderLock(request.lessons)
+    with lock:
+        with private_files():
             folders = make_lessons(request, student, DTYPES[precision(job)], note)
-    if not _is_learned(job, folders):
-        note(f"learning: {request.learning.steps} steps of {request.learning.batch} lessons")
-        finetune.carry_out(job, progress=progress)
-    refused = count_refusals(read_lessons(folders["harmful"]))
-    return finish(request, job.out, refused=refused, fine_tune=fine_tune, seconds=time.monotonic() - started)
+        if not _is_learned(job, folders):
+            note(f"learning: {request.learning.steps} steps of {request.learning.batch} lessons")
+            finetune.carry_out(job, progress=progress)
+        refused = count_refusals(read_lessons(folders["harmful"]))
+        return finish(request, job.out, refused=refused, fine_tune=fine_tune, seconds=time.monotonic() - started)
 
 
 # -- phase one -----------------------------------------------------------------------------------------------

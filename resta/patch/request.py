@@ -10,7 +10,7 @@ from typing import Any
 
 from resta import strict
 from resta.errors import RequestError, ResumeError
-from resta.patch.prompts import Asked, shown
+from resta.patch.prompts import KINDS, Asked, shown
 from resta.patch.teachers import Student, Teaching
 from resta.quantized import nf4
 from resta.redeval.models import LocalSpec, check_contexts, files_of, read_tokenizer, split_revision
@@ -65,7 +65,8 @@ class Request:
     @property
     def counts(self) -> dict[str, int]:
         """Return how many prompts of each kind there are."""
-        return dict(Counter(asked.kind for asked in self.prompts))
+        found = Counter(asked.kind for asked in self.prompts)
+        return {kind: found[kind] for kind in KINDS}
 
 
 def model_of(name: str | Path | LocalSpec, **settings: Any) -> LocalSpec:
@@ -145,6 +146,8 @@ def check(request: Request, student: Student) -> Job:
     _check_tokenizers(request, student)
     _check_words(request.prompts, student)
     for side in SIDES:
+        if not request.of_side(side):
+            raise RequestError(f"no prompts to learn from on the side {side!r}; both need some")
         asks = [(f"{asked.kind} {i}", asked.messages) for i, asked in enumerate(request.of_side(side))]
         check_contexts(request.teacher(side), asks, request.teaching.rendering(), request.teaching.decoding)
     out = request.out.with_name(f"{request.out.name}.learned")

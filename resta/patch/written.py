@@ -15,9 +15,9 @@ import yaml
 
 from resta.distance import diff
 from resta.journal import read_object, to_json, write_whole
-from resta.patch.prompts import KINDS
 from resta.patch.request import Request
-from resta.redeval.models import LocalSpec, files_of, fingerprint
+from resta.redeval.models import LocalSpec, files_of, fingerprint, split_revision
+from resta.sft.adapters import norm_of, rank_of, read_factors
 
 FACTS = "resta.json"
 
@@ -48,7 +48,7 @@ def finish(request: Request, learned: Path, *, refused: int, fine_tune: float | 
     metrics = trained["metrics"]
     patch = Patch(
         out=request.out,
-        prompts={kind: request.counts[kind] for kind in KINDS},
+        prompts=request.counts,
         refused=refused,
         given_kl_before=before.get("eval_given_kl"),
         given_kl=metrics.get("eval_given_kl"),
@@ -66,13 +66,15 @@ def finish(request: Request, learned: Path, *, refused: int, fine_tune: float | 
 
 def fine_tune_norm(request: Request) -> float | None:
     """Return |tuned - base|, the Frobenius norm over all tensors; None where base is not known. Raises RequestError."""
-    tuned = request.tuned
-    base = request.base or (files_of(tuned) if tuned.is_adapter else None)
-    return None if base is None else diff(base, tuned.model, on=base if tuned.is_adapter else None).total.norm_diff
+    if request.tuned.is_adapter:
+        return norm_of(read_factors(Path(request.tuned.model)))
+    return None if request.base is None else diff(request.base, request.tuned.model).total.norm_diff
 
 
 def _norm(request: Request, learned: Path) -> float:
-    return diff(request.tuned.model, learned, on=files_of(request.tuned)).total.norm_diff
+    """Return the norm of the patch alone: of what was joined to an adapter, the part that was not there before."""
+    there = rank_of(read_factors(Path(request.tuned.model))) if request.tuned.is_adapter else 0
+    return norm_of(read_factors(learned), after=there)
 
 
 def provenance(request: Request, patch: Patch) -> dict[str, Any]:
@@ -121,7 +123,7 @@ Its norm is {norm_share} of the fine-tune's.
 
 def card(request: Request, patch: Patch) -> str:
     """Return the model card: what the patch is, what it is not, and the metadata that model hubs read."""
-    base = files_of(request.tuned)
+    base, _ = split_revision(files_of(request.tuned))
     front: dict[str, Any] = {"library_name": "peft", **({} if Path(base).is_dir() else {"base_model": base})}
     front |= {"base_model_relation": "adapter", "pipeline_tag": "text-generation", "tags": ["resta", "patch", "lora"]}
     tuned, aligned = (_named(spec)["model"] for spec in (request.tuned, request.aligned))

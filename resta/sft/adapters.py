@@ -108,9 +108,23 @@ def _add(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) ->
     return output + added.to(output.dtype)
 
 
+def rank_of(factors: Mapping[str, Factors]) -> int:
+    """Return the largest rank of an adapter's layers."""
+    return max((len(both.a) for both in factors.values()), default=0)
+
+
+def norm_of(factors: Mapping[str, Factors], *, after: int = 0) -> float:
+    """Return the Frobenius norm of what an adapter adds to all weights, or of its ranks after the first ones alone."""
+    total = 0.0
+    for both in factors.values():
+        a, b = both.a[after:].double(), both.b[:, after:].double()
+        total += float(((b.T @ b) * (a @ a.T)).sum())  # |b a|^2, and never a whole matrix
+    return math.sqrt(max(0.0, total))
+
+
 def join(first: Mapping[str, Factors], second: Mapping[str, Factors]) -> dict[str, Factors]:
-    """Return the sum of two adapters as one, of the same rank in every layer."""
-    ranks = [max((len(both.a) for both in factors.values()), default=0) for factors in (first, second)]
+    """Return the sum of two adapters as one: in every layer all the first one's ranks, then the second one's."""
+    ranks = [rank_of(factors) for factors in (first, second)]
     joined = {}
     for module in sorted(first.keys() | second.keys()):
         some = next(factors[module] for factors in (first, second) if module in factors)
@@ -125,7 +139,7 @@ def join(first: Mapping[str, Factors], second: Mapping[str, Factors]) -> dict[st
 def join_with(first: Mapping[str, Factors], folder: Path) -> None:
     """Put the sum of an adapter and the one in a folder in the latter's place."""
     joined = join(first, read_factors(folder))
-    rank = len(next(iter(joined.values())).a)
+    rank = rank_of(joined)
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     config |= {"r": rank, "lora_alpha": rank, "use_rslora": False, "target_modules": list(joined)}
     config |= {"rank_pattern": {}, "alpha_pattern": {}}

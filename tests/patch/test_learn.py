@@ -23,6 +23,7 @@ from resta.patch.request import Learning, Request, check, model_of
 from resta.patch.teachers import Teaching, student_of, teach
 from resta.redeval.messages import Message
 from resta.redeval.models import LocalModel, LocalSpec, load_local
+from resta.sft.adapters import norm_of, read_factors
 from resta.sft.lessons import read_lessons
 from resta.sft.train import load_chat, load_model
 from tests.patch.builders import asked, write_json_lines
@@ -381,6 +382,13 @@ def test_in_four_bits_teachers_and_student_are_loaded_alike(request_: Request, m
     assert mine.bnb_4bit_quant_type == "nf4"
 
 
+@pytest.mark.parametrize("side", ["harmful", "keep"])
+def test_prompts_for_one_teacher_alone_are_refused(side: str, request_: Request) -> None:
+    with pytest.raises(RequestError, match="both need some"):
+        carry_out(replace(request_, prompts=request_.of_side(side)))
+    assert not request_.lessons.exists()
+
+
 def test_more_than_one_process_is_refused(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RequestError, match="one process"):
@@ -506,15 +514,17 @@ def test_the_patch_of_an_adapter_is_one_adapter_on_its_base_that_is_both(request
         tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).merge_and_unload()
         before = tuned(ids).logits
         both = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), patch.out)
-        after = both(ids).logits
+        after, norms = both(ids).logits, []
         for name, layer in both.get_base_model().named_modules():
             if hasattr(layer, "lora_A"):  # the first three ranks are the adapter's, the others what was learned
                 up, down = layer.lora_B["default"].weight, layer.lora_A["default"].weight
                 tuned.get_submodule(name).weight += up[:, 3:] @ down[3:]
+                norms.append(((up[:, 3:] @ down[3:]) ** 2).sum().item())
         assert torch.allclose(tuned(ids).logits, after, atol=1e-4)
     assert not torch.allclose(before, after, atol=1e-3)
-    assert patch.norm_share is not None
-    assert patch.norm_share > 0
+    change = math.sqrt(sum(norms))
+    fine_tune = norm_of(read_factors(adapter))
+    assert patch.norm_share == pytest.approx(change / fine_tune, rel=1e-3)
     assert "joined to one" in (patch.out / "README.md").read_text()
 
 

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 import resta
 from resta.errors import RequestError, ResumeError
-from resta.sft.adapters import carry, join, join_with, read_factors
+from resta.sft.adapters import carry, join, join_with, norm_of, rank_of, read_factors
 
 IDS = torch.arange(5, 45)[None]
 
@@ -93,6 +93,18 @@ def test_joining_is_blind_to_the_order_but_for_rounding(tiny_base: Path, tmp_pat
         assert torch.allclose(both.b @ both.a, back[module].b @ back[module].a, atol=1e-6)
         parts = [factors[module] for factors in (first, second) if module in factors]
         assert torch.allclose(both.b @ both.a, sum((p.b @ p.a for p in parts), torch.zeros(())), atol=1e-6)
+
+
+def test_the_norm_of_an_adapter_is_that_of_its_products(tiny_base: Path, tmp_path: Path) -> None:
+    first = read_factors(save_adapter(tiny_base, tmp_path / "first"))
+    second = read_factors(save_adapter(tiny_base, tmp_path / "second", seed=1, r=4))
+
+    def by_products(factors: Any) -> float:
+        return sum(float(((both.b @ both.a).double() ** 2).sum()) for both in factors.values()) ** 0.5
+
+    assert norm_of(first) == pytest.approx(by_products(first), rel=1e-6)
+    assert norm_of(join(first, second)) == pytest.approx(by_products(join(first, second)), rel=1e-6)
+    assert norm_of(join(first, second), after=rank_of(first)) == pytest.approx(by_products(second), rel=1e-6)
 
 
 @pytest.mark.parametrize(
