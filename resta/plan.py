@@ -63,7 +63,7 @@ class StepTerm:
     @property
     def keep(self) -> int:
         """An entry stays if its 32-bit word is below this, so that a lower density keeps a subset."""
-        return KEEP_ALL if self.density == 1 else round(self.density * KEEP_ALL)
+        return round(self.density * KEEP_ALL)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -325,9 +325,11 @@ def _draft_step(recipe: Recipe, name: str, start: Operand, draft: _Draft) -> Ste
         scale = recipe.terms[index].scale * _factor(rule, recipe.terms[index].name)
         _check_scale(recipe, index, name, scale, draft)
         fits = [scale != 0 and _fits(name, start, end, draft) for end in (to, from_)]  # both are reported
-        if all(fits) and to[1] == from_[1]:  # an adapter does not touch this tensor: the difference is exactly zero
+        if not all(fits):
+            continue
+        if to[1] == from_[1]:  # an adapter does not touch this tensor: the difference is exactly zero
             reached[index] = _count_shared([start, to[1]])
-        elif all(fits):
+        else:
             rows = [_row(operands, owners, end) for end in (to, from_)]
             terms.append(_make_term(recipe, index, name, scale, rows))
     merged_count = _count_shared(operands)

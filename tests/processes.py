@@ -22,7 +22,7 @@ models.generate = generate
 from resta.cli import main
 main(sys.argv[1:])
 """
-HOPELESS_S = 300  # nothing takes as long; a test that waits for what never comes ends all the same
+HOPELESS_S = 1800  # nothing takes as long; a test that waits for what never comes ends all the same
 
 
 def wait_until(reached: Callable[[], bool], process: subprocess.Popen[str]) -> None:

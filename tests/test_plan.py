@@ -393,6 +393,21 @@ def test_kept_tensors_need_not_be_in_the_other_models(bench: Bench) -> None:
 def test_stochastic_rounding_without_a_half_precision_output_is_refused(bench: Bench) -> None:
     message = bench.trio().refusal(output={"dtype": "float32", "rounding": "stochastic"})
     assert "stochastic rounding needs bfloat16 or float16 output" in message
+    for dtype in ("bfloat16", "float16"):
+        steps = bench.plan(output={"dtype": dtype, "rounding": "stochastic"}).steps
+        assert len({step.rounding_key for step in steps} - {None}) == len(steps)  # each tensor draws its own numbers
+    assert {step.rounding_key for step in bench.plan(output={"dtype": "bfloat16"}).steps} == {None}
+
+
+def test_a_term_keeps_every_entry_or_the_share_that_its_density_says(bench: Bench) -> None:
+    def kept(**sparsify: float) -> set[int]:
+        terms = [{"delta": "aligned - base", "scale": 0.5, **({"sparsify": sparsify} if sparsify else {})}]
+        return {term.keep for step in bench.plan(terms=terms).steps for term in step.terms}
+
+    bench.trio()
+    assert kept() == kept(density=1.0) == {2**32}
+    assert kept(density=0.25) == {2**30}
+    assert kept(density=0.7) == {round(0.7 * 2**32)}
 
 
 def test_a_term_between_two_names_of_the_same_files_is_refused(bench: Bench) -> None:

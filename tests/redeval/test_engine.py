@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -94,7 +95,7 @@ def test_a_cancelled_leader_hands_over() -> None:
         async with anyio.create_task_group() as group:
             group.start_soon(one, "leader", IDLE_S / 2)
             group.start_soon(one, "waiting and cancelled", IDLE_S / 4)
-            group.start_soon(one, "patient", 10)
+            group.start_soon(one, "patient", math.inf)
 
     anyio.run(everything)
     assert found == ["patient"]
