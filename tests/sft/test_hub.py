@@ -102,9 +102,10 @@ for revision, side in json.loads(sys.argv[1]):
     except RequestError as error:
         print(json.dumps({"error": str(error)}))
         continue
-    trained = SimpleNamespace(mixture=SimpleNamespace(sources=[loaded], drawn={"a": 0}))
+    job = SimpleNamespace(recipe=SimpleNamespace(objective=SimpleNamespace(kind="sft")))
+    fitted = SimpleNamespace(mixture=SimpleNamespace(sources=[loaded], drawn={"a": 0}))
     said = [c.messages[-1]["content"] for c in loaded.conversations]
-    print(json.dumps(data_facts(trained)[0] | {"said": said}))
+    print(json.dumps(data_facts(job, fitted)[0] | {"said": said}))
 """
 
 

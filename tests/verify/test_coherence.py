@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,6 @@ from hypothesis import strategies as st
 
 from resta.redeval.models import LocalModel, LocalSpec, Prompt, load_local
 from resta.verify.coherence import (
-    FEWEST,
     FIRST_TOKENS,
     Losses,
     answer_losses,
@@ -57,6 +57,29 @@ def test_losses_in_padded_batches_are_those_of_each_answer_alone(local: LocalMod
         assert found[i] == pytest.approx(naive_loss(local, prompts[i], texts[i]), abs=1e-4)
 
 
+def test_a_batch_holds_no_more_rows_than_allowed_and_no_more_logits_than_there_is_room_for(
+    local: LocalModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[tuple[int, int]] = []
+    real = local.model.forward
+
+    def forward(*args: Any, input_ids: Any, **given: Any) -> Any:
+        sizes.append(tuple(input_ids.shape))
+        return real(*args, input_ids=input_ids, **given)
+
+    monkeypatch.setattr(local.model, "forward", forward)
+    prompts, texts = [local.raw_prompt(str(i), "ask") for i in range(5)], ["yes, of course"] * 5
+    monkeypatch.setattr(local, "batch_rows", 2)
+    whole = answer_losses(local, prompts, texts)
+    assert [rows for rows, _ in sizes] == [2, 2, 1]
+    one_row = 4 * local.model.config.vocab_size * sizes[0][1]  # bytes of its logits in float32
+    for room, expected in ((one_row * 2 - 1, [1] * 5), (one_row * 2, [2, 2, 1]), (1, [1] * 5)):
+        sizes.clear()
+        monkeypatch.setattr("resta.verify.coherence.LOGITS_BYTES", room)
+        assert answer_losses(local, prompts, texts) == pytest.approx(whole, abs=1e-5)
+        assert [rows for rows, _ in sizes] == expected
+
+
 def losses(by_answer: dict[str, float], mixed: dict[str, float], vocabulary: int = 49152) -> Losses:
     return Losses(aligned="", answers="", vocabulary=vocabulary, by_answer=by_answer, shuffled=mixed)
 
@@ -74,7 +97,12 @@ OWN = losses({str(i): 0.8 for i in range(20)} | {"own": 9.0}, {str(i): 6.2 for i
         (9.0, 9.2, True),
         (6.0, 8.0, False),  # unlikely, but its order tells much
         (4.9, None, False),
-        (10.9, None, True),  # too short to shuffle: worse than a uniform draw
+        (10.80, None, False),
+        (10.81, None, True),  # too short to shuffle: worse than a uniform draw over 49152 tokens
+        # The aligned model's own gain is 5.4: a quarter of it is 1.35, three quarters of the way 4.85.
+        (4.86, 6.20, True),
+        (4.86, 6.22, False),
+        (4.84, 6.10, False),
     ],
 )
 def test_an_answer_is_no_language_where_its_order_gains_nothing_and_it_costs_as_much_as_words_in_none(
@@ -97,8 +125,9 @@ def test_a_part_of_gibberish_in_the_aligned_models_answers_does_not_hide_the_res
 
 
 def test_a_handful_of_answers_says_nothing_of_what_language_is() -> None:
-    few = losses({str(i): 0.8 for i in range(FEWEST - 1)}, {str(i): 6.2 for i in range(FEWEST - 1)})
+    few, enough = (losses({str(i): 0.8 for i in range(n)}, {str(i): 6.2 for i in range(n)}) for n in (7, 8))
     assert implausible({"aligned": few, "restored": OWN}) == {"aligned": None, "restored": None}
+    assert implausible({"aligned": enough, "restored": OWN}) == {"aligned": frozenset(), "restored": frozenset()}
 
 
 @given(st.text(alphabet=st.characters(codec="utf-8"), max_size=80))
@@ -121,6 +150,14 @@ def test_shuffling_is_of_words_or_of_characters_where_there_are_no_spaces_and_of
     assert sorted(shuffled(chinese) or "") == sorted(chinese)
     assert shuffled(chinese) != chinese
     assert [shuffled(text) for text in ("", "OK.", "two words")] == [None, None, None]
+    assert sorted((shuffled("three small words") or "").split()) == ["small", "three", "words"]
+
+
+def test_words_are_shuffled_whole_unless_they_and_what_is_between_them_are_longer_than_fifteen() -> None:
+    whole = ["a" * 24, "b" * 24, "c" * 25]  # with two spaces 75 characters in five parts
+    assert sorted((shuffled(" ".join(whole)) or "").split()) == whole
+    longer = ["a" * 24, "b" * 24, "c" * 26]
+    assert sorted((shuffled(" ".join(longer)) or "").split()) != longer
 
 
 def test_losses_of_other_answers_or_of_an_earlier_version_are_not_taken(tmp_path: Path) -> None:
