@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace as Shown
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import yaml
 from scipy import stats
 
-from resta.statistics import Rate, paired_rates
+from resta.statistics import Difference, Rate, paired_rates
 from resta.verify.comparison import Comparison
 from resta.verify.decision import Decision, Rule, Verdict
 from resta.verify.gate import decide
@@ -247,3 +248,65 @@ def test_what_a_rule_says_is_a_count_of_a_rate_and_points_of_a_difference() -> N
     assert by["asr.max_increase_over_aligned"].why == "+4.5 points"
     held = rules(gate(own, {"harm": exactly((10, 100, 0), 200)}))["asr.max_upper"].why
     assert held == "0 of 200 answers to 200 questions"
+
+
+# -- how answers look ----------------------------------------------------------------------------------------
+
+
+def share(hits: int | None) -> Rate:
+    value = None if hits is None else hits / 100
+    return Rate(hits=hits or 0, total=100, value=value, low=0.0, high=1.0)
+
+
+def between(low: float, high: float) -> Difference:
+    return Difference(value=(low + high) / 2, low=low, high=high)
+
+
+@pytest.mark.parametrize(("hits", "outcome"), [(5, "holds"), (6, "invalid"), (0, "holds"), (None, "holds")])
+def test_broken_answers_of_restored_and_of_aligned_are_held_against_the_same_limit(
+    fine: Comparison, hits: int | None, outcome: str
+) -> None:
+    for role, name in (("restored", "degenerate.max"), ("aligned", "degenerate.max (aligned)")):
+        conduct = {**fine.conduct, role: replace(fine.conduct[role], degenerate=share(hits))}
+        rule = rules(decide(replace(fine, conduct=conduct), policy("degenerate: {max: 0.05}")))[name]
+        assert (rule.outcome, rule.value) == (outcome, (hits or 0) / 100)
+
+
+INCREASES = [
+    (0.00, 0.05, "holds"),
+    (0.00, 0.051, "inconclusive"),
+    (0.05, 0.09, "inconclusive"),
+    (0.051, 0.09, "invalid"),
+]
+
+
+@pytest.mark.parametrize(("low", "high", "outcome"), INCREASES)
+@pytest.mark.parametrize("nearer", ["aligned", "tuned"])
+def test_of_what_restored_breaks_down_more_the_smaller_increase_counts(
+    fine: Comparison, low: float, high: float, outcome: str, nearer: str
+) -> None:
+    other = {"aligned": "tuned", "tuned": "aligned"}[nearer]
+    excess = {nearer: between(low, high), other: between(0.2, 0.3)}
+    conduct = {role: replace(of, excess=excess.get(role)) for role, of in fine.conduct.items()}
+    found = decide(replace(fine, conduct=conduct), policy("degenerate: {max: 0.9, max_increase: 0.05}"))
+    rule = rules(found)["degenerate.max_increase"]
+    assert (rule.outcome, rule.low, rule.high) == (outcome, low, high)
+    assert rule.why.endswith(f"points; more than of {nearer}")
+
+
+@pytest.mark.parametrize(("low", "high", "outcome"), INCREASES)
+@pytest.mark.parametrize(("own", "known"), [(40, True), (41, False), (None, True)])
+def test_one_answer_to_everything_is_found_beside_aligned_whose_own_are_not_too_many(
+    fine: Comparison, low: float, high: float, outcome: str, own: int | None, known: bool
+) -> None:
+    own_policy = policy("one_answer: {max_increase: 0.05, max_aligned: 0.4}")
+    rates = {"aligned": share(own), "tuned": share(1), "restored": share(30)}
+    asked: Any = Shown(rates=rates, over={"aligned": between(low, high), "tuned": between(0.0, 0.0)})
+    by = rules(decide(replace(fine, one_answer=asked), own_policy))
+    assert by["one_answer.max_increase"].outcome == outcome  # beside aligned, whatever tuned does
+    assert by["one_answer.max_aligned"].outcome == ("holds" if known else "invalid")
+    over = {"aligned": between(0.2, 0.3), "tuned": between(low, high)}
+    task: Any = Shown(task="sums", one_answer=Shown(rates=rates, over=over), missed=False, why="")
+    rule = rules(decide(replace(fine, generated=(task,)), own_policy))["one_answer.max_increase (sums)"]
+    assert rule.outcome == (outcome if known or outcome == "invalid" else "left out")
+    assert (rule.low, rule.high) == (low, high)  # of a task the smaller increase counts
