@@ -17,11 +17,13 @@ from resta import statistics
 from resta.statistics import (
     Clustered,
     Difference,
+    Interval,
     Pairs,
     cluster_bootstrap,
     cohen_kappa,
     correct_rate,
     count_pairs,
+    fisher_greater,
     holm,
     macro_rate,
     mcnemar_mid_p,
@@ -44,6 +46,32 @@ def test_wilson_agrees_with_statsmodels(case: tuple[int, int]) -> None:
     interval = wilson(k, n)
     assert interval.low == pytest.approx(low, abs=1e-12)
     assert interval.high == pytest.approx(high, abs=1e-12)
+
+
+@given(st.integers(0, 30), st.integers(0, 30), st.integers(0, 30), st.integers(0, 30))
+def test_fishers_p_is_that_of_scipy(k1: int, more1: int, k2: int, more2: int) -> None:
+    n1, n2 = k1 + more1, k2 + more2
+    expected = stats.fisher_exact([[k1, n1 - k1], [k2, n2 - k2]], alternative="greater").pvalue
+    assert fisher_greater((k1, n1), (k2, n2)) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [((3, 2), (0, 2)), ((-1, 2), (0, 2)), ((1, 2), (3, 2)), ((1, 2), (-1, 2))]
+)
+def test_fishers_test_is_of_hits_among_trials(first: tuple[int, int], second: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="between 0 and the trials"):
+        fisher_greater(first, second)
+
+
+@given(st.integers(1, 400), st.floats(0, 1), st.floats(0, 1), st.sampled_from([0.8, 0.95]))
+def test_a_widened_interval_is_its_union_with_those_of_no_hit_and_of_nothing_but_hits(
+    questions: int, one: float, other: float, level: float
+) -> None:
+    drawn = Interval(min(one, other), max(one, other))
+    z2 = float(stats.norm.ppf(0.5 + level / 2)) ** 2
+    none = z2 / (questions + z2)  # Wilson's upper bound of no hit
+    found = widened(drawn, questions, level)
+    assert (found.low, found.high) == pytest.approx((min(drawn.low, 1 - none), max(drawn.high, none)))
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from scipy.stats import fisher_exact
 
 from resta.errors import RequestError
 from resta.journal import Journal
@@ -46,13 +43,6 @@ def right(known: Known) -> JudgementLabel:
 
 
 # -- the test itself -----------------------------------------------------------------------------------------
-
-
-@given(st.integers(0, 30), st.integers(0, 30), st.integers(0, 30), st.integers(0, 30))
-def test_fishers_p_is_that_of_scipy(k1: int, more1: int, k2: int, more2: int) -> None:
-    n1, n2 = k1 + more1, k2 + more2
-    expected = fisher_exact([[k1, n1 - k1], [k2, n2 - k2]], alternative="greater").pvalue
-    assert fisher_greater((k1, n1), (k2, n2)) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
