@@ -14,12 +14,13 @@ from resta.lazy import lazily
 from resta.version import VERSION as __version__
 
 if TYPE_CHECKING:
-    from resta import patch, redeval, sft, sweep, verify
+    from resta import ladder, patch, redeval, sft, sweep, verify
     from resta.algebra import Checkpoint, Delta, Merge, dare, load
     from resta.auditing import audit
     from resta.distance import diff
     from resta.engine import merge, tensors
     from resta.errors import RestaError
+    from resta.ladder.conduct import restore
     from resta.recipe import Recipe, load_recipe
 else:
     __getattr__ = lazily(
@@ -31,7 +32,8 @@ else:
             "RestaError": "errors",
             "audit": "auditing",
             "diff": "distance",
-            **{package: package for package in ("patch", "redeval", "sft", "sweep", "verify")},
+            "restore": "ladder.conduct",
+            **{package: package for package in ("ladder", "patch", "redeval", "sft", "sweep", "verify")},
         },
     )
 
@@ -45,11 +47,13 @@ __all__ = [
     "audit",
     "dare",
     "diff",
+    "ladder",
     "load",
     "load_recipe",
     "merge",
     "patch",
     "redeval",
+    "restore",
     "sft",
     "sweep",
     "tensors",

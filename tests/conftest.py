@@ -9,7 +9,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-for folder in ("", "demo.", "redeval.", "sft.", "sweep.", "verify."):
+for folder in ("", "demo.", "ladder.", "redeval.", "sft.", "sweep.", "verify."):
     pytest.register_assert_rewrite(f"tests.{folder}builders")
 
 # Before huggingface_hub is imported, which reads it once: else every file of a model that is not there is asked for six

@@ -15,6 +15,8 @@ ELSEWHERE = {
     "redeval/test_run": "cli/options cli/redeval redeval/answering redeval/batchfile redeval/labels redeval/protocol "
     "redeval/tasks",
     "sft/test_cli": "cli/sft sft/show",
+    "ladder/test_conduct": "cli/restore ladder/story",
+    "ladder/test_proof": "ladder/request",
     "patch/test_learn": "cli/patch patch/request patch/teachers patch/written",
     "sft/test_collect": "cli/collect",
     "sft/test_distil": "sft/lessons",

@@ -77,6 +77,12 @@ LAYERS = (
     "sweep: report",
     "sweep: conduct written",
     "sweep: __init__",
+    "ladder: questions",
+    "ladder: rungs",
+    "ladder: proof request",
+    "ladder: story",
+    "ladder: conduct",
+    "ladder: __init__",
     "__init__",
     "demo: corpus",
     "demo: files",
@@ -85,7 +91,7 @@ LAYERS = (
     "demo: __init__",
     "cli: options audit completion output schema",
     "cli: collect demo diff merge patch redeval sft verify",
-    "cli: sweep",
+    "cli: restore sweep",
     "cli: __init__",
     "__main__",
 )
@@ -99,6 +105,7 @@ DOORS = {
     "redeval": "engine hub",
     "patch": "distance",
     "verify": "auditing manifest",
+    "ladder": "engine manifest recipe",
     "sweep": "engine hub opened plan recipe shorthand",
     "demo": "__init__ recipe",
 }
@@ -175,8 +182,8 @@ def past_the_doors(tree: Mapping[str, set[str]], doors: Mapping[str, str]) -> li
 
 def test_the_public_surface_is_this() -> None:
     assert sorted(resta.__all__) == [
-        "Checkpoint", "Delta", "Merge", "Recipe", "RestaError", "__version__", "audit", "dare", "diff", "load",
-        "load_recipe", "merge", "patch", "redeval", "sft", "sweep", "tensors", "verify",
+        "Checkpoint", "Delta", "Merge", "Recipe", "RestaError", "__version__", "audit", "dare", "diff", "ladder",
+        "load", "load_recipe", "merge", "patch", "redeval", "restore", "sft", "sweep", "tensors", "verify",
     ]  # fmt: skip
     for name in resta.__all__:
         assert getattr(resta, name) is not None
@@ -190,7 +197,7 @@ import importlib, pkgutil, sys, types, resta
 for module in pkgutil.walk_packages(resta.__path__, "resta."):
     if module.name != "resta.__main__":
         importlib.import_module(module.name)
-packages = [resta.patch, resta.redeval, resta.sft, resta.sweep, resta.verify]
+packages = [resta.ladder, resta.patch, resta.redeval, resta.sft, resta.sweep, resta.verify]
 assert all(isinstance(package, types.ModuleType) for package in packages)
 for package in (resta, *packages):
     for name in getattr(package, "__all__", ()):

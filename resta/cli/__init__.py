@@ -17,6 +17,7 @@ from resta.version import VERSION
 
 # name -> (module that defines `command`, one line for `resta --help`)
 COMMANDS = {
+    "restore": ("resta.cli.restore", "Give a model its safety back, by what works, and prove it."),
     "merge": ("resta.cli.merge", "Add a safety vector to a fine-tuned model, streaming, on disk."),
     "sft": ("resta.cli.sft", "Fine-tune a model on conversations: safety (Starling) or any other task."),
     "collect": ("resta.cli.collect", "Collect safe conversations from a well-aligned model, each judged."),

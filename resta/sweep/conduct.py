@@ -74,6 +74,7 @@ def run(
     options: RunOptions = RunOptions(),
     place: Place = in_this_process,
     shared: Path | None = None,
+    baselines: bool = True,
 ) -> Outcome:
     """Find the scale (and density) that restores safety at the least cost; write the folder `out`.
 
@@ -107,6 +108,7 @@ def run(
         options: how fast, on what device judges run, and what is called as it goes on.
         place: where candidates are measured; `resta.sweep.ray.on_cluster` is another place.
         shared: the folder in which `aligned` and `tuned` are measured, for several sweeps; by default `out`.
+        baselines: whether a random vector and interpolation of the choice's norm are measured beside it.
 
     Returns:
         The choice and why, every candidate with its rates, and where the recipe of the choice lies.
@@ -125,7 +127,7 @@ def run(
     sweep = Sweep(
         family=family,
         candidates=candidates_of(searched(grid) if search else grid, groups=() if search else family.groups),
-        references={role: _reference(family, role, settings) for role in REFERENCES},
+        references={role: reference_of(family, role, settings) for role in REFERENCES},
         budget=budget,
         policy=rules,
         out=Path(out).absolute(),
@@ -134,6 +136,7 @@ def run(
         fresh=fresh,
         verify=verify or {},
         shared=shared,
+        baselines=baselines,
     )
     check_sweep(sweep)
     with private_files():
@@ -147,7 +150,7 @@ def run(
     return outcome
 
 
-def _reference(family: Family, role: str, settings: Mapping[str, Any]) -> Target:
+def reference_of(family: Family, role: str, settings: Mapping[str, Any]) -> Target:
     """Return a reference as `resta verify` would ask it: an adapter on its base."""
     model = family.models[role]
     return parse_target(model.source, None, base=family.models[model.on].source if model.on else None, **settings)

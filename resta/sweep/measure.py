@@ -66,6 +66,7 @@ class Sweep:
     fresh: int | None = None
     verify: Mapping[str, Any] = field(default_factory=dict)  # options of `resta verify` that chosen.yaml carries
     shared: Path | None = None  # folder of the references' measurements; None: OUT
+    baselines: bool = True  # whether noise and interpolation are measured beside the choice
 
     def reference(self, role: str) -> Path:
         """Return where the measurement of `aligned` or `tuned` lies."""
@@ -141,7 +142,7 @@ def request_facts(sweep: Sweep) -> dict[str, Any]:
     judges = check_judges(sweep.budget.judges, None, allow_self=True)
     return {
         "schema": SCHEMA,
-        "models": {name: _identity(family, name) for name in family.models},
+        "models": {name: identity(family, name) for name in family.models},
         "recipe": {**recipe, "origin": family.origin, "rescale": family.rescale},
         "redeval": comparable_settings(sweep.budget.plan(aligned).config),
         "utility": sweep.budget.suite_facts(aligned),
@@ -149,7 +150,8 @@ def request_facts(sweep: Sweep) -> dict[str, Any]:
     }
 
 
-def _identity(family: Family, name: str) -> dict[str, str]:
+def identity(family: Family, name: str) -> dict[str, str]:
+    """Return what identifies a model of a family: a Hub id, or digests of its files and of those it is on."""
     models = family.models
     on = models[name].on
     folders = [str(locate(models[each].source).folder) for each in (name, on) if each is not None]

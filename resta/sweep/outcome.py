@@ -66,12 +66,11 @@ def carry_out(sweep: Sweep, rule: Rule, options: RunOptions, measure: Measure) -
         enough_for_one(search, factors)
     else:
         explore(search, sweep.candidates, groups=tuple(sweep.family.groups), factors=factors)
-        known = {each.method for each in sweep.candidates if not each.baseline}
-        if not search.passing() and "interpolation" not in known:  # then what interpolation does is worth knowing
+        if sweep.baselines and not search.passing():  # then what interpolation does is worth knowing
             towards = [Candidate(method="interpolation", scale=scale, baseline=True) for scale in (0.25, 0.5, 0.75)]
             ask_all(search, [each for each in towards if not _is_tried(each, search)])
     outcome = conclude(sweep, search, rule, options)
-    vector = pick_vector(outcome.tried, outcome.choice)
+    vector = pick_vector(outcome.tried, outcome.choice) if sweep.baselines else None
     more = of_equal_norm(vector, outcome.tried, sweep.family) if vector else []
     if not more:
         return outcome

@@ -1,0 +1,124 @@
+"""`resta restore`: from a tuned model to a released one, by the cheapest remedy that is proved to work."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from resta.cli.options import HOW, JUDGES, QUESTIONS, SERVERS, run_options, together
+from resta.cli.output import output
+from resta.cli.verify import POLICY, UTILITY, exam_of
+
+if TYPE_CHECKING:
+    from resta.ladder import Choices
+
+EPILOG = """\b
+Examples:
+  resta restore ./tuned --aligned ./aligned --base ./base --task-prompts train.jsonl --profile quick -o ./restored
+  resta restore ./tuned --aligned ./aligned --task-prompts train.jsonl --bank questions.json --dry-run -o ./restored
+  resta restore ./tuned --aligned ./aligned --base ./base --only weights --profile quick -o ./restored
+"""
+
+MODELS = together(
+    click.argument("tuned"),
+    click.option("--aligned", metavar="MODEL", help="Safety-aligned model: directory, adapter or org/name@revision."),
+    click.option("--base", metavar="MODEL", help="The model before alignment; without it there is no safety vector."),
+    click.option("--tuned-from", metavar="base|aligned|MODEL", help="Model the fine-tune began from [default: base]."),
+    click.option("--recorded-base", multiple=True, metavar="NAME", help="Confirm the base that an adapter records."),
+    click.option(
+        "--allow-config", multiple=True, metavar="KEY", help="Allow configs to differ in this, such as rope_theta."
+    ),
+)
+
+LADDER = together(
+    click.option(
+        "--only",
+        multiple=True,
+        metavar="RUNG",
+        help="Only this rung; may be given again. One of nothing, weights, stochastic, float32. [default: all]",
+    ),
+    click.option("--max-minutes", type=click.FloatRange(min=0, min_open=True), help="Stop after so long."),
+    click.option("--budget-answers", type=click.IntRange(min=1), help="Stop after so many answers."),
+    click.option(
+        "--unseen-bank",
+        "unseen",
+        multiple=True,
+        metavar="NAME|PATH",
+        help="Harmful questions to verify on, where those that were drawn are spent; may be given again.",
+    ),
+    click.option(
+        "--unseen-safe-bank",
+        "unseen_safe",
+        multiple=True,
+        metavar="NAME|PATH",
+        help="Safe questions beside them; may be given again.",
+    ),
+    click.option("--include-text", is_flag=True, help="Show questions and answers on the page."),
+)
+
+
+@click.command(epilog=EPILOG)
+@MODELS
+@LADDER
+@POLICY
+@QUESTIONS
+@UTILITY
+@JUDGES
+@HOW
+@SERVERS
+@click.option("--chat-template", metavar="NAME|FILE", help="Chat template for models that have none.")
+@output(
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("restored"),
+    show_default=True,
+    help="The released model to be; the records lie beside it, in OUT.records.",
+)
+def command(tuned: str, out: Path, **given: Any) -> None:
+    """Give TUNED its safety back by the cheapest remedy that works, and prove it.
+
+    \b
+    nothing      TUNED as it is
+    weights      RESTA, interpolation towards ALIGNED, both together, by the sweep's search
+    stochastic   the same, rounded at random, where rounding is what was lost
+    float32      the same, not rounded, where rounding is what was lost
+
+    Each rung is measured on one half of the questions and left for the next one unless it would pass on the other half
+    with a probability of 0.9 or more. The other half is asked once, of what was chosen: OUT is written if the verdict
+    is PASS. The same command goes on where it was stopped. Exit codes are those of `resta verify`; 1 also means that
+    nothing was worth verifying, and the best candidate is kept under OUT.records/not-restored.
+    """
+    from resta.ladder import restore
+    from resta.ladder.story import show
+
+    with run_options(given) as options:
+        told = restore(
+            tuned,
+            aligned=given["aligned"],
+            base=given["base"],
+            policy=given["policy_path"],
+            exam=exam_of({**given, "tokenizer": None}),
+            out=out,
+            choices=_choices(given),
+            options=options,
+        )
+    show(told)
+    sys.exit(told.exit_code)
+
+
+def _choices(given: dict[str, Any]) -> Choices:
+    from resta.ladder import Choices
+
+    named = ("only", "max_minutes", "budget_answers", "unseen", "unseen_safe", "include_text", "seed")
+    return Choices(
+        **{name: given[name] for name in named},
+        settings={
+            "device": given["device"],
+            "dtype": given["dtype"],
+            "chat_template": given["chat_template"],
+            "batch_rows": given["batch_size"],
+        },
+        family={name: given[name] for name in ("tuned_from", "recorded_base", "allow_config")},
+    )
