@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from resta.patch.prompts import Asked
+from resta.patch.request import Learning, Request
+from resta.patch.teachers import Teaching
 from resta.redeval.messages import Message
+from resta.redeval.models import LocalSpec
 
 WORDS = [f"{a}{b}" for a in ("red", "blue", "old", "new") for b in ("hat", "cat", "map", "cup", "key", "pen")]
 
@@ -36,3 +39,23 @@ def nudge(model: Path, *, size: float = 0.15) -> None:
         for name, value in load_file(path).items()
     }
     save_file(tensors, path, metadata={"format": "pt"})
+
+
+def request_for(pair: dict[str, Path], folder: Path, *, steps: int) -> Request:
+    """Return a request of twelve prompts a kind, for a patch in a folder."""
+    return Request(
+        tuned=LocalSpec(model=str(pair["tuned"])),
+        aligned=LocalSpec(model=str(pair["aligned"])),
+        prompts=(
+            *asked("harmful", 12, "harm"),
+            *asked("task", 12, "task"),
+            *asked("harmless", 12, "tell"),
+            *asked("lookalike", 12, "kill"),
+        ),
+        out=folder / "patch",
+        lessons=folder / "patch.lessons",
+        teaching=Teaching(tokens=6, top=16),
+        learning=Learning(steps=steps, learning_rate=1e-2, rank=8),
+        base=str(pair["base"]),
+        device="cpu",
+    )

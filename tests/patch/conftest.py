@@ -8,10 +8,8 @@ import pytest
 
 pytest.importorskip("trl")
 
-from resta.patch.request import Learning, Request
-from resta.patch.teachers import Teaching
-from resta.redeval.models import LocalSpec
-from tests.patch.builders import asked, nudge
+from resta.patch.request import Request
+from tests.patch.builders import nudge, request_for
 from tests.redeval.builders import save_llama, save_tokenizer
 
 
@@ -36,19 +34,4 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def request_(pair: dict[str, Path], tmp_path: Path) -> Request:
     """Return a request of twelve prompts a kind and a few steps."""
-    return Request(
-        tuned=LocalSpec(model=str(pair["tuned"])),
-        aligned=LocalSpec(model=str(pair["aligned"])),
-        prompts=(
-            *asked("harmful", 12, "harm"),
-            *asked("task", 12, "task"),
-            *asked("harmless", 12, "tell"),
-            *asked("lookalike", 12, "kill"),
-        ),
-        out=tmp_path / "patch",
-        lessons=tmp_path / "patch.lessons",
-        teaching=Teaching(tokens=6, top=16),
-        learning=Learning(steps=40, learning_rate=1e-2, rank=8),
-        base=str(pair["base"]),
-        device="cpu",
-    )
+    return request_for(pair, tmp_path, steps=40)

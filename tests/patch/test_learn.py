@@ -13,6 +13,9 @@ import click.testing
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import resta
 from resta.cli import main
@@ -21,12 +24,13 @@ from resta.patch.learn import carry_out, check_answers, count_refusals, make_les
 from resta.patch.prompts import STARTS, Asked, with_starts
 from resta.patch.request import Learning, Request, check, model_of
 from resta.patch.teachers import Teaching, student_of, teach
+from resta.patch.written import Patch, card
 from resta.redeval.messages import Message
 from resta.redeval.models import LocalModel, LocalSpec, load_local
 from resta.sft.adapters import norm_of, read_factors
 from resta.sft.lessons import read_lessons
 from resta.sft.train import load_chat, load_model
-from tests.patch.builders import asked, write_json_lines
+from tests.patch.builders import asked, request_for, write_json_lines
 from tests.redeval.builders import TEMPLATE, save_llama, save_refusing, save_tokenizer
 
 
@@ -144,9 +148,6 @@ def test_a_teacher_that_says_nothing_or_always_the_same_is_none(request_: Reques
 
 
 def test_a_patch_moves_tuned_towards_aligned_where_it_should_and_nowhere_else(request_: Request) -> None:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
     said: list[str] = []
     patch = carry_out(request_, note=said.append)
     log = json.loads((patch.out / "loss.json").read_text())
@@ -164,48 +165,53 @@ def test_a_patch_moves_tuned_towards_aligned_where_it_should_and_nowhere_else(re
     assert sorted(path.name for path in patch.out.parent.iterdir()) == ["patch", "patch.lessons"]
 
 
-def test_a_patch_names_its_teachers_its_prompts_and_what_it_changed(request_: Request) -> None:
-    from safetensors.torch import load_file
+@pytest.fixture(scope="module")
+def made(pair: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Request, Patch]:
+    """Return a request, and the patch of three steps that came of it."""
+    request = request_for(pair, tmp_path_factory.mktemp("made"), steps=3)
+    return request, carry_out(request)
 
-    patch = carry_out(replace(request_, learning=replace(request_.learning, steps=2)))
+
+def test_a_patch_names_its_teachers_its_prompts_and_what_it_changed(made: tuple[Request, Patch]) -> None:
+    request, patch = made
     facts = json.loads((patch.out / "resta.json").read_text())
     assert facts["kind"] == "patch"
     assert {facts["patch"][role]["model"] for role in ("tuned", "aligned")} == {"tuned", "aligned"}
     digests = {digest for kind in facts["patch"]["prompts"].values() for digest in kind}
-    assert digests == {each.digest for each in request_.prompts}
+    assert digests == {each.digest for each in request.prompts}
     assert facts["patch"]["changed"]["given_kl"] == patch.given_kl
-    assert all(each.text not in json.dumps(facts) for each in request_.prompts)  # digests, and no words
+    assert all(each.text not in json.dumps(facts) for each in request.prompts)  # digests, and no words
     tensors = load_file(patch.out / "adapter_model.safetensors")
     ups = {name: value for name, value in tensors.items() if "lora_B" in name}
     change = [2.0 * up @ tensors[name.replace("lora_B", "lora_A")] for name, up in ups.items()]
-    tuned, base = (load_file(Path(m) / "model.safetensors") for m in (request_.tuned.model, str(request_.base)))
+    tuned, base = (load_file(Path(m) / "model.safetensors") for m in (request.tuned.model, str(request.base)))
     fine_tune = math.sqrt(sum(((tuned[name] - base[name]) ** 2).sum().item() for name in base))
     norm = math.sqrt(sum((each**2).sum().item() for each in change))
     assert patch.norm_share == pytest.approx(norm / fine_tune, rel=1e-3)
 
 
-def test_the_card_claims_no_more_than_is_known(request_: Request) -> None:
-    patch = carry_out(replace(request_, base=None, learning=replace(request_.learning, steps=2)))
-    card = (patch.out / "README.md").read_text()
-    assert patch.norm_share is None
-    for words in ("Not verified", "one subtraction", "No deeper than its teacher", "an unknown share"):
-        assert words in card
+def test_the_card_claims_no_more_than_is_known(made: tuple[Request, Patch]) -> None:
+    request, patch = made
+    assert (patch.out / "README.md").read_text() == card(request, patch)
+    for words in ("Not verified", "one subtraction", "No deeper than its teacher", "refused 0 by its phrases"):
+        assert words in card(request, patch)
+    unknown = card(request, replace(patch, norm_share=None, given_kl=None))
+    assert "an unknown share" in unknown
+    assert unknown.count("not measured") == 1
 
 
-def test_a_patch_is_merged_as_any_adapter_is(request_: Request, tmp_path: Path) -> None:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    patch = carry_out(replace(request_, learning=replace(request_.learning, steps=3)))
-    tuned = resta.load(request_.tuned.model)
-    (tuned + 1.0 * (resta.load(str(patch.out), on=tuned) - tuned)).save(tmp_path / "merged")
+def test_a_patch_is_merged_as_any_adapter_is(made: tuple[Request, Patch], tmp_path: Path) -> None:
+    request, patch = made
+    tuned = resta.load(request.tuned.model)
+    (tuned + (resta.load(str(patch.out), on=tuned) - tuned)).save(tmp_path / "merged")
     ids = torch.arange(10, 40)[None]
-    base = AutoModelForCausalLM.from_pretrained(request_.tuned.model)
+    base = AutoModelForCausalLM.from_pretrained(request.tuned.model)
     with torch.inference_mode():
+        before = base(ids).logits
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
         by_peft = PeftModel.from_pretrained(base, patch.out)(ids).logits
     assert torch.allclose(merged, by_peft, atol=1e-4)
-    assert not torch.allclose(merged, AutoModelForCausalLM.from_pretrained(request_.tuned.model)(ids).logits, atol=1e-4)
+    assert not torch.allclose(merged, before, atol=1e-4)
 
 
 def test_a_killed_run_goes_on_to_the_same_patch(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,7 +362,6 @@ def test_four_bits_without_their_library_are_refused_before_a_model_is_loaded(
 
 def test_in_four_bits_teachers_and_student_are_loaded_alike(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
     """No 4-bit arithmetic is at hand here: what the loaders are asked for is what is looked at."""
-    from transformers import AutoModelForCausalLM
 
     class Loaded(Exception):
         pass
@@ -477,9 +482,6 @@ def test_the_command_refuses_what_cannot_be_proved_or_read(
 
 def save_adapter(base: Path, folder: Path) -> Path:
     """Write an adapter that changes a model's attention in part."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
     torch.manual_seed(3)
     config = LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=["q_proj"], init_lora_weights=False)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
@@ -490,9 +492,6 @@ def save_adapter(base: Path, folder: Path) -> Path:
 
 
 def test_the_patch_of_an_adapter_is_one_adapter_on_its_base_that_is_both(request_: Request, tmp_path: Path) -> None:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
     base = Path(request_.tuned.model)
     adapter = save_adapter(base, tmp_path / "adapter")
     aligned = save_adapter(Path(request_.aligned.model), tmp_path / "aligned_adapter")

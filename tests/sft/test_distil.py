@@ -3,6 +3,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resta.errors import RequestError
+from resta.errors import RequestError, ResumeError
 from resta.sft import recipe as recipes
+from resta.sft.data import mix
 from resta.sft.distil import CollateLessons, divergence, log1m_exp
 from resta.sft.lessons import NOTHING, Lesson, read_lessons, write_lessons
+from resta.sft.train import Job, open_partial
 from tests.sft.builders import tiny_config
 
 VOCABULARY = 12
@@ -231,7 +235,6 @@ def learned(
     from safetensors.torch import load_file
 
     from resta.sft.save import write
-    from resta.sft.train import Job
     from resta.sft.train import train as run
 
     given, kept = tmp_path / "given", tmp_path / "kept"
@@ -267,6 +270,21 @@ def test_a_side_without_held_out_lessons_has_no_figure(tiny_base: Path, tmp_path
     _, log = learned(tiny_base, tmp_path, "out", holdout=0.01)  # one lesson of the sixteen
     assert len({"eval_given_kl", "eval_kept_kl"} & log[-1].keys()) == 1
     assert log[-1]["eval_loss"] > 0
+
+
+def test_a_run_never_goes_on_from_the_same_words_with_other_distributions(tiny_base: Path, tmp_path: Path) -> None:
+    given, kept = folders(tmp_path)
+    job = Job(recipe=recipe(tiny_base, given, kept), root=tmp_path, out=tmp_path / "out", device="cpu")
+    open_partial(job, mix(job.recipe, tmp_path))
+    (job.partial / "checkpoint-1").mkdir()
+    open_partial(job, mix(job.recipe, tmp_path))
+    words = (given / "lessons.jsonl").read_bytes()
+    lessons = [replace(each, rest=each.rest - 1) for each in read_lessons(given)]
+    shutil.rmtree(given)
+    write_lessons(given, lessons, {"teacher": "aligned"})
+    assert (given / "lessons.jsonl").read_bytes() == words
+    with pytest.raises(ResumeError, match=r"the data changed.*data\.given"):
+        open_partial(job, mix(job.recipe, tmp_path))
 
 
 def test_the_result_names_its_teachers(tiny_base: Path, tmp_path: Path) -> None:
