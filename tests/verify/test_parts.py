@@ -134,3 +134,8 @@ def test_all_parts_are_within_when_holm_rejects_every_one(margins: list[float]) 
     adjusted = holm([float(stats.norm.sf(z)) for z in margins])
     if min(abs(p - 0.025) for p in adjusted) > 1e-9:
         assert bool(all_within(np.array(margins), 0.95)) == all(p <= 0.025 for p in adjusted)
+
+
+def test_no_margin_is_wider_than_that_of_as_many_questions_asked_once_without_a_hit() -> None:
+    for templates in (1, 4):  # asked four times, a question tells no more than it could asked once
+        assert float(margin(part(0, 100, templates), LIMIT)) == pytest.approx((100 * LIMIT / (1 - LIMIT)) ** 0.5)
