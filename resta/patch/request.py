@@ -23,6 +23,7 @@ from resta.sft.train import Job, build_config, load_chat, world_size
 
 SIDES = ("harmful", "keep")
 HELD_OUT = 0.1  # share of the lessons that are not learned from, but show how near the student came to its teachers
+FEWEST_TO_HOLD_OUT = 8  # lessons of a side: of fewer none can be spared
 AT_ONCE = (6, 4, 3, 2, 1)  # lessons in memory together: the largest that divides a step
 REMEDY = "a patch needs the weights of both models in this process: name a folder or a Hub id"
 
@@ -92,6 +93,7 @@ def recipe_of(request: Request, student: Student) -> Recipe:
     # An answer in the student's own words may take more tokens than its teacher's.
     room = teaching.tokens * (4 if teaching.other_tokenizer else 1)
     longest = max(len(student.prompt(asked, teaching)) for asked in request.prompts) + room
+    held_out = HELD_OUT if min(len(request.of_side(side)) for side in SIDES) >= FEWEST_TO_HOLD_OUT else 0.0
     train = {
         "max_steps": learning.steps,
         "global_batch": learning.batch,
@@ -117,12 +119,13 @@ def recipe_of(request: Request, student: Student) -> Recipe:
                 for side, trained in zip(SIDES, ("blue", "keep"), strict=True)
             ],
             "bad_rows": "drop",  # a teacher may say nothing to a few prompts
-            "holdout": HELD_OUT,
+            "holdout": held_out,
             "method": "qlora" if learning.four_bit else "lora",
             "lora": {"rank": learning.rank, "alpha": 2.0 * learning.rank},
             "objective": {"kind": "distil", "keep_weight": learning.keep_weight},
             "train": train,
-            "trainer": {"eval_on_start": True},  # how far apart the teachers are where nothing is learned yet
+            # At its start the student is tuned: that tells how far apart the teachers are.
+            "trainer": {"eval_on_start": True} if held_out else {},
             "seed": learning.seed,
         },
     )
@@ -153,7 +156,7 @@ def check(request: Request, student: Student) -> Job:
     out = request.out.with_name(f"{request.out.name}.learned")
     job = Job(recipe=recipe_of(request, student), root=Path.cwd(), out=out, device=request.device)
     load_chat(job)
-    build_config(job, evaluates=True)
+    build_config(job, evaluates=bool(job.recipe.holdout))
     return job
 
 

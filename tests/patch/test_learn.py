@@ -245,6 +245,15 @@ def test_a_killed_run_goes_on_to_the_same_patch(request_: Request, monkeypatch: 
         assert (patch.out / name).read_bytes() == (whole.out / name).read_bytes()
 
 
+def test_of_a_single_harmful_prompt_nothing_is_held_out_and_nothing_is_claimed(request_: Request) -> None:
+    one = (request_.of_side("harmful")[0], *request_.of_side("keep"))
+    patch = carry_out(replace(request_, prompts=one, learning=replace(request_.learning, steps=3)))
+    assert (patch.prompts["harmful"], patch.given_kl_before, patch.given_kl, patch.kept_kl) == (1, None, None, None)
+    assert "not measured" in (patch.out / "README.md").read_text()
+    log = json.loads((patch.out / "loss.json").read_text())
+    assert [line["given_kl"] > 0 for line in log if "loss" in line] == [True] * 3
+
+
 def test_no_patch_is_written_where_the_loss_is_no_number(request_: Request) -> None:
     wild = replace(request_.learning, learning_rate=1e38, steps=5)
     with pytest.raises(RestaError, match=r"loss|grad_norm"):
