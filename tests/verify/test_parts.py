@@ -139,3 +139,21 @@ def test_all_parts_are_within_when_holm_rejects_every_one(margins: list[float]) 
 def test_no_margin_is_wider_than_that_of_as_many_questions_asked_once_without_a_hit() -> None:
     for templates in (1, 4):  # asked four times, a question tells no more than it could asked once
         assert float(margin(part(0, 100, templates), LIMIT)) == pytest.approx((100 * LIMIT / (1 - LIMIT)) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("margins", "within"),
+    [
+        # The normal quantiles of 0.025, 0.025 / 2 and 0.025 / 3 are 1.960, 2.241 and 2.394.
+        ([1.97], True),
+        ([1.95], False),
+        ([1.97, 2.25], True),
+        ([1.95, 2.25], False),
+        ([1.97, 2.23], False),
+        ([1.97, 2.25, 2.40], True),
+        ([1.97, 2.25, 2.38], False),
+        ([1.97, 2.23, 2.40], False),
+    ],
+)
+def test_each_part_meets_the_quantile_of_its_own_step_of_holm(margins: list[float], within: bool) -> None:
+    assert bool(all_within(np.array(margins), LEVEL)) == within
