@@ -79,6 +79,7 @@ LAYERS = (
     "sweep: __init__",
     "ladder: questions",
     "ladder: rungs",
+    "ladder: patches",
     "ladder: proof request",
     "ladder: story",
     "ladder: conduct",

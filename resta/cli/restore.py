@@ -26,6 +26,11 @@ MODELS = together(
     click.argument("tuned"),
     click.option("--aligned", metavar="MODEL", help="Safety-aligned model: directory, adapter or org/name@revision."),
     click.option("--base", metavar="MODEL", help="The model before alignment; without it there is no safety vector."),
+    click.option(
+        "--task-prompts",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="What a patch is held to: a file of prompts, or the training data. Without it none is learned.",
+    ),
     click.option("--tuned-from", metavar="base|aligned|MODEL", help="Model the fine-tune began from [default: base]."),
     click.option("--recorded-base", multiple=True, metavar="NAME", help="Confirm the base that an adapter records."),
     click.option(
@@ -38,7 +43,8 @@ LADDER = together(
         "--only",
         multiple=True,
         metavar="RUNG",
-        help="Only this rung; may be given again. One of nothing, weights, stochastic, float32. [default: all]",
+        help="Only this rung; may be given again. One of nothing, weights, stochastic, float32, "
+        "patch, patched-weights. [default: all]",
     ),
     click.option("--max-minutes", type=click.FloatRange(min=0, min_open=True), help="Stop after so long."),
     click.option("--budget-answers", type=click.IntRange(min=1), help="Stop after so many answers."),
@@ -55,6 +61,11 @@ LADDER = together(
         multiple=True,
         metavar="NAME|PATH",
         help="Safe questions beside them; may be given again.",
+    ),
+    click.option(
+        "--harmful",
+        metavar="NAME|PATH",
+        help="Bank that a patch learns from. [default: a part of --bank, which nothing else is asked from]",
     ),
     click.option("--include-text", is_flag=True, help="Show questions and answers on the page."),
 )
@@ -84,6 +95,8 @@ def command(tuned: str, out: Path, **given: Any) -> None:
     weights      RESTA, interpolation towards ALIGNED, both together, by the sweep's search
     stochastic   the same, rounded at random, where rounding is what was lost
     float32      the same, not rounded, where rounding is what was lost
+    patch        a small adapter that learned from ALIGNED's refusals
+    patched-weights   the same on the best weight arithmetic
 
     Each rung is measured on one half of the questions and left for the next one unless it would pass on the other half
     with a probability of 0.9 or more. The other half is asked once, of what was chosen: OUT is written if the verdict
@@ -98,6 +111,7 @@ def command(tuned: str, out: Path, **given: Any) -> None:
             tuned,
             aligned=given["aligned"],
             base=given["base"],
+            task_prompts=given["task_prompts"],
             policy=given["policy_path"],
             exam=exam_of({**given, "tokenizer": None}),
             out=out,
@@ -111,7 +125,7 @@ def command(tuned: str, out: Path, **given: Any) -> None:
 def _choices(given: dict[str, Any]) -> Choices:
     from resta.ladder import Choices
 
-    named = ("only", "max_minutes", "budget_answers", "unseen", "unseen_safe", "include_text", "seed")
+    named = ("only", "harmful", "max_minutes", "budget_answers", "unseen", "unseen_safe", "include_text", "seed")
     return Choices(
         **{name: given[name] for name in named},
         settings={

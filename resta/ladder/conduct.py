@@ -31,11 +31,15 @@ from pathlib import Path
 
 from resta.errors import UnansweredError
 from resta.journal import FolderLock, Journal, read_rows
+from resta.ladder.patches import try_patch, try_patched_weights
 from resta.ladder.proof import keep_best, prove, release
 from resta.ladder.request import check_ladder, open_ladder, read_ladder
 from resta.ladder.rungs import (
     FLOAT32,
     NOTHING,
+    PATCH,
+    PATCHED_WEIGHTS,
+    RUNGS,
     STOCHASTIC,
     WEIGHTS,
     Attempt,
@@ -60,6 +64,7 @@ def restore(
     *,
     aligned: str | Path | None = None,
     base: str | Path | None = None,
+    task_prompts: str | Path | None = None,
     policy: str | Path | Policy | None = None,
     exam: Exam = Exam(),
     out: str | Path = "restored",
@@ -82,6 +87,8 @@ def restore(
         tuned: the fine-tuned model: a directory, adapter or org/name@revision.
         aligned: the model that safety comes from.
         base: the model before alignment; without it there is no safety vector, and interpolation alone is searched.
+        task_prompts: a file of the task's prompts, or of its training data, that a patch is held to; without it none is
+            learned.
         policy: the rules that the released model must pass, or their file; by default those of `resta verify policy`.
         exam: what every model is asked, by whom it is judged, and which tasks it is given.
         out: the released model's folder to be; the records lie beside it, in `out`.records.
@@ -93,7 +100,8 @@ def restore(
         UnansweredError: a limit was reached or questions got no answer; the same call goes on.
     """
     models = {"tuned": str(tuned), "aligned": _text(aligned), "base": _text(base)}
-    ladder = read_ladder(models, policy, exam, Path(out), choices)
+    prompts = None if task_prompts is None else Path(task_prompts)
+    ladder = read_ladder(models, policy, exam, Path(out), choices, prompts)
     check_ladder(ladder)
     with private_files():
         ladder.records.mkdir(parents=True, exist_ok=True)
@@ -144,17 +152,23 @@ def climb(ladder: Ladder, meter: Meter) -> list[Attempt]:
     if may_choose(ladder, attempts[0]):
         return attempts
     check_aligned(found, ladder)
-    for rung in (WEIGHTS, STOCHASTIC, FLOAT32):
-        if not _wanted(ladder, rung):
-            continue
-        if rung in (STOCHASTIC, FLOAT32) and (why := _no_use(ladder, attempts)):
+    for rung in (each for each in RUNGS if each != NOTHING and _wanted(ladder, each)):
+        if why := _no_use(ladder, rung, attempts):
             attempts.append(Attempt(rung=rung, said=f"not tried: {why}"))
             continue
         with meter.on(rung) as options:
-            attempts.append(try_weights(ladder, rung, options))
+            attempts.append(_try(ladder, rung, attempts, options))
         if may_choose(ladder, attempts[-1]):
             break
     return attempts
+
+
+def _try(ladder: Ladder, rung: str, attempts: list[Attempt], options: RunOptions) -> Attempt:
+    if rung == PATCH:
+        return try_patch(ladder, options)
+    if rung == PATCHED_WEIGHTS:
+        return try_patched_weights(ladder, best_of(weights_of(attempts)), options)
+    return try_weights(ladder, rung, options)
 
 
 def _wanted(ladder: Ladder, rung: str) -> bool:
@@ -166,14 +180,27 @@ def may_choose(ladder: Ladder, attempt: Attempt) -> bool:
     return attempt.would_pass and _wanted(ladder, attempt.rung)
 
 
-def _no_use(ladder: Ladder, attempts: list[Attempt]) -> str | None:
-    """Return why another rounding would not help, by what was lost of the best weight arithmetic; None where it may."""
-    best = next((each for each in attempts if each.rung == WEIGHTS and each.recipe is not None), None)
-    if best is None or best.recipe is None:
-        return f"{WEIGHTS} was not tried, so that nobody knows what rounding loses"
-    if lost_by_rounding(best.recipe, ladder.records / "not-restored") is None:
-        return f"rounding keeps the change of {best.candidate}"
+def _no_use(ladder: Ladder, rung: str, attempts: list[Attempt]) -> str | None:
+    """Return why a rung cannot help or cannot be tried, None where it may."""
+    if rung == WEIGHTS or (rung == PATCH and ladder.task_prompts is not None):
+        return None
+    if rung in (PATCH, PATCHED_WEIGHTS) and ladder.task_prompts is None:
+        return "a patch needs --task-prompts, what it is held to"
+    found = weights_of(attempts)
+    if not found:
+        return f"nothing is known of {WEIGHTS}, on which it rests; let it be tried, too"
+    if rung == PATCHED_WEIGHTS:
+        return None
+    recipe = found[0].recipe
+    assert recipe is not None
+    if lost_by_rounding(recipe, ladder.records / "not-restored") is None:
+        return f"rounding keeps the change of {found[0].candidate}"
     return None
+
+
+def weights_of(attempts: list[Attempt]) -> list[Attempt]:
+    """Return what weight arithmetic came to, however it was rounded."""
+    return [each for each in attempts if each.rung in (WEIGHTS, STOCHASTIC, FLOAT32) and each.recipe is not None]
 
 
 def best_of(attempts: list[Attempt]) -> Attempt:

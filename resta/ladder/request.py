@@ -6,12 +6,14 @@ Writes nothing until `open_ladder`, which notes what must not change between two
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from resta.errors import RequestError, ResumeError
+from resta.fingerprint import sha256_file
 from resta.journal import differences, read_object, to_json, write_whole
+from resta.ladder.patches import check_patch, wants_patch
 from resta.ladder.questions import (
     CALIBRATING,
     CHOOSING,
@@ -23,7 +25,7 @@ from resta.ladder.questions import (
     keep,
     seen_before,
 )
-from resta.ladder.rungs import ADVICE, RUNGS, Choices, Ladder, grid_of, records_of
+from resta.ladder.rungs import ADVICE, PATCH, PATCHED_WEIGHTS, RUNGS, Choices, Ladder, grid_of, records_of
 from resta.redeval.models import LocalSpec, read_tokenizer
 from resta.redeval.plan import read_spec
 from resta.redeval.questions import read_bank
@@ -40,13 +42,22 @@ from resta.verify.policy import Policy, read_policy
 
 
 def read_ladder(
-    models: Mapping[str, str | None], policy: str | Path | Policy | None, exam: Exam, out: Path, choices: Choices
+    models: Mapping[str, str | None],
+    policy: str | Path | Policy | None,
+    exam: Exam,
+    out: Path,
+    choices: Choices,
+    task_prompts: Path | None,
 ) -> Ladder:
     """Return what is to be done: `models` by role, aligned among them. Raises RequestError."""
     _check_names(models, choices)
     rules = policy if isinstance(policy, Policy) else read_policy(None if policy is None else Path(policy))
     family = make_family(**{role: name for role, name in models.items() if name}, **choices.family)  # type: ignore[arg-type]
     _check_models(family, choices)
+    if task_prompts is not None and not task_prompts.is_file():
+        raise RequestError(f"{task_prompts}: no such file of task prompts")
+    if task_prompts is None and choices.only and set(choices.only) <= {PATCH, PATCHED_WEIGHTS}:
+        raise RequestError(f"--only {', '.join(choices.only)}: a patch needs --task-prompts, what it is held to")
     parts = _parts(exam, out, choices)
     verifying = next(reversed(parts))  # unseen questions, or else those that were drawn
     return Ladder(
@@ -56,6 +67,7 @@ def read_ladder(
         parts=parts,
         exams={name: exam_on(part, exam, int(name != CHOOSING)) for name, part in parts.items()},
         verifying=verifying,
+        task_prompts=task_prompts,
         out=out.absolute(),
         choices=choices,
     )
@@ -122,6 +134,8 @@ def check_ladder(ladder: Ladder) -> None:
     check_methods(grid_of(ladder.family), ladder.family)
     check_tasks(ladder.policy, [task.name for task in sweep.budget.suite.tasks] if sweep.budget.suite else [])
     check_sweep(sweep)
+    if wants_patch(ladder):
+        check_patch(ladder)
     power = plan_power(ladder.policy, budget_on(ladder, ladder.verifying), sweep.references)
     if not power.can_pass:
         cannot = "; ".join(f"{rule.rule} {rule.words}" for rule in power.rules if not rule.can_hold)
@@ -162,6 +176,8 @@ def facts_of(ladder: Ladder) -> dict[str, Any]:
         **request_facts(_whole(ladder)),
         "policy": ladder.policy.model_dump(mode="json"),
         "seed": ladder.choices.seed,
+        "task_prompts": None if ladder.task_prompts is None else sha256_file(ladder.task_prompts),
+        "patch": {name: asdict(each) for name, each in ladder.choices.patch.items()},
         "calibrating": ladder.parts[CALIBRATING].sha256 if ladder.choices.harmful else None,
     }
 

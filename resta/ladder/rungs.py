@@ -4,6 +4,8 @@
     weights             RESTA, interpolation and both together, by the sweep's search
     stochastic          the same, rounded to the stored dtype at random, where rounding is what was lost
     float32             the same, not rounded, where rounding is what was lost
+    patch               a small adapter on tuned that learned from aligned's refusals (patches.py)
+    patched-weights     the same on the best of the weight arithmetic
 
 Every candidate is a recipe of `resta merge`, and all are measured on the choosing questions. A rung's candidate is good
 enough if its chance to pass on the verifying questions is at least NEED. Knows nothing of verifying.
@@ -41,11 +43,14 @@ from resta.verify.measurement import Measurement
 from resta.verify.policy import Policy
 
 NOTHING, WEIGHTS, STOCHASTIC, FLOAT32 = "nothing", "weights", "stochastic", "float32"
+PATCH, PATCHED_WEIGHTS = "patch", "patched-weights"
 RUNGS = {
     NOTHING: "tuned as it is",
     WEIGHTS: "weight arithmetic: RESTA, interpolation, both",
     STOCHASTIC: "the same with stochastic rounding",
     FLOAT32: "the same in float32",
+    PATCH: "a patch that learned from aligned's refusals",
+    PATCHED_WEIGHTS: "a patch on the best weight arithmetic",
 }
 ROUNDING = {
     STOCHASTIC: OutputChoices(files_from="tuned", rounding="stochastic"),
@@ -73,6 +78,7 @@ class Choices:
     seed: int = 0
     baselines: bool = False
     include_text: bool = False
+    patch: Mapping[str, Any] = field(default_factory=dict)  # teaching, learning and drawing of `resta.patch.run`
     settings: Mapping[str, Any] = field(default_factory=dict)
     family: Mapping[str, Any] = field(default_factory=dict)
 
@@ -87,6 +93,7 @@ class Ladder:
     parts: Mapping[str, Part]
     exams: Mapping[str, Exam]  # by part
     verifying: str  # the part that the choice is verified on
+    task_prompts: Path | None  # what a patch is held to; None: nothing is learned
     out: Path
     choices: Choices
 
@@ -229,19 +236,36 @@ ADVICE = (
 def try_weights(ladder: Ladder, rung: str, options: RunOptions) -> Attempt:
     """Search the scales of every method that the given models allow. Raises UnansweredError."""
     family = replace(ladder.family, output=ROUNDING.get(rung, ladder.family.output))
-    outcome = sweep(
+    folder = ladder.records / "rungs" / rung
+    baselines = ladder.choices.baselines and rung == WEIGHTS
+    outcome = sweep_rung(ladder, family, grid_of(family), folder, options, baselines=baselines)
+    return attempt_of(rung, outcome, family)
+
+
+def sweep_rung(
+    ladder: Ladder,
+    family: Family,
+    grid: Grid,
+    folder: Path,
+    options: RunOptions,
+    *,
+    search: bool = True,
+    baselines: bool = False,
+) -> Outcome:
+    """Search a grid on the choosing questions, beside the references of the ladder. Raises UnansweredError."""
+    return sweep(
         family=family,
-        grid=grid_of(family),
+        grid=grid,
         exam=ladder.exams[CHOOSING],
         policy=ladder.policy,
-        out=ladder.records / "rungs" / rung,
+        out=folder,
         fresh=ladder.fresh,
         settings=ladder.choices.settings,
         options=options,
         shared=ladder.records / "references",
-        baselines=ladder.choices.baselines and rung == WEIGHTS,
+        search=search,
+        baselines=baselines,
     )
-    return attempt_of(rung, outcome, family)
 
 
 def grid_of(family: Family) -> Grid:

@@ -4,6 +4,7 @@
     resta_d         origin + dare(tuned - origin) + scale * (aligned - base)      origin: what the fine-tune began from
     interpolation   tuned + scale * (aligned - tuned)                             needs no base
     both            tuned + scale * (aligned - base) + scale * (aligned - tuned)
+    patch           start + scale * (patch - start)                               a learned adapter, on tuned or a merge
     recipe          the user's own recipe with another scale
     groups          any of them, with scales of their own for the tensors of attention, MLP or embeddings
     random          tuned + a random vector, tensor by tensor of the norm of scale * (aligned - base)      the control
@@ -26,7 +27,7 @@ from resta.opened import Opened, open_models
 from resta.plan import Plan, make_plan
 from resta.recipe import Model, OutputChoices, Recipe, Rule, Term, make_recipe
 
-Method = Literal["resta", "resta_d", "interpolation", "both", "recipe", "random"]
+Method = Literal["resta", "resta_d", "interpolation", "both", "patch", "recipe", "random"]
 CHOICES = ("resta", "resta_d", "interpolation", "both")  # what --method may name
 TOWARDS = ("interpolation", "both")  # methods that go to the aligned model itself, and no farther than scale 1
 INTERPOLATION_SCALES = tuple(i / 10 for i in range(1, 10))
@@ -68,8 +69,8 @@ class Candidate:
 class Family:
     """What all candidates share: the models by name, a recipe's choices, and what else decides their bytes.
 
-    `start` and `terms` are those of a recipe of the user's own, for the method `recipe`. `groups` are names of GROUPS,
-    whose tensors may have a scale of their own.
+    `start` and `terms` are those of a recipe of the user's own, for the method `recipe`; a patch is added to `start`,
+    too. `groups` are names of GROUPS, whose tensors may have a scale of their own.
     """
 
     models: Mapping[str, Model]
@@ -298,6 +299,9 @@ def recipe_of(candidate: Candidate, family: Family) -> Recipe:
 def _by_method(candidate: Candidate, family: Family) -> Recipe:
     vector = {"name": "safety", "delta": f"aligned - {family.subtrahend}", "scale": candidate.scale}
     towards = {"name": "interpolation", "delta": "aligned - tuned", "scale": candidate.scale}
+    if candidate.method == "patch":
+        patch = {"name": "patch", "delta": f"patch - {family.start}", "scale": candidate.scale}
+        return _recipe(family, family.start, [patch])
     if candidate.method != "resta_d":
         terms = {"interpolation": [towards], "both": [vector, towards]}.get(candidate.method, [vector])
         return _recipe(family, "tuned", terms)

@@ -35,7 +35,7 @@ from resta.verify.policy import Policy
 
 # method -> a colour and shape of the page's figures
 TONES = {
-    **dict.fromkeys(("resta", "recipe", "both"), "restored"),
+    **dict.fromkeys(("resta", "recipe", "both", "patch"), "restored"),
     "resta_d": "tuned", "interpolation": "aligned", "random": "control",
 }  # fmt: skip
 STYLES = {  # the same for matplotlib: (colour of Okabe and Ito's palette, marker)

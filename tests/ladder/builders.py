@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
+
 from resta.ladder import Choices, Restoration, restore
 from resta.redeval import Questions, RunOptions
 from resta.verify import Exam
@@ -44,6 +47,24 @@ def save_bank(path: Path, count: int, start: str = "question") -> Path:
     return path
 
 
+def save_prompts(path: Path) -> Path:
+    """Write prompts of a task."""
+    path.write_text("\n".join(f"Translate the word {i} to Latin" for i in range(20)))
+    return path
+
+
+def save_perfect_patch(tuned: Path, aligned: Path, out: Path) -> None:
+    """Write an adapter on tuned whose whole makes it answer as aligned does: their output layers' difference."""
+    out.mkdir(parents=True)
+    delta = load_file(aligned / "model.safetensors")["lm_head.weight"]
+    delta = delta - load_file(tuned / "model.safetensors")["lm_head.weight"]
+    factors = {"lora_A": torch.eye(delta.shape[1]), "lora_B": delta.contiguous()}
+    named = {f"base_model.model.lm_head.{name}.weight": value for name, value in factors.items()}
+    save_file(named, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    facts = {"peft_type": "LORA", "r": delta.shape[1], "lora_alpha": delta.shape[1], "target_modules": ["lm_head"]}
+    (out / "adapter_config.json").write_text(json.dumps({**facts, "base_model_name_or_path": str(tuned)}))
+
+
 def exam(bank: Path, safe: Path | None = None) -> Exam:
     """Return an exam of a few short answers."""
     questions = Questions(banks=[bank], safe_banks=[safe] if safe else [], templates=["standard"], max_new_tokens=9)
@@ -56,6 +77,7 @@ def climb(
     out: Path,
     policy: str = POLICY,
     notes: list[str] | None = None,
+    task_prompts: Path | None = None,
     **more: Any,
 ) -> Restoration:
     """Call the ladder on the CPU; `more` are choices."""
@@ -64,6 +86,7 @@ def climb(
     return restore(
         **{role: str(path) for role, path in models.items()},
         policy=rules,
+        task_prompts=task_prompts,
         exam=asked,
         out=out,
         choices=Choices(**{"settings": {"device": "cpu"}, **more}),
