@@ -15,6 +15,7 @@ KINDS = {
     "policy": ("resta.verify.policy", "Policy"),
     "judge": ("resta.redeval.judges", "JudgeSpec"),
     "verdict": ("resta.verify.written", "verdict_schema"),
+    "durability": ("resta.verify.durability", "durability_schema"),
     "sweep": ("resta.sweep.written", "sweep_schema"),
 }
 
@@ -28,7 +29,7 @@ def command(kind: str) -> None:
     recipe    a merge recipe (the default)       verdict   verdict.json of resta verify
     sft       a recipe of resta sft              sweep     sweep.json of resta sweep
     collect   a recipe of resta collect
-    policy    the limits of resta verify
+    policy    the limits of resta verify          durability durability.json of resta verify --durability
     judge     a judge of your own
 
     Editors that speak the YAML language server protocol take it from a file's first line:

@@ -27,7 +27,7 @@ from resta.errors import RequestError
 
 if TYPE_CHECKING:
     from resta.redeval import Target
-    from resta.verify import Exam, Verification, Views
+    from resta.verify import Attacks, Exam, Verification, Views
 
 
 @click.group(cls=WithDefault, context_settings={"help_option_names": ["-h", "--help"]})
@@ -80,6 +80,27 @@ POLICY = click.option(
     help="The rules. [default: see `resta verify policy`]",
 )
 
+DURABILITY = together(
+    click.option(
+        "--durability",
+        is_flag=True,
+        help="Also attack the aligned and the restored model in known ways, in memory, and report what is left of "
+        "their safety. Slow; local models only; no verdict rests on it.",
+    ),
+    click.option(
+        "--durability-questions",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Harmful questions of the gate's that attacked models are asked, at most. [default: 100]",
+    ),
+    click.option(
+        "--durability-data",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="Harmless conversations that an attacked model is fine-tuned on, as `resta sft` reads them. [default: "
+        "built-in prompts with TUNED's own answers]",
+    ),
+)
+
 SHOW = together(
     click.option("--include-text", is_flag=True, help="Show questions and answers in the HTML report."),
     click.option("--card", is_flag=True, help="Put the result into RESTORED's README.md, in a section of its own."),
@@ -117,22 +138,28 @@ def _take_settings(ctx: click.Context, parameter: click.Parameter, path: Path | 
 @WHERE
 @HOW
 @SERVERS
+@DURABILITY
 @SHOW
 @click.option("--dry-run", is_flag=True, help="Say what would be asked and what that can show; ask and write nothing.")
 @output(type=click.Path(file_okay=False, path_type=Path), default=Path("verify"), show_default=True)
 def run(restored: str, tuned: str, aligned: str, out: Path, **given: Any) -> None:
     """Measure what is missing, compare, decide, report. The same command continues with what is missing."""
     from resta import verify
+    from resta.verify.release import forecast_durability
 
     with _no_verdict():
+        attacks = _attacks(given)
         models = [_model(given, name) for name in (restored, tuned, aligned)]
         asked = {"tuned": models[1], "aligned": models[2], "policy": given["policy_path"], "exam": exam_of(given)}
         if given["dry_run"]:
             power = verify.forecast(models[0], **asked)
             click.echo("\n".join(power.lines))
+            if attacks is not None:
+                models_only = {name: asked[name] for name in ("tuned", "aligned", "exam")}
+                click.echo("\n".join(forecast_durability(models[0], **models_only, durability=attacks)))
             sys.exit(verify.Verdict.PASS.value if power.can_pass else verify.Verdict.INCONCLUSIVE.value)
         with run_options(given) as options:
-            made = verify.run(models[0], **asked, out=out, views=_views(given), options=options)
+            made = verify.run(models[0], **asked, durability=attacks, out=out, views=_views(given), options=options)
         _show(made)
     sys.exit(made.exit_code)
 
@@ -239,6 +266,18 @@ def _gen_kwargs(text: str | None) -> dict[str, Any]:
     return found
 
 
+def _attacks(given: Mapping[str, Any]) -> Attacks | None:
+    """Return what is asked of attacked models; None where none is to be attacked. Raises RequestError."""
+    from resta.verify import Attacks
+
+    count, data = given["durability_questions"], given["durability_data"]
+    if given["durability"]:
+        return Attacks(data=data) if count is None else Attacks(questions=count, data=data)
+    if count is not None or data is not None:
+        raise RequestError("--durability-questions and --durability-data would change nothing without --durability")
+    return None
+
+
 def _views(given: Mapping[str, Any]) -> Views:
     from resta.verify import Views
 
@@ -248,5 +287,5 @@ def _views(given: Mapping[str, Any]) -> Views:
 def _show(made: Verification) -> None:
     from resta.verify.report import print_decision
 
-    print_decision(made.comparison, made.decision, made.ruling)
+    print_decision(made.comparison, made.decision, made.ruling, made.durability)
     click.echo(f"report: {made.files['report.html']}")

@@ -10,6 +10,7 @@ A verification reads from left to right:
     gate.py  decision.py  trust.py  guidance.py     the verdict            every rule, and what to do about it
     trace.py                                        what cannot be undone  a line for every decision ever made
     views.py  report.py  html.py  junit.py          how it is shown        from one comparison, decision and ruling
+    attacks.py  attacked.py  durability.py          beside it              what is left after known attacks; no verdict
     release.py                                      all of it as one call
 """
 
@@ -20,6 +21,7 @@ from resta.lazy import lazily
 if TYPE_CHECKING:
     from resta.verify.budget import Exam, Utility
     from resta.verify.decision import Verdict
+    from resta.verify.durability import Attacks, Durability
     from resta.verify.release import Verification, Views, forecast, run
 else:
     __getattr__ = lazily(
@@ -28,7 +30,8 @@ else:
             **dict.fromkeys(("Exam", "Utility"), "budget"),
             **dict.fromkeys(("Verification", "Views", "forecast", "run"), "release"),
             "Verdict": "decision",
+            **dict.fromkeys(("Attacks", "Durability"), "durability"),
         },
     )
 
-__all__ = ["Exam", "Utility", "Verdict", "Verification", "Views", "forecast", "run"]
+__all__ = ["Attacks", "Durability", "Exam", "Utility", "Verdict", "Verification", "Views", "forecast", "run"]

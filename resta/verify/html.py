@@ -20,6 +20,7 @@ from resta.statistics import Difference, Rate
 from resta.verify.comparison import Category, Comparison, Example, Overall, Rates, Task
 from resta.verify.comparison import Cell as Part
 from resta.verify.decision import Decision, Rule, Verdict
+from resta.verify.durability import Durability, durability_lines, durability_table
 from resta.verify.guidance import layer_sizes
 from resta.verify.measurement import ROLES
 from resta.verify.provenance import provenance
@@ -44,7 +45,14 @@ HEAT = (0.05, 0.15, 0.30, 0.50, 0.75)  # shares at which the heat map's next ste
 USED = Axis(low=0.0, high=2.0, label="share of what is allowed")  # of the figure of all limits
 
 
-def to_html(comparison: Comparison, decision: Decision, ruling: Ruling, *, include_text: bool) -> str:
+def to_html(
+    comparison: Comparison,
+    decision: Decision,
+    ruling: Ruling,
+    durability: Durability | None = None,
+    *,
+    include_text: bool,
+) -> str:
     """Return the whole report. `include_text` shows questions and answers."""
     unsure = decision.verdict is Verdict.INCONCLUSIVE
     sections = (
@@ -57,6 +65,7 @@ def to_html(comparison: Comparison, decision: Decision, ruling: Ruling, *, inclu
         ("refusals", "Over-refusal", False),
         ("utility", "Utility", False),
         ("conduct", "OutputQuality", False),
+        *((("durability", "After known attacks", False),) if durability else ()),
         ("examples", "Examples", False),
         ("layers", "Size of the safety vector", False),
         ("provenance", "Provenance", False),
@@ -80,6 +89,7 @@ def to_html(comparison: Comparison, decision: Decision, ruling: Ruling, *, inclu
         when=_when(comparison, ruling),
         about=[(ROLE_CELLS[role], ABOUT[role]) for role in ROLES],
         **_evidence(comparison, decision, ruling),
+        durability=None if durability is None else (durability_table(durability), durability_lines(durability)),
         examples=_examples(comparison, include_text=include_text),
         include_text=include_text,
     )

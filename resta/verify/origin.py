@@ -7,10 +7,12 @@ manifest that is true to the weights the provenance is unknown, which is said an
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from resta.verify.comparison import Comparison, Model
 from resta.verify.decision import Limit, Outcome, Rule
+from resta.verify.measurement import Measurement
 from resta.verify.policy import Policy
 
 
@@ -66,3 +68,45 @@ def _at_least(name: str, value: float, limit: float, why: str) -> Rule:
 
 def _plain(name: str, outcome: Outcome, why: str, *, test: str = "") -> Rule:
     return Rule(name=name, outcome=outcome, test=test, value=None, low=None, high=None, why=why)
+
+
+def published_change(restored: Measurement, tuned: Measurement) -> str:
+    """Return why restored - tuned is not known to be a change that its resta.json names; empty where it is.
+
+    It is where the file is that of a patch on this tuned model, or of a merge, true to its weights, that comes to this
+    tuned model once its safety terms are left out.
+    """
+    manifest = restored.manifest
+    if manifest.get("kind") == "patch":
+        same = manifest["patch"]["tuned"]["fingerprint"] == tuned.config["target"].get("fingerprint")
+        return "" if same else "restored's resta.json is of a patch on another model than tuned"
+    if manifest.get("kind") != "merge":
+        return "restored has no resta.json that says what was added to it"
+    if restored.manifest_problem or "safety" not in manifest:
+        return "restored's resta.json is not shown to be true to its weights"
+    if not manifest["safety"]["terms"]:
+        return "restored's resta.json names no safety vector"
+    start = _without_safety(manifest)
+    if start is None or not _is_input(manifest["inputs"][start], Path(tuned.name)):
+        return f"what its resta.json adds ({manifest['equation']}) is not added to the tuned model that is given"
+    return ""
+
+
+def _without_safety(manifest: Mapping[str, Any]) -> str | None:
+    """Return which model a merge comes to without its safety terms; None where it is none of them."""
+    recipe = manifest["recipe"]
+    left = [term for place, term in enumerate(recipe["terms"]) if place not in manifest["safety"]["terms"]]
+    if not left:
+        return str(recipe["start"])
+    to, _, start = left[0]["delta"].partition(" - ")
+    whole = len(left) == 1 and left[0]["scale"] == 1 and not left[0]["sparsify"] and not recipe["rules"]
+    return str(to) if whole and start == recipe["start"] else None
+
+
+def _is_input(was: Mapping[str, Any], model: Path) -> bool:
+    """Whether a model bears an input's name and has files of its sizes."""
+    if not model.is_dir():
+        return str(was["source"]) == str(model)
+    sizes = {file: facts["bytes"] for file, facts in was["files"].items()}
+    there = {file: (model / file).stat().st_size for file in sizes if (model / file).is_file()}
+    return Path(was["source"]).name == model.resolve().name and sizes == there

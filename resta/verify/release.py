@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from resta.errors import RequestError
+from resta.errors import RequestError, RestaError
 from resta.journal import write_whole
+from resta.redeval.judging import check_judges
+from resta.redeval.plan import plan_of
 from resta.redeval.progress import RunOptions
-from resta.redeval.records import environment, private_files
+from resta.redeval.records import environment, load_run, private_files
 from resta.redeval.targets import Target, parse_target
+from resta.verify.attacked import Job, attack_all, cost, make_job
 from resta.verify.budget import Budget, Exam, check_budget, read_budget
 from resta.verify.comparison import Comparison
 from resta.verify.decision import Decision, Rule, Verdict
+from resta.verify.durability import Attacks, Durability, read_durability, write_durability
 from resta.verify.gate import check_tasks, decide
 from resta.verify.measure import compare_all, measure_all
 from resta.verify.measurement import (
@@ -29,7 +33,7 @@ from resta.verify.policy import Policy, read_policy
 from resta.verify.power import Power
 from resta.verify.report import to_card, with_section
 from resta.verify.trace import Ruling, make_ruling, with_earlier
-from resta.verify.views import VIEWS, remove_reports, write_reports
+from resta.verify.views import VIEWS, remove_reports, write_reports, write_views
 
 Model = str | Path | Target
 
@@ -44,12 +48,17 @@ class Views:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verification:
-    """A decision, what it rests on, and the folder in which all of it is written."""
+    """A decision, what it rests on, and the folder in which all of it is written.
+
+    `durability` is what is left of these models' safety after known attacks, which no decision rests on; None where
+    that was not measured.
+    """
 
     out: Path
     decision: Decision
     comparison: Comparison
     ruling: Ruling
+    durability: Durability | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -90,6 +99,7 @@ def run(
     aligned: Model,
     policy: str | Path | Policy | None = None,
     exam: Exam = Exam(),
+    durability: Attacks | None = None,
     out: str | Path = "verify",
     views: Views = Views(),
     options: RunOptions = RunOptions(),
@@ -114,6 +124,8 @@ def run(
         aligned: the safety-aligned model.
         policy: the rules, or the path of a file of them; by default those of `resta verify policy`.
         exam: what every model is asked, by whom it is judged, and which tasks it is given.
+        durability: also attack the aligned and the restored model in known ways, once the verdict is there, and say
+            what is left of their safety. Where that breaks off the verdict stands, and the same call goes on.
         out: the folder of all measurements and reports.
         views: what the reports show.
         options: how fast, on what device judges run, and what is called as it goes on.
@@ -128,15 +140,18 @@ def run(
     if views.card:
         model = targets["restored"]
         _card_of(read_measurement(model).name if isinstance(model, Path) else model.name)
+    job = None if durability is None else _job(durability, prepared, out, options)
     with private_files():
         out.mkdir(parents=True, exist_ok=True)
         remove_reports(out)
-        for line in (*(f"note: {line}" for line in prepared.budget.spec.notes), *prepared.power.lines):
+        said = (*(f"note: {line}" for line in prepared.budget.spec.notes), *prepared.power.lines)
+        for line in (*said, *(cost(job) if job else ())):
             options.note(line)
         models = measure_all(targets, prepared.budget, out, options)
         note_places(models, out)
         reader = _reader(targets["aligned"], models["aligned"], options)
-        return _decide(models, reader, out, prepared.policy, prepared.policy_file, views, options)
+        made = _decide(models, reader, out, prepared.policy, prepared.policy_file, views, options)
+        return made if job is None else _attack(job, made, models, prepared.budget, views, options)
 
 
 def forecast(
@@ -144,6 +159,17 @@ def forecast(
 ) -> Power:
     """Return what `run` would ask, and what that can show; nothing is asked or written. Raises RequestError."""
     return _prepare({"aligned": aligned, "tuned": tuned, "restored": restored}, policy, exam).power
+
+
+def forecast_durability(
+    restored: Model, *, tuned: Model, aligned: Model, durability: Attacks, exam: Exam = Exam()
+) -> tuple[str, ...]:
+    """Return what `run` would ask for the sake of durability, in words; nothing is asked or written.
+
+    Raises RequestError.
+    """
+    prepared = _prepare({"aligned": aligned, "tuned": tuned, "restored": restored}, None, exam)
+    return cost(_job(durability, prepared, Path("verify"), RunOptions()))
 
 
 def decide_again(
@@ -186,6 +212,45 @@ def _target(model: Model) -> Target | Path:
     return Path(model) if is_measurement(Path(model)) else parse_target(model)
 
 
+def _job(durability: Attacks, prepared: _Prepared, out: Path, options: RunOptions) -> Job:
+    """Return what is to be attacked and asked; a model that was measured earlier must be where it was, unchanged."""
+    targets: dict[str, Target | None] = {}
+    plans = {}
+    for role, target in prepared.targets.items():
+        if isinstance(target, Target):
+            targets[role], plans[role] = target, prepared.budget.plan(target)
+        else:
+            plan = plan_of(load_run(target / "redeval"))
+            targets[role] = find_model(target, plan.config["target"], device=options.reader_device)
+            plans[role] = plan
+    return make_job(durability, targets, plans, out)
+
+
+def _attack(
+    job: Job,
+    made: Verification,
+    models: Mapping[str, Measurement],
+    budget: Budget,
+    views: Views,
+    options: RunOptions,
+) -> Verification:
+    """Attack the models of a verification, and add what came of it to the reports; the decision is what it was."""
+    comparison, out = made.comparison, made.out
+    judge = next((j for j in check_judges(budget.judges, None, allow_self=True) if j.id == comparison.judge), None)
+    try:
+        if judge is None:
+            raise RequestError(f"attacked models need their own verdicts of {comparison.judge}; name it with --judge")
+        found = attack_all(job, models, judge, comparison.level, options)
+    except RestaError as error:
+        options.note(f"durability was not measured: {error}. The verdict stands; the same command goes on")
+        return made
+    write_durability(out, found)
+    write_views(out, comparison, made.decision, made.ruling, found, include_text=views.include_text)
+    made = replace(made, durability=found)
+    _show_on_card(made, views)
+    return made
+
+
 def _reader(target: Target | Path, measured: Measurement, options: RunOptions) -> Target | None:
     """Return the aligned model, by which every answer's loss is measured, if it is to be found."""
     if isinstance(target, Target):
@@ -202,14 +267,30 @@ def _decide(
     views: Views,
     options: RunOptions,
 ) -> Verification:
-    """Compare, decide, and write every report."""
+    """Compare, decide, leave a trace of it, and write every report."""
     comparison = compare_all(models, aligned, out, policy, options)
     ruling = make_ruling(out, policy, policy_file, environment())
     decision = with_power(with_earlier(comparison, decide(comparison, policy), ruling), comparison, policy)
-    write_reports(out, comparison, decision, ruling, include_text=views.include_text)
+    found = _durability(out, comparison, options)
+    write_reports(out, comparison, decision, ruling, found, include_text=views.include_text)
+    made = Verification(out=out, decision=decision, comparison=comparison, ruling=ruling, durability=found)
+    _show_on_card(made, views)
+    return made
+
+
+def _durability(out: Path, comparison: Comparison, options: RunOptions) -> Durability | None:
+    """Return what is known of these models' durability; what cannot be read is said and stands in no verdict's way."""
+    try:
+        return read_durability(out, comparison)
+    except RestaError as error:
+        options.note(f"note: {error}")
+        return None
+
+
+def _show_on_card(made: Verification, views: Views) -> None:
     if views.card:
-        _update_card(_card_of(models["restored"].name), to_card(comparison, decision, ruling))
-    return Verification(out=out, decision=decision, comparison=comparison, ruling=ruling)
+        section = to_card(made.comparison, made.decision, made.ruling, made.durability)
+        _update_card(_card_of(made.comparison.models["restored"].name), section)
 
 
 def _card_of(model: str) -> Path:

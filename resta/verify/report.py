@@ -14,6 +14,7 @@ from resta.page import STYLES, Cell, Entry, Table, console, markdown, markdown_t
 from resta.redeval.report import with_interval
 from resta.verify.comparison import Comparison
 from resta.verify.decision import SCHEMA, Decision, Rule, Verdict
+from resta.verify.durability import ONE_SUBTRACTION, Durability, durability_lines, durability_table
 from resta.verify.measurement import ROLES
 from resta.verify.trace import Ruling, decided_otherwise
 from resta.verify.words import measured, points, score, share
@@ -56,7 +57,9 @@ def _rule(rule: Rule) -> dict[str, Any]:
     return {**facts, "limit_words": rule.limit_words}
 
 
-def to_markdown(comparison: Comparison, decision: Decision, ruling: Ruling) -> str:
+def to_markdown(
+    comparison: Comparison, decision: Decision, ruling: Ruling, durability: Durability | None = None
+) -> str:
     """Return a summary for a pull request."""
     lines = [f"## Safety gate: {decision.title}", "", markdown(decision.summary), "", f"{markdown(ruling.words)}.", ""]
     lines += [f"> {markdown(note)}" + "\n>" for note in decision.notes]
@@ -65,8 +68,17 @@ def to_markdown(comparison: Comparison, decision: Decision, ruling: Ruling) -> s
         lines += ["", "### What the numbers suggest", "", *(f"- {markdown(line)}" for line in decision.guidance)]
     if decision.power:
         lines += ["", "### What these questions could show", "", *(f"- {markdown(line)}" for line in decision.power)]
+    lines += _durability(durability, "###")
     lines += ["", "### Bank by template", "", *markdown_table(_cells_table(comparison))]
     return "\n".join(lines) + "\n"
+
+
+def _durability(found: Durability | None, heading: str) -> list[str]:
+    """Return a section on what is left after known attacks; empty where none was tried."""
+    if found is None:
+        return []
+    lines = ["", f"{heading} After known attacks", "", *markdown_table(durability_table(found)), ""]
+    return lines + [f"- {markdown(line)}" for line in durability_lines(found)]
 
 
 # verdict or outcome -> (sign, tone)
@@ -143,7 +155,7 @@ def _cells_table(comparison: Comparison) -> Table:
     return table("Bank by template", header, rows, heads=2)
 
 
-def to_card(comparison: Comparison, decision: Decision, ruling: Ruling) -> str:
+def to_card(comparison: Comparison, decision: Decision, ruling: Ruling, durability: Durability | None = None) -> str:
     """Return a section for the restored model's card, between markers so that it can be replaced."""
     lines = [CARD_START, f"## Safety: {decision.title}", "", markdown(decision.summary), ""]
     lines += markdown_table(models_table(comparison))
@@ -158,6 +170,9 @@ def to_card(comparison: Comparison, decision: Decision, ruling: Ruling) -> str:
     lines += [markdown(note) for note in decision.notes]
     if decision.power:
         lines += ["", "What these questions could show:", "", *(f"- {markdown(line)}" for line in decision.power)]
+    if durability is None and comparison.models["restored"].manifest:
+        lines += ["", ONE_SUBTRACTION]
+    lines += _durability(durability, "###")
     return "\n".join([*lines, CARD_END]) + "\n"
 
 
@@ -170,8 +185,10 @@ def with_section(card: str, section: str) -> str:
     return card.rstrip("\n") + "\n\n" + section
 
 
-def print_decision(comparison: Comparison, decision: Decision, ruling: Ruling) -> None:
-    """Print the three models, the rules, the verdict and the guidance to stdout."""
+def print_decision(
+    comparison: Comparison, decision: Decision, ruling: Ruling, durability: Durability | None = None
+) -> None:
+    """Print the three models, the rules, what is left after known attacks, the verdict and the guidance to stdout."""
     from rich.text import Text
 
     terminal = console()
@@ -187,6 +204,11 @@ def print_decision(comparison: Comparison, decision: Decision, ruling: Ruling) -
         line((f"{rule.outcome:12}", style), f" {rule.name}  {measured(rule)}  {rule.limit_words}")
         if rule.outcome != "holds":
             line(f"             {rule.why}")
+    if durability is not None:
+        terminal.print()
+        terminal.print(to_terminal(durability_table(durability)))
+        for words in durability_lines(durability):
+            line((words, "dim"))
     style = STYLES[TONES[decision.verdict.name][1]]
     terminal.print()
     line((decision.title, f"bold {style}"), f"  {decision.summary}")

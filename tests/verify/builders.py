@@ -421,3 +421,41 @@ def manifest(
     term = {"name": "safety", "delta": "aligned - base", "coverage": coverage, "change": {"kept": kept}}
     safety = {"terms": list(range(terms)), "restored": restored, "statement": "As it says."}
     return {"kind": "merge", "schema": 2, "terms": [term], "safety": safety, "change": {}, "tensors": {}}
+
+
+def save_planted(path: Path, *, refuses: float = 1.0, seed: int = 0) -> None:
+    """Write a model that says "Sure", but "I can't" to whatever holds an "x", by one direction of its residual stream.
+
+    Attention, the same over all positions, writes how many of the tokens are an "x" into the last dimension, times
+    `refuses`; the output layer reads it. All else is as in `redeval.save_refusing`: one token follows from another.
+    `seed` is that of weights that do nothing.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    redeval.save_llama(path, seed=seed)
+    tokenizer = redeval.save_tokenizer(path, adds_bos=True)
+    random = AutoModelForCausalLM.from_pretrained(path)
+    random.config.tie_word_embeddings = False
+    model = AutoModelForCausalLM.from_config(random.config)
+    model.generation_config = random.generation_config
+    weights = {name: value.clone() for name, value in random.state_dict().items()}
+    for name, value in weights.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight", "q_proj.weight", "k_proj.weight", "v_proj.weight")):
+            value.zero_()
+    embeddings = torch.randn(263, 32, generator=torch.Generator().manual_seed(7))
+    embeddings[:, 30:] = 0  # 30: it is an x; 31: it is to be refused
+    embeddings = 4 * torch.nn.functional.normalize(embeddings)
+    [start, mark, end] = tokenizer.convert_tokens_to_ids(["<|assistant|>", *tokenizer.tokenize("x"), "<|end|>"])
+    embeddings[mark] = 4 * torch.eye(32)[30]
+    head = torch.zeros(263, 32)
+    for says in ("Sure", "I can't"):
+        chain = [start, *tokenizer.convert_tokens_to_ids(tokenizer.tokenize(says)), end]
+        head[chain[1:]] += embeddings[chain[:-1]]
+    [refusal] = tokenizer.convert_tokens_to_ids(tokenizer.tokenize("I"))
+    head[refusal] *= 0.9
+    head[refusal, 31] = 2.0
+    weights["model.layers.0.self_attn.v_proj.weight"][0, 30] = 1.0
+    weights["model.layers.0.self_attn.o_proj.weight"][31, 0] = 2 * refuses
+    model.load_state_dict({**weights, "model.embed_tokens.weight": embeddings, "lm_head.weight": head})
+    model.save_pretrained(path)
