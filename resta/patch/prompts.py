@@ -98,7 +98,8 @@ def draw(task: Path, harmful: Sequence[str], apart: Sequence[str], drawing: Draw
             raise RequestError(
                 f"{len(found)} different {kind} prompts; at least {FEWEST} are needed to learn what holds on others"
             )
-    _check_task(tasks, [*sources, read_bank("smoke")])
+    kept = [asked for kind, found in prompts.items() if kind != "harmful" for asked in found]
+    _check_kept(kept, [*sources, read_bank("smoke")])
     every = [asked.text for found in prompts.values() for asked in found]
     check_apart({"the prompts to learn from": every}, {bank.source: _texts(bank) for bank in others})
     return tuple(asked for found in prompts.values() for asked in with_starts(found, drawing.starts))
@@ -133,14 +134,14 @@ def check_apart(*groups: Mapping[str, Iterable[str]]) -> None:
                     )
 
 
-def _check_task(tasks: Sequence[Asked], banks: Sequence[Bank]) -> None:
-    """Refuse a task prompt that any bank holds as harmful, drawn or not."""
+def _check_kept(kept: Sequence[Asked], banks: Sequence[Bank]) -> None:
+    """Refuse a prompt to be answered that a bank holds as harmful, drawn or not."""
     harmful = {digest_of(question.text): bank for bank in banks for question in bank.questions if not question.safe}
-    for asked in tasks:
+    for asked in kept:
         if asked.digest in harmful:
             raise RequestError(
-                f"a task prompt is a harmful question of the bank {harmful[asked.digest].name}, and the model cannot "
-                f"both answer and refuse it; remove it from the task's: {shown(asked.text)}"
+                f"a {asked.kind} prompt is a harmful question of the bank {harmful[asked.digest].name}, and the model "
+                f"cannot both answer and refuse it; remove it from one of the two: {shown(asked.text)}"
             )
 
 

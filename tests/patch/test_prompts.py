@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 
 from resta.errors import RequestError
 from resta.patch.prompts import (
+    KINDS,
     STARTS,
     Drawing,
     built_in,
@@ -176,6 +178,25 @@ def test_a_task_prompt_that_a_bank_holds_as_harmful_is_refused_drawn_or_not(tmp_
     for spelled in (harmful, harmful.upper(), f"  {harmful.rstrip('?.')}  "):
         with pytest.raises(RequestError, match="a task prompt is a harmful question of the bank smoke"):
             draw(task_of(tmp_path / "task.txt", [spelled]), ["smoke"], [], Drawing(harmful_count=8))
+
+
+def test_a_bank_that_holds_a_built_in_prompt_as_harmful_is_refused(tmp_path: Path) -> None:
+    bank = tmp_path / "bank.json"
+    bank.write_text(json.dumps([f"Harm {n}?" for n in range(9)] + built_in("lookalike")))
+    with pytest.raises(RequestError, match="a lookalike prompt is a harmful question of the bank bank"):
+        draw(task_of(tmp_path / "task.txt", []), [str(bank)], [], Drawing(harmful_count=8))
+
+
+def test_harmful_prompts_stand_in_the_templates_that_are_named_and_half_of_all_have_a_start(tmp_path: Path) -> None:
+    drawing = Drawing(templates=("cot", "suffix"), harmful_count=30)
+    prompts = draw(task_of(tmp_path / "task.txt", []), ["smoke"], [], drawing)
+    used = Counter(asked.template for asked in prompts if asked.kind == "harmful")
+    assert used == {None: 15, "cot": 8, "suffix": 7}
+    assert {asked.template for asked in prompts if asked.kind != "harmful"} == {None}
+    for kind in KINDS:
+        for template in used:
+            found = [asked for asked in prompts if (asked.kind, asked.template) == (kind, template)]
+            assert sum(bool(asked.start) for asked in found) == len(found) // 2
 
 
 def test_the_gates_own_banks_are_kept_apart_unless_they_are_asked_for(tmp_path: Path) -> None:
