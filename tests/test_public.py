@@ -81,7 +81,7 @@ LAYERS = (
     "ladder: rungs",
     "ladder: patches",
     "ladder: proof request",
-    "ladder: story",
+    "ladder: costs story",
     "ladder: conduct",
     "ladder: __init__",
     "__init__",

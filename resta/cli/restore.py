@@ -14,6 +14,7 @@ from resta.cli.verify import POLICY, UTILITY, exam_of
 
 if TYPE_CHECKING:
     from resta.ladder import Choices
+    from resta.ladder.rungs import Ladder
 
 EPILOG = """\b
 Examples:
@@ -67,6 +68,7 @@ LADDER = together(
         metavar="NAME|PATH",
         help="Bank that a patch learns from. [default: a part of --bank, which nothing else is asked from]",
     ),
+    click.option("--dry-run", is_flag=True, help="Say what each rung takes; load, ask and write nothing."),
     click.option("--include-text", is_flag=True, help="Show questions and answers on the page."),
 )
 
@@ -103,23 +105,30 @@ def command(tuned: str, out: Path, **given: Any) -> None:
     is PASS. The same command goes on where it was stopped. Exit codes are those of `resta verify`; 1 also means that
     nothing was worth verifying, and the best candidate is kept under OUT.records/not-restored.
     """
-    from resta.ladder import restore
+    from resta.ladder.conduct import carry_out
+    from resta.ladder.request import read_ladder
     from resta.ladder.story import show
 
+    models = {"tuned": tuned, "aligned": given["aligned"], "base": given["base"]}
+    exam = exam_of({**given, "tokenizer": None})
+    ladder = read_ladder(models, given["policy_path"], exam, out, _choices(given), given["task_prompts"])
+    if given["dry_run"]:
+        _say_costs(ladder)
+        return
     with run_options(given) as options:
-        told = restore(
-            tuned,
-            aligned=given["aligned"],
-            base=given["base"],
-            task_prompts=given["task_prompts"],
-            policy=given["policy_path"],
-            exam=exam_of({**given, "tokenizer": None}),
-            out=out,
-            choices=_choices(given),
-            options=options,
-        )
+        told = carry_out(ladder, options)
     show(told)
     sys.exit(told.exit_code)
+
+
+def _say_costs(ladder: Ladder) -> None:
+    """Print what every rung takes, if it can be carried out at all. Raises RequestError."""
+    from resta.ladder.costs import costs_table, expected_costs
+    from resta.ladder.request import check_ladder
+    from resta.page import console, to_terminal
+
+    check_ladder(ladder)
+    console(width=None if sys.stdout.isatty() else 160).print(to_terminal(costs_table(expected_costs(ladder))))
 
 
 def _choices(given: dict[str, Any]) -> Choices:

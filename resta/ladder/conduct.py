@@ -101,7 +101,11 @@ def restore(
     """
     models = {"tuned": str(tuned), "aligned": _text(aligned), "base": _text(base)}
     prompts = None if task_prompts is None else Path(task_prompts)
-    ladder = read_ladder(models, policy, exam, Path(out), choices, prompts)
+    return carry_out(read_ladder(models, policy, exam, Path(out), choices, prompts), options)
+
+
+def carry_out(ladder: Ladder, options: RunOptions) -> Restoration:
+    """Do what `restore` does, for a request that was read already."""
     check_ladder(ladder)
     with private_files():
         ladder.records.mkdir(parents=True, exist_ok=True)

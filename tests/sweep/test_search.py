@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 
+from resta.ladder.costs import most_asked
 from resta.sweep.candidates import Candidate
 from resta.sweep.forecast import NEED, Outlook, in_the_way, plan_factor
 from resta.sweep.response import Seen, fit
@@ -115,6 +116,12 @@ def test_what_is_chosen_was_asked_everything_and_every_measurement_is_explained(
     assert search.chance(found) >= NEED
     assert {step.candidate for step in search.steps} == set(search.rungs)
     assert all(step.words for step in search.steps)
+
+
+@pytest.mark.parametrize("middle", [-0.5, 0.05, 0.4, 0.95, 3.0])
+def test_a_search_asks_no_more_scales_than_a_ladder_says_beforehand(middle: float) -> None:
+    for seed in range(2):
+        assert len(searched(Simulated(logistic(middle=middle), seed=seed)).rungs) <= most_asked(len(GRID))
 
 
 def test_harmful_scales_are_asked_few_questions() -> None:
