@@ -11,6 +11,7 @@ model; a finished one is not repeated.
 
 from __future__ import annotations
 
+import gc
 import random
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -99,14 +100,8 @@ class Job:
     targets: Mapping[str, Target]
     plans: Mapping[str, RunPlan]  # of the gate, by role
     asked: Asked
+    settings: Mapping[str, Mapping[str, Any]]  # of each attack, by name: what its answers depend on beside the model
     out: Path
-
-    @property
-    def data(self) -> str:
-        """Return what identifies the conversations of the benign fine-tuning."""
-        if self.attacks.data is not None:
-            return sha256_file(Path(self.attacks.data))
-        return digest({**content_of(self.targets["tuned"].facts), "tokens": OWN_TOKENS})
 
     def path(self, role: str, name: str) -> Path:
         """Return the folder of an attacked model's answers."""
@@ -115,14 +110,9 @@ class Job:
     def plan(self, role: str, name: str) -> RunPlan:
         """Return the plan of an attacked model's run, whose configuration says what was done to it."""
         plan = self.plans[role]
-        learned: dict[str, Any] = {
-            "benign": {"data": self.data, "steps": STEPS, "rank": attacks.RANK, "rate": attacks.LEARNING_RATE},
-            "direction": {"questions": digest(self.asked.spare), "layers": attacks.LAYERS},
-            "subtraction": {each: content_of(self.targets[each].facts) for each in ("restored", "tuned")},
-        }
         return replace(
             plan,
-            config={**plan.config, "attack": {"name": name, **learned[name]}},
+            config={**plan.config, "attack": {"name": name, **self.settings[name]}},
             questions=self.asked.questions,
             requests=self.asked.requests,
         )
@@ -143,7 +133,9 @@ def make_job(request: Attacks, targets: Mapping[str, Target | None], plans: Mapp
                 "--durability out"
             )
         found[role] = target
-    job = Job(attacks=request, targets=found, plans=plans, asked=choose(plans["restored"], request.questions), out=out)
+    asked = choose(plans["restored"], request.questions)
+    settings = _settings(request, found, asked)
+    job = Job(attacks=request, targets=found, plans=plans, asked=asked, settings=settings, out=out)
     if request.data is not None:
         given = read_conversations(Path(request.data))
         said = [turn.content for each in given for turn in each.messages if turn.role == "user"]
@@ -155,6 +147,18 @@ def make_job(request: Attacks, targets: Mapping[str, Target | None], plans: Mapp
             except ResumeError as error:
                 raise ResumeError(f"{error}; or remove {out / 'durability'}, and it is measured anew") from error
     return job
+
+
+def _settings(request: Attacks, targets: Mapping[str, Target], asked: Asked) -> dict[str, dict[str, Any]]:
+    """Return what the answers after each attack depend on beside the model that is attacked."""
+    facts = {role: content_of(targets[role].facts) for role in ("restored", "tuned")}
+    own = digest({**facts["tuned"], "tokens": OWN_TOKENS})
+    data = own if request.data is None else sha256_file(Path(request.data))
+    return {
+        "benign": {"data": data, "steps": STEPS, "rank": attacks.RANK, "rate": attacks.LEARNING_RATE},
+        "direction": {"questions": digest(asked.spare), "layers": attacks.LAYERS},
+        "subtraction": facts,
+    }
 
 
 def cost(job: Job) -> tuple[str, ...]:
@@ -201,8 +205,9 @@ def _conversations(job: Job) -> list[Conversation]:
     if job.attacks.data is not None:
         return read_conversations(Path(job.attacks.data))
     path = job.out / "durability" / "benign.json"
-    if not path.is_file() or read_object(path)["data"] != job.data:
-        local = _load(job.targets["tuned"])
+    data = job.settings["benign"]["data"]
+    if not path.is_file() or read_object(path)["data"] != data:
+        local = load_attacked(job.targets["tuned"])
         texts = random.Random(0).sample(built_in("harmless"), LEARNED)
         answers = attacks.own_answers(local, _prompts(job, local, texts), OWN_TOKENS)
         rows = [
@@ -211,7 +216,7 @@ def _conversations(job: Job) -> list[Conversation]:
             if answer.text.strip()
         ]
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_whole(path, to_json({"data": job.data, "conversations": rows}, indent=1) + "\n")
+        write_whole(path, to_json({"data": data, "conversations": rows}, indent=1) + "\n")
     rows = read_object(path)["conversations"]
     if len(rows) < CONVERSATIONS:
         raise RequestError("tuned answers harmless prompts with nothing; name conversations with --durability-data")
@@ -269,7 +274,7 @@ def attack_all(
 
 
 def _attack_model(job: Job, role: str, why_not: str, options: RunOptions) -> None:
-    """Attack one model in every way that is left to do; its weights are loaded once."""
+    """Attack one model in every way that is left to do; its weights are loaded once, and no others beside them."""
     local: LocalModel | None = None
     for name in ATTACKS:
         if _finished(job, role, name):
@@ -277,11 +282,14 @@ def _attack_model(job: Job, role: str, why_not: str, options: RunOptions) -> Non
         shutil.rmtree(job.path(role, name), ignore_errors=True)
         options.note(f"durability, {role}: {ATTACKS[name]}")
         if name == "subtraction":
+            local = None
+            gc.collect()
             _subtract(job, role, why_not, options)
             continue
-        local = local or _load(job.targets[role])
         try:
-            with _told_of_memory(), _attacked(job, name, local) as facts:
+            learned = _conversations(job) if name == "benign" else ()  # tuned may have to be asked for them
+            local = local or load_attacked(job.targets[role])
+            with _told_of_memory(), _attacked(job, name, local, learned) as facts:
                 _ask(job, role, name, local, facts, options)
         except RequestError as error:
             _note(job, role, name, why_not=str(error))
@@ -298,13 +306,13 @@ def _finished(job: Job, role: str, name: str) -> bool:
 
 
 @contextmanager
-def _attacked(job: Job, name: str, local: LocalModel) -> Iterator[Facts]:
+def _attacked(job: Job, name: str, local: LocalModel, learned: Sequence[Conversation]) -> Iterator[Facts]:
     if name == "direction":
         with attacks.without_refusal(local, _contrast(job, local)) as facts:
             yield facts
     else:
         rendering = job.plans["restored"].protocol.rendering
-        with attacks.fine_tuned(local, _conversations(job), rendering) as facts:
+        with attacks.fine_tuned(local, learned, rendering) as facts:
             yield facts
 
 
@@ -370,7 +378,7 @@ def _spec(target: Target) -> LocalSpec:
     return target.local
 
 
-def _load(target: Target) -> LocalModel:
+def load_attacked(target: Target) -> LocalModel:
     """Return a model to be attacked, an adapter merged into its base, so that its weights are all there is."""
     local = load_local(_spec(target))
     if not _spec(target).is_adapter:

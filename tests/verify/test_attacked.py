@@ -21,9 +21,12 @@ from resta.cli import main
 from resta.errors import RequestError, UnansweredError
 from resta.journal import read_rows
 from resta.redeval import models as redeval_models
+from resta.redeval.messages import Message, Rendering
+from resta.redeval.models import LocalSpec, load_local
 from resta.redeval.records import Answer
 from resta.redeval.targets import parse_target
-from resta.verify.attacked import subtraction
+from resta.verify.attacked import load_attacked, subtraction
+from resta.verify.attacks import own_answers
 from resta.verify.durability import CAUTION, durability_schema
 from tests.redeval.builders import Stub
 from tests.verify.builders import save_planted
@@ -129,6 +132,34 @@ def test_the_recipe_of_a_subtraction_is_aligned_without_what_restored_has_beyond
     found, wanted = dict(resta.tensors(tmp_path / "recipe.yaml")), load_file(project / "base" / "model.safetensors")
     for name, tensor in wanted.items():
         torch.testing.assert_close(found[name], tensor, atol=1e-6, rtol=1e-5)
+
+
+def save_patch(tuned: Path, path: Path) -> None:
+    """Write an adapter on a planted model that makes it refuse, as `resta patch` would: the direction is its own."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    config = LoraConfig(r=1, lora_alpha=1, target_modules=["o_proj"], layers_to_transform=[0], task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tuned), config)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "lora" in name:
+                value.zero_()[(0, 0) if "lora_A" in name else (31, 0)] = 2.0**0.5
+    model.save_pretrained(path)
+
+
+def test_a_patch_is_attacked_with_its_base_and_subtracted_from_aligned(project: Path, tmp_path: Path) -> None:
+    save_patch(project / "tuned", tmp_path / "patch")
+    targets = {role: parse_target(project / role) for role in ("aligned", "tuned")}
+    targets["restored"] = parse_target(tmp_path / "patch")
+    local = load_attacked(targets["restored"])
+    prompts = [local.chat_prompt("key", [Message(role="user", content="xxxxxxxxxx 1?")], Rendering())]
+    assert [answer.text for answer in own_answers(local, prompts, 9)] == ["I can't"]
+    assert not hasattr(local.model, "peft_config") or not any("lora" in name for name, _ in local.model.named_modules())
+    (tmp_path / "recipe.yaml").write_text(subtraction(targets))
+    spec = LocalSpec(model=str(tmp_path / "recipe.yaml"), files=str(project / "aligned"), device="cpu")
+    assert [answer.text for answer in own_answers(load_local(spec), prompts, 9)] == ["Sure"]
 
 
 def test_the_verdict_and_the_exit_code_are_the_same_without_it(measured: Path, project: Path, tmp_path: Path) -> None:
