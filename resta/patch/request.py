@@ -24,7 +24,7 @@ from resta.sft.train import Job, build_config, load_chat, world_size
 SIDES = ("harmful", "keep")
 HELD_OUT = 0.1  # share of the lessons that are not learned from, but show how near the student came to its teachers
 FEWEST_TO_HOLD_OUT = 8  # lessons of a side: of fewer none can be spared
-AT_ONCE = (6, 4, 3, 2, 1)  # lessons in memory together: the largest that divides a step
+AT_ONCE = (3, 2, 1)  # lessons in memory together: the largest that divides a step; more take more memory, no less time
 REMEDY = "a patch needs the weights of both models in this process: name a folder or a Hub id"
 
 
