@@ -53,7 +53,6 @@ from resta.ladder.rungs import (
 )
 from resta.ladder.story import Cost, Restoration, sentence_of, write
 from resta.redeval.progress import RunOptions, Tally
-from resta.redeval.records import private_files
 from resta.verify import Verdict
 from resta.verify.budget import Exam
 from resta.verify.policy import Policy
@@ -107,11 +106,11 @@ def restore(
 def carry_out(ladder: Ladder, options: RunOptions) -> Restoration:
     """Do what `restore` does, for a request that was read already."""
     check_ladder(ladder)
-    with private_files():
-        ladder.records.mkdir(parents=True, exist_ok=True)
-        with FolderLock(ladder.records):
-            open_ladder(ladder)
-            return _restore(ladder, options)
+    ladder.out.parent.mkdir(parents=True, exist_ok=True)
+    ladder.records.mkdir(mode=0o700, exist_ok=True)  # what is written in it is private, and the model leaves it
+    with FolderLock(ladder.records):
+        open_ladder(ladder)
+        return _restore(ladder, options)
 
 
 def _text(name: str | Path | None) -> str | None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,11 @@ def test_the_cheapest_remedy_that_works_is_proved_and_released(restored: Restora
     assert restored.chosen.rung == "weights"
     assert restored.model.is_dir()
     assert not (restored.records / "candidate").exists()
+    mask = os.umask(0)
+    os.umask(mask)
+    modes = [stat.S_IMODE(path.stat().st_mode) for path in (restored.model, restored.records)]
+    assert modes == [0o777 & ~mask, 0o700], "others may read what is released, and nothing else"
+    assert stat.S_IMODE((restored.model / "model.safetensors").stat().st_mode) == 0o666 & ~mask
     assert not (restored.records / "not-restored").exists()
     moved = {role: str(path) for role, path in two(trio).items()}
     resta.audit(restored.model, moved=moved).raise_if_any()
