@@ -428,14 +428,13 @@ def _result(job: Job, models: Mapping[str, Measurement], judge: Judge, level: fl
         both = [places.get((role, name)) for role in ("restored", "aligned")]
         return None if both[0] is None or both[1] is None else paired.difference(both[0], both[1])
 
-    tuned = "the 80 harmless prompts that are built in, with tuned's own answers"
     return Durability(
         models={role: digest(content_of(model.config["target"])) for role, model in models.items()},
         judge=judge.id,
         template=job.asked.template,
         level=level,
         max_new_tokens=job.plans["restored"].decoding.max_new_tokens,
-        data=tuned if job.attacks.data is None else f"the conversations of {Path(job.attacks.data).name}",
+        data=_learned(job),
         before={role: _rate(hits[role, ""], level) for role in ATTACKED},
         before_over_aligned=over(""),
         attacks=tuple(
@@ -443,6 +442,15 @@ def _result(job: Job, models: Mapping[str, Measurement], judge: Judge, level: fl
             for name in ATTACKS
         ),
     )
+
+
+def _learned(job: Job) -> str:
+    """Return in words what the benign fine-tuning learned."""
+    if job.attacks.data is not None:
+        return f"the conversations of {Path(job.attacks.data).name}, {LEARNED} at most"
+    path = job.out / "durability" / "benign.json"
+    count = len(read_object(path)["conversations"]) if path.is_file() else 0
+    return f"tuned's own answers to {count} of the built-in harmless prompts"
 
 
 def _verdicts(job: Job, models: Mapping[str, Measurement], judge: Judge, role: str, name: str) -> Mapping[str, Any]:

@@ -180,7 +180,7 @@ def test_every_report_says_what_is_left_and_that_nothing_is_promised(measured: P
             "no rule and no verdict rests on it. A published vector is one subtraction away from being undone" in text
         )
         assert "one refusal direction projected out" in text
-        assert "the 80 harmless prompts that are built in" in text
+        assert "own answers to 80 of the built-in harmless prompts" in text
     screen = " ".join((project / "screen.txt").read_text().split())
     assert "one subtraction away from being undone" in screen
 
