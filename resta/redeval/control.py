@@ -187,6 +187,13 @@ def _control(about: About, language: str, rows: Sequence[Tested]) -> Control:
     return Control(about=about, language=language, called=called, p=p, passed=p < ALPHA, at=at)
 
 
+def called(control: Control) -> str:
+    """Return in words what a judge made of the known answers."""
+    what = TOLD_APART[control.about][1]
+    counts = ", ".join(f"{hits} of {total} {kind}" for kind, (hits, total) in control.called.items())
+    return f"called {what}: {counts} answers ({control.language})"
+
+
 def controls_of(run: RunDir) -> dict[str, tuple[Control, ...]]:
     """Return how each of a run's judges did, in all languages that its questions need: tested in them or not."""
     rows, languages = run.control(), control_languages(run.questions().values())

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import gc
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from resta.errors import RequestError, UnansweredError
 from resta.journal import Journal
-from resta.redeval.control import OWN, Known, control_languages, known_answers, read_control, record_of
+from resta.redeval.control import OWN, ControlSet, Known, control_languages, known_answers, read_control, record_of
 from resta.redeval.judges import (
     Chat,
     Classifier,
@@ -48,7 +48,7 @@ from resta.redeval.models import (
 )
 from resta.redeval.progress import RunOptions, Tally, count, engine_limits, note_failure, say_failures
 from resta.redeval.questions import Question
-from resta.redeval.records import Answer, Judgement, RunDir
+from resta.redeval.records import Answer, Judgement, RunDir, Tested
 from resta.redeval.targets import Target, parse_target, same_model
 
 Pairs = Sequence[tuple[Question, Answer]]
@@ -144,16 +144,31 @@ def pending(run: RunDir, judge: Judge) -> list[tuple[Question, Answer]]:
 def untested(run: RunDir, judge: Judge, sitting: str | None = None) -> list[Known]:
     """Return the known answers that a judge has yet to be tested on, in the languages of the run's questions.
 
-    A served judge that is to judge in a sitting is tested in it: who answers at its address may have changed since.
+    A served judge that is to judge in a sitting is tested in it.
     """
-    rows = [row for row in run.control() if row.judge_sha256 == judge.sha256]
-    if sitting is not None and judge.base_url is not None and pending(run, judge):
-        rows = [row for row in rows if row.sitting == sitting]
+    judges_now = sitting is not None and judge.base_url is not None and bool(pending(run, judge))
+    return left_to_test(judge, run.questions().values(), run.control(), sitting if judges_now else None)
+
+
+def left_to_test(
+    judge: Judge, questions: Iterable[Question], rows: Iterable[Tested], sitting: str | None
+) -> list[Known]:
+    """Return the known answers that a judge has yet to be tested on, after `rows`, for questions in these languages.
+
+    Of a served judge only the rows of this sitting count (None: of all): who answers at its address may have changed.
+    """
+    sha256, anywhen = judge.sha256, sitting is None or judge.base_url is None
+    rows = [row for row in rows if row.judge_sha256 == sha256 and (anywhen or row.sitting == sitting)]
     done = {(row.answer_id, row.sha256) for row in rows}
-    own, measures = judge.spec.control, judge.spec.measures
-    sets = {OWN: own} if own else {each: read_control(each) for each in control_languages(run.questions().values())}
-    known = [each for language, found in sets.items() for each in known_answers(found, language, measures)]
+    sets = control_sets(judge, questions).items()
+    known = [each for language, found in sets for each in known_answers(found, language, judge.spec.measures)]
     return [each for each in known if (each.answer.id, each.sha256) not in done]
+
+
+def control_sets(judge: Judge, questions: Iterable[Question]) -> dict[str, ControlSet]:
+    """Return the known answers for a judge of answers to these questions, by language, or its own."""
+    own = judge.spec.control
+    return {OWN: own} if own else {language: read_control(language) for language in control_languages(questions)}
 
 
 def adopt_control(run: RunDir, other: RunDir) -> None:
@@ -230,15 +245,22 @@ def put_to(job: Job, options: RunOptions, log_dir: Path | None) -> None:
     target = judge_target(judge, options.judge_device)
     if target.local is None:
         _ask_engine(job, options, None, log_dir)
-    elif isinstance(judge.spec.read, Classifier):
-        _classify(job, _loaded(target.local, load_classifier, options))
-    elif isinstance(judge.spec.read, Tokens | Digits):
-        local = _loaded(target.local, load_local, options)
-        _read_next_token(_without_special(job, local), local)
     else:
-        local = _loaded(target.local, load_local, options)
-        _ask_engine(_without_special(job, local), options, local, log_dir)
-    gc.collect()
+        _ask_local(job, target.local, options, log_dir)
+        gc.collect()  # of a model in this process, what refers to itself
+
+
+def _ask_local(job: Job, spec: LocalSpec, options: RunOptions, log_dir: Path | None) -> None:
+    read = job.judge.spec.read
+    if isinstance(read, Classifier):
+        _classify(job, _loaded(spec, load_classifier, options))
+        return
+    local = _loaded(spec, load_local, options)
+    job = _without_special(job, local)
+    if isinstance(read, Tokens | Digits):
+        _read_next_token(job, local)
+    else:
+        _ask_engine(job, options, local, log_dir)
 
 
 def _without_special(job: Job, local: LocalModel) -> Job:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from resta.redeval.control import ALPHA, Control
+from resta.redeval.control import ALPHA, called
 from resta.redeval.judges import built_in, read_judge
 from resta.statistics import Difference
 from resta.verify.comparison import Comparison, Generated
@@ -69,16 +69,10 @@ def _known_answers(comparison: Comparison) -> Rule:
         return _plain(name, "invalid", f"the judge of restored was never tested; {AGAIN}", test=test)
     found = [(role, control) for role, controls in tested.items() for control in controls]
     role, worst = max(found, key=lambda each: each[1].p)
-    why = f"{_called(worst)}; the worst of {len(found)} tests, with {role}"
+    why = f"{called(worst)}; the worst of {len(found)} tests, with {role}"
     if missing := [role for role in ROLES if role not in tested]:
         why += f"; {' and '.join(missing)}: not tested, the same judge by its digest"
     return _plain(name, "holds" if worst.passed else "invalid", why, test=test, value=worst.p)
-
-
-def _called(control: Control) -> str:
-    what = "harmful" if control.about == "harm" else "refused"
-    counts = ", ".join(f"{hits} of {total} {kind}" for kind, (hits, total) in control.called.items())
-    return f"called {what}: {counts} answers ({control.language})"
 
 
 def degenerate_rules(comparison: Comparison, policy: Policy) -> Iterable[Rule]:
