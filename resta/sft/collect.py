@@ -1,8 +1,9 @@
 """Safe conversations for a language or a model family that has none: HarmfulQA's procedure, its safe side only.
 
 Topics, subtopics and questions are asked of a model (or a bank of questions is given); then a simulated user and the
-model talk, and a judge of Red-Eval's reads every answer, with all that was said before it, before it is kept. Thoughts
-are stripped first. An answer that is judged harmful ends its conversation and is never written anywhere; one without a
+model talk, and a judge of Red-Eval's reads every answer, with all that was said before it, before it is kept: a judge
+that has told known answers of both kinds apart, for by the word of one that has not, nothing is kept. Thoughts are
+stripped first. An answer that is judged harmful ends its conversation and is never written anywhere; one without a
 clear verdict is not kept either, but waits in the journal, and is put to the judge again at the next start. Red
 conversations are not made: they are read from published data.
 
@@ -15,21 +16,22 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, model_validator
 
-from resta.errors import RequestError, ResumeError, UnansweredError
+from resta.errors import RequestError, RestaError, ResumeError, UnansweredError
 from resta.fingerprint import sha256_file, sha256_text
-from resta.journal import Journal, differences, read_lines, to_json, to_row, write_whole
+from resta.journal import Journal, differences, read_lines, read_rows, to_json, to_row, write_whole
+from resta.redeval.control import ALPHA, Control, called, controls, record_of
 from resta.redeval.judges import Judge, Strings, parse_judge
-from resta.redeval.judging import Job, check_judges, judge_target, put_to, try_out
+from resta.redeval.judging import Job, check_judges, control_sets, judge_target, left_to_test, put_to, try_out
 from resta.redeval.messages import Decoding, Message, NoReply, Outcome, Rendering, Reply, Request
 from resta.redeval.progress import RunOptions, Tally, engine_limits
 from resta.redeval.questions import Question, read_bank
-from resta.redeval.records import Answer, Judgement
+from resta.redeval.records import Answer, Judgement, Tested
 from resta.redeval.targets import Target, api_key
 from resta.redeval.thoughts import clean_reply, strip_thoughts
 from resta.sft.data import Counts
@@ -38,7 +40,7 @@ from resta.strict import Several, Strict
 
 Item = TypeVar("Item")
 
-SCHEMA = 2  # of the journal and the facts
+SCHEMA = 3  # of the journal and the facts; before 3, judges were not tested
 
 ASK_TOPICS = (
     "List {count} broad subject areas in which people might ask an assistant for something unsafe or unethical. "
@@ -166,6 +168,8 @@ class Work:
     judge: Judge
     journal: Journal
     steps: dict[str, Step]  # by key; every new one is in the journal before the next begins
+    control: Journal
+    tested: list[Tested]  # what judges said of known answers, as the control's journal holds it
     options: RunOptions
     dropped: Counts = field(default_factory=Counts)
     judged: set[str] = field(default_factory=set)  # answers that were put to the judge since the start
@@ -242,8 +246,8 @@ def begin(journal: Journal, out: Path, identity: dict[str, Any]) -> dict[str, St
         raise ResumeError(f"{path} is no journal of a collection; move it away, or remove it") from error
     if lines and not known:
         raise ResumeError(
-            f"{path} was begun by another version of resta, which kept other steps than this one; finish it with that "
-            "version, or remove it to begin anew"
+            f"{path} was begun by another version of resta, which kept other steps than this one, or kept them by the "
+            "word of a judge that was not tested; finish it with that version, or remove it to begin anew"
         )
     different = differences(begun, identity)
     if different and steps:
@@ -509,7 +513,13 @@ def transcript(turns: Iterable[Message]) -> str:
 
 
 def judge_answers(work: Work, found: Sequence[tuple[Question, Step]]) -> None:
-    """Put answers to the judge, each as the answer to all that was said before it, and record what it says."""
+    """Put answers to the judge, each as the answer to all that was said before it, and record what it says.
+
+    Raises RestaError where it does not know harm in their language.
+    """
+    if not found:
+        return
+    asked = [question for question, _ in found]
     steps = {step.key: step for _, step in found}
     pairs = [
         (
@@ -539,9 +549,59 @@ def judge_answers(work: Work, found: Sequence[tuple[Question, Step]]) -> None:
     def fail(outcome: NoReply) -> None:
         work.failed.append(outcome.reason)
 
+    check_judge(work, [*asked, *(replace(question, text=step.text) for question, step in found)])
+    put_to(Job(judge=work.judge, pairs=pairs, keep=keep, fail=fail, whole=True), judge_options(work), None)
+
+
+def judge_options(work: Work) -> RunOptions:
+    """Return how the judge is asked."""
     asked = work.recipe.judge or work.recipe.endpoint
-    options = options_for(asked, work.options) if isinstance(asked, Endpoint) else work.options
-    put_to(Job(judge=work.judge, pairs=pairs, keep=keep, fail=fail, whole=True), options, None)
+    return options_for(asked, work.options) if isinstance(asked, Endpoint) else work.options
+
+
+# -- the judge's own test ------------------------------------------------------------------------------------
+
+
+def check_judge(work: Work, texts: Sequence[Question]) -> None:
+    """Put the judge to the known answers in the languages of texts that it is to read, and insist that it knows harm.
+
+    A served judge is tested once in a sitting, one in this process once. Nothing may be judged before.
+
+    Raises RestaError where it does not tell harm from what is none; UnansweredError where it gave no answer.
+    """
+    judge, sitting = work.judge, work.options.sitting
+    known = {each.answer.id: each for each in left_to_test(judge, texts, work.tested, sitting)}
+    tally, failed = Tally(phase=f"known answers, judge {judge.id}", total=len(known)), list[str]()
+
+    def keep(_: Question, verdict: Judgement) -> None:
+        row = record_of(known[verdict.answer_id], verdict, sitting)
+        work.control.append(row)
+        work.tested.append(row)
+        work.requests += 1
+        tally.done += 1
+        work.options.watch(tally)
+
+    def fail(outcome: NoReply) -> None:
+        failed.append(outcome.reason)
+
+    pairs = [(each.question, each.answer) for each in known.values()]
+    put_to(Job(judge=judge, pairs=pairs, keep=keep, fail=fail), judge_options(work), None)
+    if failed:
+        work.failed += failed
+        check_answered(work)
+    for control in how_it_did(work, control_sets(judge, texts)):
+        if not control.passed:
+            raise RestaError(
+                f"judge {judge.id} does not tell harm from what is none: of answers that are beyond doubt, it "
+                f"{called(control)}, p = {control.p:.2g} where below {ALPHA:g} is needed. Nothing is kept on its word: "
+                f"make sure that this model answers at {judge.base_url or judge.model}, or name another judge"
+            )
+
+
+def how_it_did(work: Work, languages: Iterable[str]) -> tuple[Control, ...]:
+    """Return how the judge did on known answers, by its last word: whoever failed a test has judged nothing since."""
+    last = {row.answer_id: row for row in work.tested if row.judge_sha256 == work.judge.sha256}
+    return controls([*last.values()], ["harm"], languages)
 
 
 # -- the whole -----------------------------------------------------------------------------------------------
@@ -554,7 +614,10 @@ def collect(recipe: Collect, root: Path, out: Path, options: RunOptions | None =
     steps. Where answers are left without a clear verdict, it stays, and another call with the same `out` puts these to
     the judge again, up to three times, or to another judge.
 
-    Raises UnansweredError, RequestError, ResumeError.
+    What the judge said of known answers stays in `out` + `.control.jsonl`. A judge that does not know harm when it sees
+    it ends the collection before it has judged anything.
+
+    Raises RestaError (such a judge), UnansweredError, RequestError, ResumeError.
     """
     partial = out.with_name(out.name + ".partial.jsonl")
     if out.exists() and not partial.exists():
@@ -567,14 +630,20 @@ def collect(recipe: Collect, root: Path, out: Path, options: RunOptions | None =
         raise RequestError(f"bank: {bank}: no such file")
     given = None if bank is None else read_bank(str(bank)).questions
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial.touch(mode=0o600)  # answers without a verdict wait there
-    with Journal(partial) as journal:
-        steps = begin(journal, out, _identity(recipe, bank))
+    tests = out.with_name(out.name + ".control.jsonl")
+    for path in (partial, tests):
+        path.touch(mode=0o600)  # answers without a verdict wait in the first
+    with Journal(partial) as journal, Journal(tests) as control:
+        steps, tested = begin(journal, out, _identity(recipe, bank)), read_rows(tests, Tested)
         options = replace(options or RunOptions(), kept_judges={})
-        work = Work(recipe=recipe, judge=judge, journal=journal, steps=steps, options=options)
+        work = Work(
+            recipe=recipe, judge=judge, journal=journal, steps=steps, control=control, tested=tested, options=options
+        )
         try:
             questions = distinct(generate_questions(work) if given is None else iter(given), work.dropped, recipe.limit)
             talks = [Talk(question=question, thread=i) for question in questions for i in range(recipe.threads)]
+            if any(dialogue(work, talk)[1] is None for talk in talks):
+                check_judge(work, questions)  # before an answer is paid for
             hold_conversations(work, talks)
         except UnansweredError as error:
             raise UnansweredError(
@@ -590,9 +659,11 @@ def write(work: Work, questions: Sequence[Question], out: Path, identity: dict[s
     rows = assemble(work, questions)
     mine = (step for step in work.steps.values() if step.judge == work.judge.sha256)
     again = [step for step in mine if step.label == UNCLEAR and step.tries < TRIES]
+    languages = sorted({row.language for row in work.tested if row.judge_sha256 == work.judge.sha256})
+    known = how_it_did(work, languages)
     facts = {
         **identity,
-        "judge": {"id": work.judge.id, "sha256": work.judge.sha256},
+        "judge": {"id": work.judge.id, "sha256": work.judge.sha256, "known_answers": [*map(asdict, known)]},
         "questions": len(questions),
         "rows": len(rows),
         "conversations": sum(len(row["blue_conversations"]) for row in rows),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
 import time
@@ -18,9 +19,13 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from resta.cli import main
-from resta.errors import RequestError, ResumeError, UnansweredError
+from resta.errors import RequestError, RestaError, ResumeError, UnansweredError
+from resta.journal import Journal, read_rows
+from resta.redeval import records
+from resta.redeval.control import known_answers, read_control, record_of
 from resta.redeval.judges import Raw, built_in, read_judge
-from resta.sft.collect import Collect, collect, normal, read_items
+from resta.redeval.progress import RunOptions
+from resta.sft.collect import Collect, collect, judge_of, normal, read_items
 from resta.sft.data import load
 from resta.sft.recipe import Source
 from tests.redeval.builders import save_refusing
@@ -121,16 +126,61 @@ def polite(body: dict[str, Any]) -> str:
 
 def recipe(stub: Stub, **changes: Any) -> Collect:
     endpoint = {"url": stub.url, "model": "m", "concurrency": 2} | changes.pop("endpoint", {})
-    small = {"topics": 2, "subtopics_per_topic": 2, "questions_per_subtopic": 3, "threads": 2, "turns": 1}
+    small = {"topics": 2, "subtopics_per_topic": 1, "questions_per_subtopic": 3, "threads": 2, "turns": 1}
     return Collect.model_validate({"endpoint": endpoint} | small | changes)
 
 
 def gather(
     stub: Stub, tmp_path: Path, root: Path | None = None, **changes: Any
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    out = tmp_path / "out.json"
-    facts = collect(recipe(stub, **changes), root or tmp_path, out)
+    """Collect with a judge that has told known answers apart in this sitting, so that it is not asked about them."""
+    asked, root, out = recipe(stub, **changes), root or tmp_path, tmp_path / "out.json"
+    vouch_for_judge(asked, root, out)
+    facts = collect(asked, root, out, SITTING)
     return facts, json.loads(out.read_text(encoding="utf-8"))
+
+
+SITTING = RunOptions()
+
+
+def vouch_for_judge(asked: Collect, root: Path, out: Path) -> None:
+    """Leave what a judge that knows harm says of the known answers, as a collection in this sitting leaves it."""
+    judge, path = judge_of(asked, root), control_of(out)
+    if any(row.judge_sha256 == judge.sha256 for row in read_rows(path, records.Tested)):
+        return
+    out.parent.mkdir(exist_ok=True)
+    with Journal(path) as journal:
+        for each in known_answers(read_control("en"), "en", judge.spec.measures):
+            label = "harmful" if each.kind == "compliance" else "safe"
+            verdict = records.Judgement(
+                answer_id=each.answer.id, judge=judge.id, judge_sha256=judge.sha256, label=label
+            )
+            journal.append(record_of(each, verdict, SITTING.sitting))
+
+
+def control_of(out: Path) -> Path:
+    return out.with_name(f"{out.name}.control.jsonl")
+
+
+def partial_of(out: Path) -> Path:
+    return out.with_name(f"{out.name}.partial.jsonl")
+
+
+@functools.cache
+def known_texts(language: str) -> dict[str, str]:
+    """Return the known answers in a language, by what they are examples of."""
+    return {each.answer.text: each.kind for each in known_answers(read_control(language), language, ["harm"])}
+
+
+def is_known(body: dict[str, Any], kinds: set[str], language: str = "en") -> bool:
+    """Whether a judge is asked about a known answer of such a kind."""
+    texts = known_texts(language).items()
+    return kind(body) == "judge" and any(each in kinds and text in shown(body) for text, each in texts)
+
+
+def knowing(body: dict[str, Any]) -> str:
+    """Answer as the polite server, whose judge knows harm when it sees it."""
+    return "UNSAFE" if is_known(body, {"compliance"}) else polite(body)
 
 
 def bank_of(tmp_path: Path, questions: Any) -> str:
@@ -181,14 +231,12 @@ def test_only_what_the_judge_calls_safe_is_kept_and_what_it_calls_unsafe_is_neve
         return verdict if kind(body) == "judge" and "MARK" in body["messages"][-1]["content"] else polite(body)
 
     stub.answer = answer
-    out = tmp_path / "out.json"
-    facts = collect(recipe(stub, bank=bank_of(tmp_path, ["Placeholder?"]), turns=2), tmp_path, out)
+    facts, [row] = gather(stub, tmp_path, bank=bank_of(tmp_path, ["Placeholder?"]), turns=2)
     assert facts["dropped"] == {reason: 2}
     assert facts["to_judge_again"] == 2 * waits
     holding = [path for path in tmp_path.rglob("*") if path.is_file() and "MARK" in path.read_text()]
     assert holding == [tmp_path / "out.json.partial.jsonl"] * waits
     assert all(path.stat().st_mode & 0o077 == 0 for path in holding)
-    (row,) = json.loads(out.read_text())
     assert all(len(turns) == 2 for turns in row["blue_conversations"].values())
 
 
@@ -328,7 +376,7 @@ def test_the_key_comes_from_the_environment_and_is_never_written(
 ) -> None:
     bank, endpoint = bank_of(tmp_path, ["Placeholder?"]), {"api_key_env": "TEST_ONLY_KEY"}
     with pytest.raises(RequestError, match="TEST_ONLY_KEY is not set"):
-        gather(stub, tmp_path, bank=bank, endpoint=endpoint)
+        collect(recipe(stub, bank=bank, endpoint=endpoint), tmp_path, tmp_path / "out.json")
     monkeypatch.setenv("TEST_ONLY_KEY", "open-sesame")
     gather(stub, tmp_path, bank=bank, endpoint=endpoint)
     assert set(stub.keys) == {"Bearer open-sesame"}
@@ -383,6 +431,7 @@ def test_a_sentence_around_a_list_is_no_item_of_it() -> None:
 
 
 def test_the_command_collects_and_says_what_was_dropped(stub: Stub, tmp_path: Path) -> None:
+    stub.answer = knowing
     path = tmp_path / "collect.yaml"
     bank = bank_of(tmp_path, ["Placeholder?", "Placeholder?"])
     path.write_text(yaml.safe_dump(recipe(stub, bank=bank).model_dump(mode="json")), encoding="utf-8")
@@ -474,7 +523,7 @@ def test_a_judge_in_this_process_reads_the_answers(stub: Stub, tmp_path: Path) -
 @pytest.mark.parametrize("name", ["refusal-strings", "refusal-kind=big@http://127.0.0.1:9/v1"])
 def test_a_judge_that_cannot_tell_that_an_answer_is_safe_is_refused(stub: Stub, tmp_path: Path, name: str) -> None:
     with pytest.raises(RequestError, match=r"cannot tell that an answer is safe.*name one that reads answers for harm"):
-        gather(stub, tmp_path, judge=name)
+        collect(recipe(stub, judge=name), tmp_path, tmp_path / "out.json")
     assert not stub.bodies
 
 
@@ -649,7 +698,12 @@ def test_the_journal_of_an_earlier_version_is_refused_in_a_sentence(stub: Stub, 
 
 
 def test_the_command_says_that_answers_can_be_judged_again_and_by_whom(stub: Stub, tmp_path: Path) -> None:
-    stub.answer = lambda body: "[[A]]" if kind(body) == "judge" else polite(body)  # no word of the first judge's
+    def answer(body: dict[str, Any]) -> str:
+        if "judge" in body["model"]:
+            return "[[B]]" if is_known(body, {"compliance"}) else "[[A]]"
+        return "Perhaps." if kind(body) == "judge" and not is_known(body, KINDS) else knowing(body)
+
+    stub.answer = answer
     path = tmp_path / "collect.yaml"
     asked = recipe(stub, bank=bank_of(tmp_path, ["Placeholder?"]), **ONE)
     path.write_text(yaml.safe_dump(asked.model_dump(mode="json")), encoding="utf-8")
@@ -661,3 +715,128 @@ def test_the_command_says_that_answers_can_be_judged_again_and_by_whom(stub: Stu
     result = CliRunner().invoke(main, [*command, "--set", f"judge=red-instruct=judge@{stub.url}"])
     assert result.exit_code == 0, result.output
     assert "1 conversations on 1 of 1 questions" in result.output
+
+
+# -- whether the judge knows harm ----------------------------------------------------------------------------
+
+KINDS = {"compliance", "refusal", "benign"}
+
+
+def say(word: str) -> Answer:
+    """Return a server whose judge says one word to everything."""
+    return lambda body: word if kind(body) == "judge" else polite(body)
+
+
+@pytest.mark.parametrize("word", ["SAFE", "UNSAFE", "Hello!"])
+def test_by_the_word_of_a_judge_that_says_one_thing_of_everything_nothing_is_kept(
+    stub: Stub, tmp_path: Path, word: str
+) -> None:
+    stub.answer = say(word)
+    out = tmp_path / "out.json"
+    asked = recipe(stub, bank=bank_of(tmp_path, ["Placeholder?"]), judge=judged_by(stub, "safe-or-unsafe"))
+    with pytest.raises(RestaError, match="does not tell harm from what is none") as caught:
+        collect(asked, tmp_path, out)
+    assert caught.value.exit_code == 5
+    assert f"this model answers at {stub.url}" in str(caught.value)
+    assert {kind(body) for body in stub.bodies} == {"judge"}  # before an answer was paid for
+    assert not out.exists()
+    [begun] = partial_of(out).read_text().splitlines()
+    assert "recipe" in begun
+
+
+def test_the_command_says_which_judge_knows_no_harm_and_a_better_one_goes_on(stub: Stub, tmp_path: Path) -> None:
+    def answer(body: dict[str, Any]) -> str:
+        return "[[B]]" if "judge" in body["model"] and is_known(body, {"compliance"}) else "[[A]]"
+
+    stub.answer = lambda body: answer(body) if "judge" in body["model"] else polite(body)
+    path = tmp_path / "collect.yaml"
+    asked = recipe(stub, bank=bank_of(tmp_path, ["Placeholder?"]), **ONE)
+    path.write_text(yaml.safe_dump(asked.model_dump(mode="json")), encoding="utf-8")
+    command = ["collect", str(path), "--output", str(tmp_path / "out.json")]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 5
+    assert "called harmful: 0 of 20 compliance, 0 of 12 refusal, 0 of 12 benign answers (en)" in result.output
+    assert "Traceback" not in result.output
+    result = CliRunner().invoke(main, [*command, "--set", f"judge=red-instruct=judge@{stub.url}"])
+    assert result.exit_code == 0, result.output
+    assert "1 conversations on 1 of 1 questions" in result.output
+
+
+def test_a_served_judge_is_tested_once_in_each_sitting_in_which_it_judges_and_its_records_are_private(
+    stub: Stub, tmp_path: Path
+) -> None:
+    out, first, second = tmp_path / "out.json", RunOptions(), RunOptions()
+    asked = recipe(stub, bank=bank_of(tmp_path, ["One?", "Two?"]), **ONE)
+    unclear = {"One?", "Two?"}
+
+    def answer(body: dict[str, Any]) -> str:
+        mine = kind(body) == "judge" and not is_known(body, KINDS)
+        return "Perhaps." if mine and any(text in shown(body) for text in unclear) else knowing(body)
+
+    stub.answer = answer
+    for options, clear, tests in ((first, set[str](), 44), (first, {"One?"}, 0), (second, {"Two?"}, 44)):
+        unclear -= clear
+        stub.bodies.clear()
+        facts = collect(asked, tmp_path, out, options)
+        assert sum(is_known(body, KINDS) for body in stub.bodies) == tests
+    assert facts["conversations"] == 2
+    [control] = facts["judge"]["known_answers"]
+    assert control["called"] == {"compliance": (20, 20), "refusal": (0, 12), "benign": (0, 12)}
+    assert control["passed"]
+    rows = read_rows(control_of(out), records.Tested)
+    assert [row.sitting for row in rows] == [first.sitting] * 44 + [second.sitting] * 44
+    assert control_of(out).stat().st_mode & 0o077 == 0
+
+
+def test_what_came_to_answer_at_the_judges_address_since_judges_nothing(stub: Stub, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    asked = recipe(stub, bank=bank_of(tmp_path, ["One?", "Two?"]), **ONE)
+    stub.answer = lambda body: 400 if kind(body) == "judge" and "Two?" in shown(body) else polite(body)
+    with pytest.raises(UnansweredError, match="got no answer"):
+        gather(stub, tmp_path, bank="bank.json", **ONE)
+    begun = partial_of(out).read_bytes()
+    stub.answer = polite
+    with pytest.raises(RestaError, match="does not tell harm"):
+        collect(asked, tmp_path, out)
+    assert partial_of(out).read_bytes() == begun
+    stub.answer = knowing
+    assert collect(asked, tmp_path, out)["conversations"] == 2
+
+
+def test_a_judge_that_gives_no_answer_on_known_answers_judges_nothing(stub: Stub, tmp_path: Path) -> None:
+    stub.answer = lambda body: 400 if is_known(body, {"benign"}) else knowing(body)
+    with pytest.raises(UnansweredError, match="12 requests got no answer"):
+        collect(recipe(stub, bank=bank_of(tmp_path, ["One?"])), tmp_path, tmp_path / "out.json")
+    assert {kind(body) for body in stub.bodies} == {"judge"}
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_a_judge_must_know_harm_in_the_language_of_the_answers_whatever_that_of_the_questions(
+    stub: Stub, tmp_path: Path, knows: bool
+) -> None:
+    def answer(body: dict[str, Any]) -> str:
+        if is_known(body, {"compliance"}, "vi"):
+            return "UNSAFE" if knows else "SAFE"
+        return "Tôi không thể giúp bạn việc đó." if kind(body) == "answer" else polite(body)
+
+    stub.answer = answer
+    more = {"bank": bank_of(tmp_path, ["Placeholder?"]), "language": "Vietnamese", **ONE}
+    if knows:
+        facts, _ = gather(stub, tmp_path, **more)
+        assert facts["conversations"] == 1
+        assert [each["language"] for each in facts["judge"]["known_answers"]] == ["en", "vi"]
+    else:
+        with pytest.raises(RestaError, match=r"0 of 20 compliance.*\(vi\)"):
+            gather(stub, tmp_path, **more)
+        assert "Tôi" not in partial_of(tmp_path / "out.json").read_text()
+
+
+def test_a_judge_in_this_process_that_knows_no_harm_is_refused_and_not_tested_twice(stub: Stub, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    save_refusing(tmp_path / "model", says="SAFE")
+    asked = recipe(stub, bank=bank_of(tmp_path, ["Placeholder?"]), judge=f"safe-or-unsafe={tmp_path / 'model'}", **ONE)
+    for _ in range(2):
+        with pytest.raises(RestaError, match="does not tell harm"):
+            collect(asked, tmp_path, tmp_path / "out.json")
+        assert len(read_rows(control_of(tmp_path / "out.json"), records.Tested)) == 44
+    assert not stub.bodies
