@@ -18,11 +18,11 @@ pytest.importorskip("matplotlib")
 import torch
 from safetensors.torch import load_file
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "realign_smollm2.py"
+FOLDER = Path(__file__).parent.parent / "benchmarks"
 
 
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("realign_smollm2", SCRIPT)
+def load_script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -31,7 +31,8 @@ def load_script() -> ModuleType:
     return module
 
 
-script = load_script()
+script = load_script("realign_smollm2")
+patching = load_script("patch_smollm2")
 SIZES = script.Sizes(
     seeds=(0,),
     harmful=2,
@@ -228,3 +229,17 @@ def test_nothing_examined_was_trained_on(places: dict[str, Path]) -> None:
 )
 def test_a_right_answer_ends_with_the_number_or_holds_the_list(key: str, reply: str, right: bool) -> None:
     assert script.is_right(script.Item(prompt="", answer="", key=key), reply) is right
+
+
+def test_the_best_merge_has_the_lowest_asr_of_those_that_cost_little_and_is_tuned_where_all_cost_much() -> None:
+    def found(asr: float, refused: float, task: float) -> dict[str, float]:
+        return {"ASR": asr, "over-refusal": refused, "task": task}
+
+    tried = {
+        (0.0, 0.0): found(0.9, 0.0, 0.7),
+        (0.5, 0.0): found(0.5, 0.1, 0.7),
+        (1.0, 0.0): found(0.1, 0.2, 0.7),  # refuses what is safe
+        (0.0, 0.5): found(0.0, 0.0, 0.6),  # loses the task
+    }
+    assert patching.best_merge(tried) == (0.5, 0.0)
+    assert patching.best_merge({place: each for place, each in tried.items() if place != (0.5, 0.0)}) == (0.0, 0.0)
