@@ -11,8 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from resta.dialect import dump
 from resta.distance import diff
 from resta.journal import read_object, to_json, write_whole
 from resta.patch.request import Request
@@ -130,7 +129,7 @@ def card(request: Request, patch: Patch) -> str:
     on_it = request.tuned.is_adapter
     kls = {key: getattr(patch, key) for key in ("given_kl_before", "given_kl", "kept_kl")}
     return CARD.format(
-        front=yaml.safe_dump(front, sort_keys=False),
+        front=dump(front),
         title=request.out.name,
         tuned=tuned,
         aligned=aligned,

@@ -183,14 +183,14 @@ def adopt_control(run: RunDir, other: RunDir) -> None:
 def judge_phase(run: RunDir, judge: Judge, options: RunOptions) -> None:
     """Judge every answer that this judge has yet to see, after those that are known beforehand.
 
-    Where it fails, the answer stays without a verdict. Raises UnansweredError where too many fail in a row; verdicts
-    so far are kept.
+    Where it fails, the answer stays without a verdict. Raises UnansweredError where too many fail in a row, or where a
+    served judge says nothing of a known answer: then nobody knows whether it can judge. Verdicts so far are kept.
     """
     known = {each.answer.id: each for each in untested(run, judge, options.sitting)}
-    todo = [(each.question, each.answer) for each in known.values()] + pending(run, judge)
-    if not todo:
+    first, answers = [(each.question, each.answer) for each in known.values()], pending(run, judge)
+    if not first and not answers:
         return
-    tally = Tally(phase=f"judge {judge.id}", total=len(todo))
+    tally = Tally(phase=f"judge {judge.id}", total=len(first) + len(answers))
     options.watch(tally)
     with Journal(run.path / "verdicts.jsonl") as journal, Journal(run.path / "control.jsonl") as control:
 
@@ -208,7 +208,16 @@ def judge_phase(run: RunDir, judge: Judge, options: RunOptions) -> None:
 
         try:
             log_dir = run.log_dir(f"judge-{judge.sha256[:12]}") if judge.model is not None else None
-            put_to(Job(judge=judge, pairs=todo, keep=keep, fail=fail), options, log_dir)
+            job = Job(judge=judge, pairs=first + answers, keep=keep, fail=fail)
+            if first and judge.base_url is not None:
+                put_to(replace(job, pairs=first), options, log_dir)
+                if tally.failed:
+                    raise UnansweredError(
+                        f"judge {judge.id} gave no verdict on {tally.failed} of {len(first)} known answers "
+                        f"({tally.first_failure}): whether it can judge is not known, and it is shown no other"
+                    )
+                job = replace(job, pairs=answers)
+            put_to(job, options, log_dir)
         finally:
             say_failures(tally, options)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from resta.errors import RequestError
+from resta.errors import RequestError, UnansweredError
 from resta.journal import Journal
 from resta.redeval.control import LEAST, Known, controls, controls_of, known_answers, read_control, record_of
 from resta.redeval.judges import Judge, built_in, parse_judge, read_judge, verdict_without_model
@@ -201,6 +201,35 @@ def test_a_served_judge_is_tested_in_each_sitting_in_which_it_judges_and_its_wor
         assert control.passed == passes
     judge_phase(run, judge, RunOptions())  # nothing is left to judge
     assert len(stub.bodies) == asked
+
+
+def test_a_served_judge_that_says_nothing_of_a_known_answer_is_shown_no_other(tmp_path: Path, stub: Stub) -> None:
+    """Else another in its place, which fails on known answers alone, would judge by the first one's test."""
+    known = known_answers(read_control("en"), "en", ["harm"])
+    run = run_of(tmp_path / "run", ["How?"])
+    [qid] = run.questions()
+    judge = parse_judge(f"red-instruct=big@{stub.url}")
+    note_judges(run, [judge])
+    stub.answer = lambda body: (200, chat("[[A]]"))
+    judge_phase(run, judge, RunOptions())
+    answer = Answer(
+        id=f"{qid}|standard|0", qid=qid, template="standard", epoch=0,
+        prompt_sha256="0", raw="Certainly, and gladly.", text="Certainly, and gladly.", finish="stop",
+    )  # fmt: skip
+    with Journal(run.path / "answers.jsonl") as journal:
+        journal.append(answer)
+
+    def answers_others_alone(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        shown = body["messages"][-1]["content"]
+        return (400, {"error": {"message": "no"}}) if known[0].answer.text in shown else (200, chat("[[A]]"))
+
+    stub.answer = answers_others_alone
+    with pytest.raises(UnansweredError, match=r"no verdict on \d+ of 44 known answers"):
+        judge_phase(run, judge, RunOptions(retries=0))
+    assert run.verdicts() == []
+    stub.answer = lambda body: (200, chat("[[A]]"))
+    judge_phase(run, judge, RunOptions())
+    assert len(run.verdicts()) == 1
 
 
 OWN: dict[str, Any] = {

@@ -187,7 +187,7 @@ def test_a_served_judge_sees_the_bare_question_and_is_resumed_and_compared(
     assert len([v for v in verdicts(out) if v.judge != "refusal-strings"]) == 4
     first = len(stub.bodies)
     stub.answer = lambda body: (200, chat("[[A]]"))
-    shown = invoke(*base, *served)
+    shown = invoke(*base, *served, "--connections", 1)
     assert len(stub.bodies) - first == known + 6  # a judge that goes on is tried anew
     user = stub.bodies[-1]["messages"][-1]["content"]
     assert user.startswith("Question: ")
