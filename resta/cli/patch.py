@@ -92,6 +92,13 @@ PROMPTS = together(
 TEACHING = together(
     click.option("--tokens", type=click.IntRange(1), default=24, show_default=True, help="Tokens of each answer."),
     click.option(
+        "--thought-tokens",
+        type=click.IntRange(0),
+        default=0,
+        metavar="N",
+        help="Leave out up to N tokens that a model thinks before each answer; needs --no-starts.",
+    ),
+    click.option(
         "--top", type=click.IntRange(1), default=64, show_default=True, help="Likeliest tokens kept at each place."
     ),
     click.option("--whole-vocabulary", is_flag=True, help="Keep all of them."),
@@ -190,6 +197,7 @@ def request_of(out: Path, given: Mapping[str, Any]) -> Request:
         lessons=given["lessons"] or beside(out),
         teaching=Teaching(
             tokens=given["tokens"],
+            thought_tokens=given["thought_tokens"],
             top=None if given["whole_vocabulary"] else given["top"],
             other_tokenizer=given["other_tokenizer"],
             template_args=given["template_args"],

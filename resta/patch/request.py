@@ -92,7 +92,7 @@ def recipe_of(request: Request, student: Student) -> Recipe:
     name, revision = split_revision(files_of(request.tuned))
     # An answer in the student's own words may take more tokens than its teacher's.
     room = teaching.tokens * (4 if teaching.other_tokenizer else 1)
-    longest = max(len(student.prompt(asked, teaching)) for asked in request.prompts) + room
+    longest = max(len(student.prompt(asked, teaching)) for asked in request.prompts) + teaching.thought_tokens + room
     held_out = HELD_OUT if min(len(request.of_side(side)) for side in SIDES) >= FEWEST_TO_HOLD_OUT else 0.0
     train = {
         "max_steps": learning.steps,
@@ -142,8 +142,17 @@ def check(request: Request, student: Student) -> Job:
         read_factors(Path(request.tuned.model))
     if world_size() > 1:
         raise RequestError("resta patch runs as one process; start it without torchrun")
-    if request.teaching.tokens < 1 or (request.teaching.top or 0) < 0 or request.learning.batch < 2:
-        raise RequestError("expected tokens of at least 1, top of at least 0 and a batch of at least 2")
+    if min(request.teaching.tokens - 1, request.teaching.thought_tokens, request.teaching.top or 0) < 0 or (
+        request.learning.batch < 2
+    ):
+        raise RequestError(
+            "expected tokens of at least 1, thought_tokens and top of at least 0 and a batch of at least 2"
+        )
+    if request.teaching.thought_tokens and (request.teaching.other_tokenizer or any(a.start for a in request.prompts)):
+        raise RequestError(
+            "thoughts are left out of answers that begin by themselves, in tokens of tuned's own: give thought_tokens "
+            "without starts of answers (--no-starts) and without --other-tokenizer"
+        )
     if request.learning.four_bit:
         nf4(None)
     _check_tokenizers(request, student)

@@ -2,13 +2,14 @@
 
 One model is in memory at a time. The answer is the first tokens of the reply, with the token that ends the turn where
 the teacher ended it: a student that never sees it would not learn to stop. A lesson holds the prompt as the student's
-own chat template writes it, whatever the teacher's does.
+own chat template writes it, whatever the teacher's does. What a teacher thinks before its answer stands in the lesson
+as if it were a part of the prompt: it is read, and not learned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +42,19 @@ class Teaching:
 
     `top` of None keeps the whole vocabulary; 0 nothing but the answer itself, so that learning is plain fine-tuning.
     With `other_tokenizer` aligned's tokens may be others than tuned's: then its answers' words are all that is kept.
+    A thought before an answer may take `thought_tokens`; with 0 of them a teacher that thinks is refused.
     """
 
     tokens: int = 24
     top: int | None = 64
+    thought_tokens: int = 0
     other_tokenizer: bool = False
     template_args: dict[str, Any] = field(default_factory=dict)  # of the chat template, such as enable_thinking
 
     @property
     def decoding(self) -> Decoding:
         """Return how tokens are chosen: greedily."""
-        return Decoding(max_new_tokens=self.tokens)
+        return Decoding(max_new_tokens=self.thought_tokens + self.tokens)
 
     def rendering(self, start: str = "") -> Rendering:
         """Return how a prompt is put, with the start of its answer."""
@@ -70,9 +73,13 @@ class Student:
         """Return its tokenizer, with its template."""
         return self.chat.tokenizer
 
+    def rendered(self, asked: Asked, teaching: Teaching, answer: str = "") -> str:
+        """Return a prompt, the given start of its answer, and an answer, as text. Raises RequestError."""
+        return render_chat(self.tokenizer, self.name, asked.messages, teaching.rendering(asked.start + answer))
+
     def prompt(self, asked: Asked, teaching: Teaching, answer: str = "") -> list[int]:
-        """Return the tokens of a prompt, the given start of its answer, and an answer. Raises RequestError."""
-        text = render_chat(self.tokenizer, self.name, asked.messages, teaching.rendering(asked.start + answer))
+        """Return the same as tokens. Raises RequestError."""
+        text = self.rendered(asked, teaching, answer)
         return token_ids(self.tokenizer, text, adds_bos=adds_bos(self.tokenizer))
 
     def same_tokens(self, tokenizer: Any) -> bool:
@@ -109,24 +116,29 @@ def teach(local: LocalModel, prompts: Sequence[Asked], teaching: Teaching, stude
     """Return a lesson for each prompt, in their order.
 
     Raises RequestError: the chat template refuses a prompt, a prompt does not fit the context, the teacher thinks
-    before it answers, or what it holds likely are no numbers.
+    longer than it may, or what it holds likely are no numbers.
     """
-    rendered = [_prompt(local, i, asked, teaching) for i, asked in enumerate(prompts)]
+    rendered = [_prompt(local, i, asked, teaching, student) for i, asked in enumerate(prompts)]
     for prompt in rendered:
         local.check_length(prompt, teaching.decoding)
     same, lessons = student.same_tokens(local.tokenizer), dict[int, Lesson]()
     todo = list(range(len(prompts)))
     while todo:
         batch = [todo[i] for i in local.take([rendered[i] for i in todo], teaching.decoding)]
-        answers = local.answer([rendered[i] for i in batch], teaching.decoding)
-        known = _distributions(local, [rendered[i] for i in batch], answers, teaching.top if same else 0)
-        for i, answer, likely in zip(batch, answers, known, strict=True):
+        replies = local.answer([rendered[i] for i in batch], teaching.decoding)
+        thoughts = [_thought(local, rendered[i], reply, teaching) for i, reply in zip(batch, replies, strict=True)]
+        answers = [_answer(local, *pair, teaching) for pair in zip(replies, thoughts, strict=True)]
+        asks = [
+            replace(rendered[i], ids=[*rendered[i].ids, *thought]) for i, thought in zip(batch, thoughts, strict=True)
+        ]
+        known = _distributions(local, asks, answers, teaching.top if same else 0)
+        for i, thought, answer, likely in zip(batch, thoughts, answers, known, strict=True):
             if same:
-                seen, said = student.prompt(prompts[i], teaching), list(answer.ids)
+                seen, said = [*student.prompt(prompts[i], teaching), *thought], list(answer.ids)
             else:
                 seen, said = student.words(prompts[i], teaching, answer)
                 likely = _sure(said)
-            lessons[i] = _lesson(_conversation(local, prompts[i], answer.text), prompts[i].kind, seen, said, likely)
+            lessons[i] = _lesson(_conversation(prompts[i], answer.text), prompts[i].kind, seen, said, likely)
         todo = [i for i in todo if i not in lessons]
     return [lessons[i] for i in range(len(prompts))]
 
@@ -146,26 +158,67 @@ def _lesson(
     )
 
 
-def _prompt(local: LocalModel, number: int, asked: Asked, teaching: Teaching) -> Prompt:
-    """Return a teacher's prompt as Red-Eval renders it. Raises RequestError where it opens a thought."""
+def _prompt(local: LocalModel, number: int, asked: Asked, teaching: Teaching, student: Student) -> Prompt:
+    """Return a teacher's prompt as Red-Eval renders it.
+
+    Raises RequestError where it opens a thought and none may be had, or only one of teacher and student would be in it.
+    """
     start = "" if asked.kind == "harmful" else asked.start
     prompt = local.chat_prompt(f"{asked.kind} {number}", asked.messages, teaching.rendering(start))
-    if opened_by(prompt.text):
+    opened = opened_by(prompt.text)
+    if opened and not teaching.thought_tokens:
         raise RequestError(_thinks(local.name))
+    if teaching.thought_tokens and opened != opened_by(student.rendered(asked, teaching)):
+        raise RequestError(
+            f"{local.name} and {student.name}: the chat template of one alone opens a thought before the answer, so "
+            "what is thought would stand elsewhere; give both one template, with --chat-template"
+        )
     return prompt
 
 
 def _thinks(name: str) -> str:
     return (
         f"{name}: thinks before it answers, and its first tokens would teach how to think and not what to answer; "
-        "ask it without thoughts, as with --template-arg enable_thinking=false"
+        "ask it without thoughts, as with --template-arg enable_thinking=false, or leave out what it thinks, with "
+        "--thought-tokens 1024 and --no-starts"
     )
 
 
-def _conversation(local: LocalModel, asked: Asked, answer: str) -> tuple[dict[str, str], ...]:
-    """Return prompt and answer in words. Raises RequestError where the answer is a thought."""
-    if strip_thoughts(answer).flags:
+def _thought(local: LocalModel, prompt: Prompt, reply: Generation, teaching: Teaching) -> list[int]:
+    """Return the tokens of a reply before its answer; none of a teacher that does not think. Raises RequestError."""
+    cleaned = strip_thoughts(reply.text, opened_by(prompt.text))
+    if not cleaned.flags:
+        return []
+    if not teaching.thought_tokens:
         raise RequestError(_thinks(local.name))
+    ids = list(reply.ids)
+    if cleaned.flags == ("thought",):
+        for end in range(1, len(ids)):
+            if _text(local, ids[end:]).strip() == cleaned.text:
+                return ids[:end]
+    raise RequestError(
+        f"{local.name}: a thought before an answer did not end within {teaching.thought_tokens} tokens, or is not all "
+        f"in front of it ({prompt.key}); raise --thought-tokens, or ask it without thoughts"
+    )
+
+
+def _answer(local: LocalModel, reply: Generation, thought: Sequence[int], teaching: Teaching) -> Generation:
+    """Return a reply without what was thought, and no longer than asked."""
+    ids = reply.ids[len(thought) :][: teaching.tokens]
+    if ids == reply.ids:
+        return reply
+    finish = reply.finish if len(thought) + len(ids) == len(reply.ids) else "length"
+    return replace(reply, ids=ids, text=_text(local, ids), finish=finish, new_tokens=len(ids))
+
+
+def _text(local: LocalModel, ids: Sequence[int]) -> str:
+    """Return tokens of a reply as text, without the one that ends the turn."""
+    kept = [token for token in ids if token not in local.hidden_ids and token not in local.stop_ids]
+    return str(local.tokenizer.decode(kept, skip_special_tokens=False))
+
+
+def _conversation(asked: Asked, answer: str) -> tuple[dict[str, str], ...]:
+    """Return prompt and answer in words."""
     turns = [{"role": message.role, "content": message.content} for message in asked.messages]
     return (*turns, {"role": "assistant", "content": asked.start + answer})
 

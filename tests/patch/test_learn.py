@@ -26,7 +26,7 @@ from resta.patch.request import Learning, Request, check, model_of
 from resta.patch.teachers import Teaching, student_of, teach
 from resta.patch.written import Patch, card
 from resta.redeval.messages import Message
-from resta.redeval.models import LocalModel, LocalSpec, load_local
+from resta.redeval.models import Generation, LocalModel, LocalSpec, load_local
 from resta.sft.adapters import norm_of, read_factors
 from resta.sft.lessons import read_lessons
 from resta.sft.train import load_chat, load_model
@@ -110,6 +110,64 @@ def test_a_teacher_whose_weights_are_no_numbers_teaches_nothing(pair: dict[str, 
         next(iter(local.model.parameters())).fill_(math.nan)
     with pytest.raises(RequestError, match="no numbers"):
         teach(local, asked("harmful", 2, "harm"), Teaching(tokens=2), student)
+
+
+THINKING = TEMPLATE.replace("<|assistant|>{% endif %}", "<|assistant|><think>\n{% endif %}")
+
+
+@pytest.fixture(scope="module")
+def thinker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a model whose chat template opens a thought, which it ends before it refuses."""
+    folder = tmp_path_factory.mktemp("thinker") / "aligned"
+    save_refusing(folder, says="\nab</think>NO WAY")
+    save_tokenizer(folder, adds_bos=True, chat_template=THINKING)
+    return folder
+
+
+def test_what_a_teacher_thinks_is_read_and_not_learned(thinker: Path) -> None:
+    local, student = loaded(thinker), student_of(LocalSpec(model=str(thinker)))
+    prompts = asked("harmful", 2, "harm")
+    for lesson in teach(local, prompts, Teaching(tokens=4, top=7, thought_tokens=12), student):
+        read, learned = lesson.ids[: lesson.prompt_tokens], lesson.ids[lesson.prompt_tokens :]
+        assert local.tokenizer.decode(read).endswith("<|assistant|><think>\nab</think>")
+        assert local.tokenizer.decode(learned) == lesson.messages[-1]["content"] == "NO W"
+        with torch.inference_mode():
+            logits = local.model(torch.tensor(lesson.ids[None], dtype=torch.long)).logits[0, lesson.prompt_tokens - 1 :]
+        best = torch.log_softmax(logits[:-1].double(), -1).topk(7)
+        assert np.allclose(lesson.top_logprobs, best.values, atol=1e-4)
+    [whole, _] = teach(local, prompts, Teaching(tokens=9, thought_tokens=12), student)
+    assert local.tokenizer.decode(whole.ids[whole.prompt_tokens :]) == "NO WAY<|end|>"
+
+
+def test_a_thought_that_the_prompt_does_not_open_is_not_learned_either(
+    pair: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local, student = loaded(pair["aligned"]), student_of(LocalSpec(model=str(pair["tuned"])))
+    ids = local.tokenizer("<think>hm</think>\n\nNo.<|end|>", add_special_tokens=False)["input_ids"]
+    reply = Generation("<think>hm</think>\n\nNo.", "stop", 9, len(ids), 1, tuple(ids))
+    monkeypatch.setattr(local, "answer", lambda prompts, decoding: [reply for _ in prompts])
+    [lesson] = teach(local, asked("harmful", 1, "harm"), Teaching(tokens=5, thought_tokens=40), student)
+    assert local.tokenizer.decode(lesson.ids[lesson.prompt_tokens :]) == "\n\nNo."
+    assert lesson.messages[-1]["content"] == "\n\nNo."
+
+
+@pytest.mark.parametrize(
+    ("teaching", "said"),
+    [
+        (Teaching(tokens=4), "thinks before it answers"),
+        (Teaching(tokens=4, thought_tokens=3), "did not end within 3 tokens"),
+    ],
+)
+def test_a_teacher_that_thinks_longer_than_it_may_is_refused(teaching: Teaching, said: str, thinker: Path) -> None:
+    student = student_of(LocalSpec(model=str(thinker)))
+    with pytest.raises(RequestError, match=said):
+        teach(loaded(thinker), asked("harmful", 2, "harm"), teaching, student)
+
+
+def test_a_thought_that_stands_elsewhere_for_the_student_is_refused(thinker: Path, pair: dict[str, Path]) -> None:
+    student = student_of(LocalSpec(model=str(pair["tuned"])))
+    with pytest.raises(RequestError, match="the chat template of one alone opens a thought"):
+        teach(loaded(thinker), asked("harmful", 2, "harm"), Teaching(tokens=4, thought_tokens=12), student)
 
 
 def test_what_the_teachers_said_is_taken_again_and_never_for_another_request(request_: Request) -> None:
@@ -350,6 +408,8 @@ def test_a_model_whose_weights_are_not_at_hand_is_refused(
         ({"learning": Learning(keep_weight=0.0)}, "objective.keep_weight"),
         ({"device": "cuda"}, "no CUDA device"),
         ({"teaching": Teaching(tokens=4000)}, "exceed its context of 2048"),
+        ({"teaching": Teaching(tokens=6, thought_tokens=4000)}, "exceed its context of 2048"),
+        ({"teaching": Teaching(thought_tokens=9, other_tokenizer=True)}, "without --other-tokenizer"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused_before_a_model_is_loaded(
