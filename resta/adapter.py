@@ -15,11 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from resta.checkpoint import INDEX, LINK_ADVICE, SINGLE, LowRank, Operand, Stored, Weights, identify, inside, read_json
+from resta.checkpoint import INDEX, LINK_ADVICE, SINGLE, LowRank, Operand, Weights, identify, inside, read_json
 from resta.errors import RequestError
 from resta.fingerprint import file_fingerprint
-from resta.header import FLOAT_DTYPES, Spec, read_header
+from resta.header import FLOAT_DTYPES, read_header
 from resta.hub import Located
+from resta.stored import Stored
 from resta.tied import untie_for
 
 CONFIG = "adapter_config.json"
@@ -344,20 +345,9 @@ def _on_top(target: str, operand: Operand | None, low_rank: LowRank, folder: Pat
         raise RequestError(
             f"{folder / FILE}: targets {target!r}, which is {operand.dtype} in the base, not floating point"
         )
-    expected = product_shape(low_rank)
+    expected = low_rank.shape
     if operand.shape != expected:
         raise RequestError(
             f"{folder / FILE}: the adapter's term for {target!r} is {expected}, but the base has {operand.shape}"
         )
-    return Operand(stored=operand.stored, low_rank=low_rank)
-
-
-def product_shape(low_rank: LowRank) -> tuple[int, ...]:
-    """Return the shape of left @ right."""
-
-    def sides(spec: Spec) -> tuple[int, ...]:
-        return spec.shape[::-1] if low_rank.transposed else spec.shape
-
-    if low_rank.right is None:
-        return low_rank.left.spec.shape
-    return (sides(low_rank.left.spec)[0], sides(low_rank.right.spec)[1])
+    return Operand(stored=operand.stored, low_ranks=(low_rank,))

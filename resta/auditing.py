@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resta.adapter import base_name, is_adapter
-from resta.checkpoint import LowRank, Operand, Stored, identify
+from resta.checkpoint import LowRank, Operand, identify
 from resta.claims import (
     Finding,
     Manifest,
@@ -45,6 +45,7 @@ from resta.hub import Located, locate
 from resta.manifest import TensorFacts, TermFacts
 from resta.output import MARK
 from resta.plan import Plan, Step, StepTerm, make_plan
+from resta.stored import Stored, View
 from resta.strict import did_you_mean
 
 PIECE = 1 << 18  # elements at a time; also the stretch over which the L1 norms are summed in working precision
@@ -417,7 +418,7 @@ class _Recomputed:
     term_sums: Array = field(init=False)  # (terms, 4): for each D^2, D e, (D + e)^2 - D^2, entries kept
     measured: int = 0  # entries over which the second and the third are taken
     _scales: list[Any] = field(default_factory=list)
-    _factors: dict[Stored, Array] = field(default_factory=dict)
+    _factors: dict[Stored | View, Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._type: Any = np.float64 if self.step.double else np.float32
@@ -536,19 +537,24 @@ class _Recomputed:
         """Elements of one model's tensor in the working dtype, low-rank term included."""
         width = DTYPE_BITS[operand.dtype] // 8
         values = widen(_read(operand.stored, first * width, count * width), operand.dtype, self._type)
-        if operand.low_rank is None or count == 0:
-            return values
-        left, right = self._factor(operand.low_rank, "left"), self._factor(operand.low_rank, "right")
+        for low_rank in operand.low_ranks:
+            begin, end = max(first, low_rank.first), min(first + count, low_rank.end)
+            if begin < end:
+                values[begin - first : end - first] += self._product(low_rank, begin - low_rank.first, end - begin)
+        return values
+
+    def _product(self, low_rank: LowRank, first: int, count: int) -> Array:
+        left, right = self._factor(low_rank, "left"), self._factor(low_rank, "right")
         rows = range(first // right.shape[1], -(-(first + count) // right.shape[1]))
         product = np.zeros((len(rows), right.shape[1]), self._type)
         for k in range(right.shape[0]):  # over the rank in order, each product rounded, then added
             product += np.multiply.outer(left[rows.start : rows.stop, k], right[k])
         begin = first - rows.start * right.shape[1]
-        values += self._type(operand.low_rank.scaling) * product.ravel()[begin : begin + count]
-        return values
+        scaled: Array = self._type(low_rank.scaling) * product.ravel()[begin : begin + count]
+        return scaled
 
     def _factor(self, low_rank: LowRank, side: str) -> Array:
-        stored: Stored | None = getattr(low_rank, side)
+        stored: Stored | View | None = getattr(low_rank, side)
         if stored is None:
             return np.ones((1, 1), self._type)
         if stored not in self._factors:
@@ -574,11 +580,25 @@ def _compare_norm(key: str, said: float, found: float, slack: float) -> Iterator
         yield f"{key} is {found:.6g}, but the manifest says {said:.6g}"
 
 
-def _read(stored: Stored, first_byte: int, nbytes: int) -> Bytes:
+def _read(stored: Stored | View, first_byte: int, nbytes: int) -> Bytes:
+    if isinstance(stored, View):
+        return _assemble(stored)[first_byte : first_byte + nbytes]
     data = np.fromfile(stored.file, np.uint8, count=nbytes, offset=stored.spec.start + first_byte)
     if data.size != nbytes:
         raise CheckFailedError(f"{stored.file}: ends within a tensor; it was cut while it was read")
     return data
+
+
+def _assemble(view: View) -> Bytes:
+    """Return all bytes of a view, element by element as its strides are defined."""
+    width = DTYPE_BITS[view.spec.dtype] // 8
+    data = np.empty((view.spec.count, width), np.uint8)
+    for piece in view.pieces:
+        flat = _read(piece.stored, 0, piece.stored.spec.nbytes).reshape(-1, width)
+        row, column = np.indices((piece.rows, piece.columns)).reshape(2, -1)
+        into, from_ = (side.first + row * side.down + column * side.across for side in (piece.target, piece.source))
+        data[into] = flat[from_]
+    return data.ravel()
 
 
 def philox_words(key: int, first: int, count: int) -> NDArray[np.uint32]:

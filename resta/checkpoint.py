@@ -7,6 +7,7 @@ knows nothing of recipes, and of arithmetic only that a tensor may have a low-ra
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -17,10 +18,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from resta.errors import ChangedError, RequestError, RestaError
 from resta.files import OpenFiles, open_regular, read_regular
-from resta.header import MOST_MEMORY, Spec, load_strict_json, read_header
+from resta.header import DTYPE_BITS, MOST_MEMORY, load_strict_json, read_header
 from resta.hub import Located
+from resta.stored import Stored, View, gather
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -37,33 +42,40 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")  # how the Hub's cache calls the files tha
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Stored:
-    """The bytes of one tensor in one file."""
-
-    file: Path
-    spec: Spec
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class LowRank:
     """A term `scaling * left @ right` on top of a stored tensor, as LoRA keeps it (arXiv 2106.09685, eq. 3).
 
     `left` (rows, rank) and `right` (rank, columns) are stored as such or transposed; a vector (rows,) has `right` None,
-    which stands for one column of ones.
+    which stands for one column of ones. The product lies in the tensor from its element `first` on: an adapter of
+    fused experts has one for each of them.
     """
 
-    left: Stored
-    right: Stored | None
+    left: Stored | View
+    right: Stored | View | None
     transposed: bool
     scaling: float
+    first: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of left @ right."""
+        if self.right is None:
+            return self.left.spec.shape
+        left, right = self.left.spec.shape, self.right.spec.shape
+        return (left[1], right[0]) if self.transposed else (left[0], right[1])
+
+    @property
+    def end(self) -> int:
+        """One past the last element of the tensor that the product reaches."""
+        return self.first + math.prod(self.shape)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Operand:
-    """One tensor of one model: stored bytes, and what an adapter adds to them."""
+    """One tensor of one model: stored bytes, and what an adapter adds to them, in the order in which it lies there."""
 
-    stored: Stored
-    low_rank: LowRank | None = None
+    stored: Stored | View
+    low_ranks: tuple[LowRank, ...] = ()
 
     @property
     def dtype(self) -> str:
@@ -125,14 +137,15 @@ def read_weights(located: Located, *, strip_prefix: str | None = None) -> Weight
     """
     folder = located.folder
     files = _weight_files(folder)
-    tensors: dict[str, Operand] = {}
+    found: dict[str, Stored] = {}
     for file in files:
         for name, spec in read_header(file).items():
-            if name in tensors:
-                other = tensors[name].stored.file.name
+            if name in found:
+                other = found[name].file.name
                 raise RequestError(f"{file}: tensor {name!r} is also in {other}; remove the stale file")
-            tensors[name] = Operand(stored=Stored(file=file, spec=spec))
-    _check_index(folder, tensors)
+            found[name] = Stored(file=file, spec=spec)
+    _check_index(folder, found)
+    tensors = {name: Operand(stored=stored) for name, stored in found.items()}
     return Weights(
         located=located,
         tensors=_strip(tensors, strip_prefix, folder) if strip_prefix else tensors,
@@ -222,31 +235,36 @@ class Reader:
     def __exit__(self, *_: object) -> None:
         self._open.close()
 
-    def read(self, stored: Stored, first_byte: int, into: memoryview) -> None:
-        """Fill `into` with the tensor's bytes from `first_byte`.
+    def read(self, stored: Stored | View, first_byte: int, into: memoryview) -> None:
+        """Fill `into` with the tensor's bytes from `first_byte`; of a view, whole elements.
 
         Raises ChangedError: the file is gone, or shorter than when it was planned; RestaError: the disk failed.
         """
+        if isinstance(stored, View):
+            if into:
+                width = DTYPE_BITS[stored.spec.dtype] // 8
+                gather(stored, first_byte // width, np.frombuffer(into, f"u{width}"), self._read_lines)
+            return
         self._read.add(stored.file)
-        offset = stored.spec.start + first_byte
-        done = 0
         with self._open.use(stored.file) as descriptor:
-            while done < len(into):
-                try:
-                    got = os.preadv(descriptor, [into[done:]], offset + done)
-                except OSError as error:
-                    raise RestaError(
-                        f"{stored.file}: reading at byte {offset + done} failed: {error.strerror}"
-                    ) from error
-                if got == 0:
-                    raise ChangedError(
-                        f"{stored.file}: ends at byte {offset + done}; the file was cut after it was planned"
-                    )
-                done += got
+            _fill(descriptor, stored.file, stored.spec.start + first_byte, into)
 
-    def read_ahead(self, stored: Stored, first_byte: int, length: int) -> None:
+    def _read_lines(self, stored: Stored, first: int, step: int, lines: NDArray[Any]) -> None:
+        self._read.add(stored.file)
+        nbytes, data = lines[0].nbytes, lines.data.cast("B")
+        offset = stored.spec.start + first * lines.itemsize
+        with self._open.use(stored.file) as descriptor:
+            for line in range(len(lines)):
+                part = data[line * nbytes : (line + 1) * nbytes]
+                _fill(descriptor, stored.file, offset + line * step * lines.itemsize, part)
+
+    def read_ahead(self, stored: Stored | View, first_byte: int, length: int) -> None:
         """Ask the kernel to have these bytes ready soon; a hint that may do nothing."""
-        if hasattr(os, "posix_fadvise"):
+        if isinstance(stored, View):
+            width = DTYPE_BITS[stored.spec.dtype] // 8
+            for piece in stored.between(first_byte // width, (first_byte + length) // width):
+                self.read_ahead(piece.stored, *piece.extent)
+        elif hasattr(os, "posix_fadvise"):
             with self._open.use(stored.file) as descriptor:
                 os.posix_fadvise(descriptor, stored.spec.start + first_byte, length, os.POSIX_FADV_WILLNEED)
 
@@ -262,6 +280,18 @@ class Reader:
                 raise ChangedError(f"{path}: changed while it was being merged; run the merge again")
 
 
+def _fill(descriptor: int, file: Path, offset: int, into: memoryview) -> None:
+    done = 0
+    while done < len(into):
+        try:
+            got = os.preadv(descriptor, [into[done:]], offset + done)
+        except OSError as error:
+            raise RestaError(f"{file}: reading at byte {offset + done} failed: {error.strerror}") from error
+        if got == 0:
+            raise ChangedError(f"{file}: ends at byte {offset + done}; the file was cut after it was planned")
+        done += got
+
+
 def _open_input(path: Path) -> int:
     try:
         return open_regular(path)
@@ -271,7 +301,7 @@ def _open_input(path: Path) -> int:
         raise RestaError(f"{path}: cannot be opened: {error.strerror}") from error
 
 
-def same_bytes(mine: Stored, theirs: Stored, reader: Reader, *, most: int | None = None) -> bool:
+def same_bytes(mine: Stored | View, theirs: Stored | View, reader: Reader, *, most: int | None = None) -> bool:
     """Whether two stored tensors of one size begin with the same bytes, `most` of them or all."""
     nbytes, block = mine.spec.nbytes if most is None else min(most, mine.spec.nbytes), 1 << 20
     for offset in range(0, nbytes, block):
@@ -331,17 +361,17 @@ def _index_names(index: Path) -> list[str]:
     return sorted(set(weight_map.values()))
 
 
-def _check_index(folder: Path, tensors: Mapping[str, Operand]) -> None:
+def _check_index(folder: Path, tensors: Mapping[str, Stored]) -> None:
     index = folder / INDEX
     if not index.exists():
         return
     weight_map = read_json(index)["weight_map"]
     for name, file in weight_map.items():
-        if name not in tensors or tensors[name].stored.file.name != file:
+        if name not in tensors or tensors[name].file.name != file:
             raise RequestError(f"{index}: says that {file} holds {name!r}, but its header does not")
     unlisted = sorted(tensors.keys() - weight_map.keys())
     if unlisted:
-        file = tensors[unlisted[0]].stored.file
+        file = tensors[unlisted[0]].file
         raise RequestError(f"{file}: holds {unlisted[0]!r}, which {INDEX} does not list; rebuild the index")
 
 

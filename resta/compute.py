@@ -6,6 +6,7 @@ not depend on where it begins or ends, nor on who computes it.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resta import kernels
-from resta.checkpoint import LowRank, Operand, Reader, Stored
+from resta.checkpoint import LowRank, Operand, Reader
 from resta.header import DTYPE_BITS, FLOAT_DTYPES
 from resta.plan import Step
+from resta.stored import Stored, View
 
 CHUNK = 1 << 18  # elements: half a megabyte of bfloat16 per model
 
@@ -83,7 +85,7 @@ class Workspace:
 
     reader: Reader
     _buffers: dict[tuple[str, str], Array] = field(default_factory=dict)
-    _factors: dict[int, tuple[Array, Array]] = field(default_factory=dict)
+    _factors: dict[tuple[int, int], tuple[Array, Array]] = field(default_factory=dict)
     _step: Step | None = None
     _terms: tuple[Array, ...] = ()
 
@@ -177,29 +179,39 @@ class Workspace:
         codes = np.empty(len(operands), np.int64)
         for row, (operand, count) in enumerate(zip(operands, counts, strict=True)):
             code, itemsize = kernels.CODES[operand.dtype], DTYPE_BITS[operand.dtype] // 8
-            target = raw[row] if operand.low_rank is None else self._bytes("narrow", CHUNK * width)
+            target = self._bytes("narrow", CHUNK * width) if operand.low_ranks else raw[row]
             assert count <= CHUNK  # the kernels trust that the buffers hold what they are told
             assert itemsize <= width, f"{operand.dtype} in buffers for {np.dtype(work_type).name}"
             self.reader.read(operand.stored, first * itemsize, target[: count * itemsize].data)
-            if operand.low_rank is not None:
+            if operand.low_ranks:
                 values = raw[row].view(work_type)[:count]
                 kernels.widen(target, code, count, values)
-                left, right = self._low_rank(row, operand.low_rank, work_type)
-                kernels.add_low_rank(values, left, right, values.dtype.type(operand.low_rank.scaling), first)
+                self._add_low_ranks(row, operand.low_ranks, first, values)
                 code = kernels.F64 if values.dtype == np.float64 else kernels.F32
             codes[row] = code
         return raw, codes
 
-    def _low_rank(self, row: int, low_rank: LowRank, work_type: type) -> tuple[Array, Array]:
-        if row not in self._factors:
-            left = self._read_factor(low_rank.left, low_rank.transposed, work_type)
-            if low_rank.right is None:
-                self._factors[row] = (left, np.ones((1, 1), work_type))
-            else:
-                self._factors[row] = (left, self._read_factor(low_rank.right, low_rank.transposed, work_type))
-        return self._factors[row]
+    def _add_low_ranks(self, row: int, low_ranks: tuple[LowRank, ...], first: int, values: Array) -> None:
+        begin = bisect_right(low_ranks, first, key=lambda part: part.end)
+        end = bisect_left(low_ranks, first + values.size, key=lambda part: part.first)
+        for key in [key for key in self._factors if key[0] == row and not begin <= key[1] < end]:
+            del self._factors[key]  # of hundreds of experts only those that are near
+        for place in range(begin, end):
+            part = low_ranks[place]
+            if (row, place) not in self._factors:
+                self._factors[row, place] = self._read_factors(part, values.dtype.type)
+            left, right = self._factors[row, place]
+            at = max(first, part.first)
+            into = values[at - first : part.end - first]
+            kernels.add_low_rank(into, left, right, values.dtype.type(part.scaling), at - part.first)
 
-    def _read_factor(self, stored: Stored, transposed: bool, work_type: type) -> Array:
+    def _read_factors(self, low_rank: LowRank, work_type: type) -> tuple[Array, Array]:
+        left = self._read_factor(low_rank.left, low_rank.transposed, work_type)
+        if low_rank.right is None:
+            return left, np.ones((1, 1), work_type)
+        return left, self._read_factor(low_rank.right, low_rank.transposed, work_type)
+
+    def _read_factor(self, stored: Stored | View, transposed: bool, work_type: type) -> Array:
         raw = np.empty(stored.spec.nbytes, np.uint8)
         self.reader.read(stored, 0, raw.data)
         values: Array = np.empty(stored.spec.count, work_type)
@@ -261,7 +273,7 @@ def count_measured(step: Step) -> int:
 
 def _measuring(step: Step) -> int:
     start = step.operands[0]
-    exact = start.low_rank is None and start.dtype == step.slot.spec.dtype
+    exact = not start.low_ranks and start.dtype == step.slot.spec.dtype
     return 1 if exact else 2
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resta import kernels
-from resta.checkpoint import FileIdentity, Reader, Stored
+from resta.checkpoint import FileIdentity, Reader
 from resta.compute import CHUNK, Totals, Workspace, add_totals, count_measured
 from resta.digests import Digests, Followed, Follower
 from resta.directory import small_files, weight_bytes, with_digests
@@ -32,6 +32,7 @@ from resta.manifest import Change, TensorFacts, from_json, result_warnings, tens
 from resta.output import Output, check_place, check_space, check_vacant, recover
 from resta.plan import Plan, Step, make_plan
 from resta.recipe import Recipe, load_recipe
+from resta.stored import Stored, View
 
 if TYPE_CHECKING:
     import torch
@@ -293,7 +294,11 @@ def _stretches(step: Step, unit: Unit) -> Iterator[tuple[str | Path, int]]:
     spec = step.slot.spec
     yield step.slot.file, spec.start + unit.first * DTYPE_BITS[spec.dtype] // 8
     for stored in (operand.stored for operand in step.operands):
-        yield stored.file, stored.spec.start + unit.first * DTYPE_BITS[stored.spec.dtype] // 8
+        if isinstance(stored, View):
+            for piece in stored.between(unit.first, unit.first + unit.count):
+                yield piece.stored.file, piece.stored.spec.start + piece.extent[0]
+        else:
+            yield stored.file, stored.spec.start + unit.first * DTYPE_BITS[stored.spec.dtype] // 8
 
 
 def _followed(
@@ -448,18 +453,27 @@ def _check_finite(step: Step, totals: Totals, reader: Reader) -> None:
     workspace = Workspace(reader)
     for row, (operand, owner) in enumerate(zip(step.operands, step.owners, strict=True)):
         size = operand.stored.spec.count
-        count = sum(
-            workspace.count_non_finite(step, row, first, min(CHUNK, size - first)) for first in range(0, size, CHUNK)
-        )
-        if count:
+        counts = {
+            first: workspace.count_non_finite(step, row, first, min(CHUNK, size - first))
+            for first in range(0, size, CHUNK)
+        }
+        if count := sum(counts.values()):
             raise NonFiniteError(
-                f"{operand.stored.file}: tensor {step.name!r} of {owner} holds {count} NaN or infinite "
+                f"{_where(operand.stored, counts)}: tensor {step.name!r} of {owner} holds {count} NaN or infinite "
                 "values; the model is damaged, or allow them with a rule: nonfinite: allow"
             )
     raise NonFiniteError(
         f"tensor {step.name!r}: the inputs are finite but the result overflows {step.slot.spec.dtype}; "
         "choose a wider output dtype or a smaller scale"
     )
+
+
+def _where(stored: Stored | View, counts: Mapping[int, int]) -> str:
+    """Return the file that a tensor is in; of a view those that its damaged chunks are in."""
+    if isinstance(stored, Stored):
+        return str(stored.file)
+    files = [file for first, count in counts.items() if count for file in stored.files(first, first + CHUNK)]
+    return ", ".join(map(str, dict.fromkeys(files)))
 
 
 def _nonzero_terms(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> set[int]:

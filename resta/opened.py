@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 
 from resta.adapter import is_adapter, read_adapter
 from resta.auxiliary import AuxiliaryFile, read_auxiliary_files, tokenizer_conflict
-from resta.checkpoint import PROBE_BYTES, FileIdentity, Operand, Reader, Stored, Weights, read_weights, same_bytes
+from resta.checkpoint import PROBE_BYTES, FileIdentity, Operand, Reader, Weights, read_weights, same_bytes
 from resta.errors import RequestError
 from resta.hub import locate
 from resta.recipe import Model
+from resta.stored import Stored, View
 from resta.tied import untie
 
 Answer = TypeVar("Answer")
@@ -80,7 +81,7 @@ class Opened:
         """Return the small files that a merge takes from a model, and the names left out. Raises RequestError."""
         return self._once(("auxiliary files", name), lambda: read_auxiliary_files(self._weights[name]))
 
-    def same_bytes(self, mine: Stored, theirs: Stored, *, most: int | None = None) -> bool:
+    def same_bytes(self, mine: Stored | View, theirs: Stored | View, *, most: int | None = None) -> bool:
         """Whether two stored tensors of one size begin with the same bytes, `most` of them or all."""
 
         def read() -> bool:
@@ -95,7 +96,7 @@ class Opened:
         False where only arithmetic could tell: of an adapter, or where dtypes or shapes differ.
         """
         for mine, theirs in pairs:
-            if mine.low_rank or theirs.low_rank or (mine.dtype, mine.shape) != (theirs.dtype, theirs.shape):
+            if mine.low_ranks or theirs.low_ranks or (mine.dtype, mine.shape) != (theirs.dtype, theirs.shape):
                 return False
         probed = all(self.same_bytes(mine.stored, theirs.stored, most=PROBE_BYTES) for mine, theirs in pairs)
         return probed and all(self.same_bytes(mine.stored, theirs.stored) for mine, theirs in pairs)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from resta.auxiliary import AuxiliaryFile, plan_auxiliary_files
-from resta.checkpoint import LowRank, Operand, Stored, Weights
+from resta.checkpoint import LowRank, Operand, Weights
 from resta.compatibility import differences
 from resta.coverage import Coverage, Ledger, readable_share
 from resta.errors import RequestError
@@ -27,6 +27,7 @@ from resta.naming import extra_advice, missing_advice
 from resta.opened import Opened, open_models
 from resta.page import printable
 from resta.recipe import Recipe, Rule
+from resta.stored import Stored, View
 from resta.version import MERGE_CODE, VERSION
 
 DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -94,7 +95,7 @@ class Step:
     def copies(self) -> bool:
         """Whether the output bytes are the start's bytes."""
         start = self.operands[0]
-        return not self.terms and start.low_rank is None and start.dtype == self.slot.spec.dtype
+        return not self.terms and not start.low_ranks and start.dtype == self.slot.spec.dtype
 
     @property
     def double(self) -> bool:
@@ -142,25 +143,24 @@ class Plan:
         sides = {file.name: hashlib.sha256(file.content).hexdigest() for file in self.auxiliary_files}
         configs = {name: weights.config for name, weights in self.weights.items()}
         added = {
-            step.name: [[row, *_low_rank_facts(operand.low_rank)] for row, operand in enumerate(step.operands)]
+            step.name: [[row, *_low_rank_facts(operand.low_ranks)] for row, operand in enumerate(step.operands)]
             for step in self.steps
-            if any(operand.low_rank for operand in step.operands)
+            if any(operand.low_ranks for operand in step.operands)
         }
         code = [VERSION, MERGE_CODE]
         text = json.dumps([code, self.recipe.digest, inputs, configs, added, sides], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _low_rank_facts(low_rank: LowRank | None) -> list[Any]:
+def _low_rank_facts(low_ranks: tuple[LowRank, ...]) -> list[Any]:
     """What an adapter's config, and not its weights, decides about a term."""
-    return [low_rank.scaling, low_rank.transposed] if low_rank else []
+    return [fact for part in low_ranks for fact in (part.scaling, part.transposed)]
 
 
-def stored_parts(operand: Operand) -> list[Stored]:
+def stored_parts(operand: Operand) -> list[Stored | View]:
     """The stored tensors behind an operand: its own, and the factors on top of it."""
-    low_rank = operand.low_rank
-    parts = (operand.stored, low_rank and low_rank.left, low_rank and low_rank.right)
-    return [part for part in parts if part]
+    factors = (factor for part in operand.low_ranks for factor in (part.left, part.right))
+    return [operand.stored, *(factor for factor in factors if factor)]
 
 
 def stored_bytes(operand: Operand) -> int:

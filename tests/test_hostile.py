@@ -189,8 +189,7 @@ def test_patterns_that_users_write_are_matched_as_peft_matches_them(
 ) -> None:
     assert re.match(rf"(.*\.)?({pattern})$", "model.layers.0.mlp.up_proj")
     read = read_adapter(locate(str(adapter(tmp_path / "a", r=7, rank_pattern={pattern: 2}, lora_alpha=6))), base)
-    low_rank = read.tensors["model.layers.0.mlp.up_proj.weight"].low_rank
-    assert low_rank is not None
+    (low_rank,) = read.tensors["model.layers.0.mlp.up_proj.weight"].low_ranks
     assert low_rank.scaling == 3.0
 
 
