@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from resta import ladder, patch, redeval, sft, sweep, verify
     from resta.algebra import Checkpoint, Delta, Merge, dare, load
     from resta.auditing import audit
+    from resta.conversion import convert
     from resta.distance import diff
     from resta.engine import merge, tensors
     from resta.errors import RestaError
@@ -31,6 +32,7 @@ else:
             **dict.fromkeys(("Recipe", "load_recipe"), "recipe"),
             "RestaError": "errors",
             "audit": "auditing",
+            "convert": "conversion",
             "diff": "distance",
             "restore": "ladder.conduct",
             **{package: package for package in ("ladder", "patch", "redeval", "sft", "sweep", "verify")},
@@ -45,6 +47,7 @@ __all__ = [
     "RestaError",
     "__version__",
     "audit",
+    "convert",
     "dare",
     "diff",
     "ladder",

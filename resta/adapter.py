@@ -15,11 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from resta.checkpoint import INDEX, LINK_ADVICE, SINGLE, LowRank, Operand, Weights, identify, inside, read_json
+from resta.checkpoint import LINK_ADVICE, SINGLE, LowRank, Operand, Weights, identify, inside, read_json
 from resta.errors import RequestError
 from resta.fingerprint import file_fingerprint
 from resta.header import FLOAT_DTYPES, read_header
-from resta.hub import Located
+from resta.hub import INDEX, Located
 from resta.stored import Stored
 from resta.tied import untie_for
 

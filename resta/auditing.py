@@ -1,8 +1,9 @@
-"""Check a finished merge against its manifest and its inputs, computing its tensors a second time.
+"""Check a finished merge or conversion against its manifest and its inputs, computing its tensors a second time.
 
 The arithmetic here is written from the definition, in numpy, and shares no code with the merge: not the kernels, not
 the loop. The recipe, the plan and the reading of headers are the merge's own. Two programs that make the same bytes in
-two ways are the evidence; that is why this is the one place with a second implementation.
+two ways are the evidence; that is why this is the one place with a second implementation. A conversion, which adds
+nothing, is held against what torch itself loads from the PyTorch files.
 
     d   = sum over the terms, in order, of scale * mask * (to - from)       float32, or float64 if an input is F64
     out = round( start + d )                                                 once, to the output's dtype
@@ -16,6 +17,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from resta.claims import (
     not_proved,
     read_manifest,
 )
+from resta.conversion import plan_conversion
 from resta.digests import hash_files
 from resta.engine import UNIT, Checksum, default_workers
 from resta.errors import CheckFailedError, RequestError
@@ -102,12 +105,12 @@ def audit(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Audit:
-    """Check a finished merge: every file, every claim of its manifest, inputs, and tensors by recomputing them.
+    """Check a finished merge or conversion: files, each claim of the manifest, inputs, and tensors by recomputing them.
 
         resta.audit("restored", moved={"tuned": "tuned", "aligned": "aligned", "base": "base"}).raise_if_any()
 
     Args:
-        out: the directory that a merge made.
+        out: the directory that a merge or a conversion made.
         sample: recompute this many tensors, chosen by a fixed rule, the largest among them; by default all.
         moved: where inputs lie, by model name: every local one, and those of the Hub that are not to be fetched.
         workers: threads.
@@ -191,8 +194,9 @@ def _find_inputs(manifest: Manifest, moved: Mapping[str, str]) -> dict[str, Loca
     if missing:
         flags = ", ".join(f"--model {name}=PATH (it was called {manifest.inputs[name].source!r})" for name in missing)
         raise RequestError(f"a manifest holds no paths of local inputs; say where they are: {flags}")
+    pytorch = manifest.kind == "convert"
     return {
-        name: locate(moved[name] if name in moved else f"{was.source.partition('@')[0]}@{was.commit}")
+        name: locate(moved.get(name, f"{was.source.partition('@')[0]}@{was.commit}"), pytorch=pytorch)
         for name, was in manifest.inputs.items()
     }
 
@@ -215,7 +219,7 @@ def _check_inputs(manifest: Manifest, sources: Mapping[str, Located]) -> Iterato
 
 
 def _make_plan(manifest: Manifest, sources: Mapping[str, Located], findings: list[Finding]) -> Plan | None:
-    """Plan the merge again from where the inputs lie now."""
+    """Plan the merge or the conversion again from where the inputs lie now."""
     models = {}
     for name, model in manifest.recipe.models.items():
         folder = sources[name].folder
@@ -224,10 +228,11 @@ def _make_plan(manifest: Manifest, sources: Mapping[str, Located], findings: lis
             # That the base is the right one was settled by the merge; its directory may be called otherwise now.
             changes["recorded_base"] = base_name(folder)
         models[name] = model.model_copy(update=changes)
+    plan = make_plan if manifest.kind == "merge" else plan_conversion
     try:
-        return make_plan(manifest.recipe.model_copy(update={"models": models}))
+        return plan(manifest.recipe.model_copy(update={"models": models}))
     except RequestError as error:
-        findings.append(Finding(what="inputs", problem=f"the merge cannot be planned again: {error}"))
+        findings.append(Finding(what="inputs", problem=f"the {manifest.kind} cannot be planned again: {error}"))
         return None
 
 
@@ -364,12 +369,16 @@ def _check_tensors(
 ) -> int:
     """Check the data of every tensor; return how many elements were recomputed."""
     elements = 0
-    with ThreadPoolExecutor(workers) as pool:
-        for task, (problems, count) in zip(tasks, pool.map(_check_tensor, tasks), strict=True):
-            what = f"tensor {task.name!r} in {task.stored.file.name}"
-            findings += [Finding(what=what, problem=problem) for problem in problems]
-            elements += count
-            report(task.name, task.stored.spec.nbytes)
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            for task, (problems, count) in zip(tasks, pool.map(_check_tensor, tasks), strict=True):
+                what = f"tensor {task.name!r} in {task.stored.file.name}"
+                findings += [Finding(what=what, problem=problem) for problem in problems]
+                elements += count
+                report(task.name, task.stored.spec.nbytes)
+    finally:  # a file may be another one by the next audit
+        _load.cache_clear()
+        _loaded.cache_clear()
     return elements
 
 
@@ -433,7 +442,7 @@ class _Recomputed:
         with np.errstate(all="ignore"):  # what may not be finite was decided by the merge; here only bytes count
             if self.step.copies:
                 width = DTYPE_BITS[start.dtype] // 8
-                expected = _read(start.stored, first * width, count * width)
+                expected = _copied(self.step, first * width, count * width)
             else:
                 expected = self._recompute(first, count)
         self._note(first, data, expected)
@@ -599,6 +608,34 @@ def _assemble(view: View) -> Bytes:
         into, from_ = (side.first + row * side.down + column * side.across for side in (piece.target, piece.source))
         data[into] = flat[from_]
     return data.ravel()
+
+
+def _copied(step: Step, first_byte: int, nbytes: int) -> Bytes:
+    """Return bytes of the tensor that a step copies: those in a file of safetensors, or what torch makes of another."""
+    stored = step.operands[0].stored
+    if isinstance(stored, View) or stored.file.suffix == ".safetensors":
+        return _read(stored, first_byte, nbytes)
+    return _loaded(stored.file, step.name)[first_byte : first_byte + nbytes]
+
+
+@lru_cache(maxsize=8)
+def _loaded(file: Path, name: str) -> Bytes:
+    """Return a tensor's bytes in the order of its indices, as torch loads it from its own file, running nothing."""
+    import torch  # an audit of a merge does without
+
+    data: Bytes = _load(file)[name].detach().contiguous().flatten().view(torch.uint8).numpy()
+    return data
+
+
+@lru_cache(maxsize=2)
+def _load(file: Path) -> Any:
+    """Return a PyTorch file's tensors by name, mapped into memory. The plan has refused a file that calls anything."""
+    import torch
+
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # of many kinds
+        raise CheckFailedError(f"{file}: torch does not load it: {str(error).splitlines()[0]}") from error
 
 
 def philox_words(key: int, first: int, count: int) -> NDArray[np.uint32]:

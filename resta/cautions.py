@@ -18,8 +18,10 @@ ALIGNED_WORDS = re.compile(r"instruct|chat|aligned|safe|starling|dpo|rlhf|(?<![a
 
 
 def cautions(plan: Plan) -> list[str]:
-    """Return each caution about a plan in a sentence."""
+    """Return each caution about a plan in a sentence; none about a conversion."""
     recipe, found = plan.recipe, []
+    if not recipe.terms:
+        return []
     for index, term in enumerate(recipe.terms):
         found += _of_scale(term, safety=index in recipe.safety_terms)
         if index in recipe.safety_terms and term.scale != 0 and (sign := swapped(plan, term)):

@@ -1,4 +1,4 @@
-"""Read a checkpoint: one `model.safetensors`, or shards and their index, as {tensor name: where its bytes are}.
+"""Read a checkpoint: one file of weights, or shards and their index, as {tensor name: where its bytes are}.
 
 A directory is taken as hostile until its files agree with each other. This module reads headers and byte ranges; it
 knows nothing of recipes, and of arithmetic only that a tensor may have a low-rank term on top.
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import mmap
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -21,21 +22,23 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from resta.archive import read_archive
 from resta.errors import ChangedError, RequestError, RestaError
 from resta.files import OpenFiles, open_regular, read_regular
 from resta.header import DTYPE_BITS, MOST_MEMORY, load_strict_json, read_header
-from resta.hub import Located
+from resta.hub import INDEX, Located, convert_advice
 from resta.stored import Stored, View, gather
 
 SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 MAX_JSON_BYTES = 100_000_000
 MAX_NAME_BYTES = 255  # of a file name, on every file system that models lie on
 PROBE_BYTES = 1 << 12  # of each tensor, before two models are read whole to see whether they are one
 ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
-LINK_ADVICE = "copy the file in, or say --follow-links (merge, diff, audit) if you trust the links of your models"
+LINK_ADVICE = (
+    "copy the file in, or say --follow-links (merge, convert, diff, audit) if you trust the links of your models"
+)
 
 _LINKS_TRUSTED: ContextVar[bool] = ContextVar("links_trusted", default=False)
 _SHA256 = re.compile(r"[0-9a-f]{64}")  # how the Hub's cache calls the files that the Hub keeps in LFS
@@ -126,25 +129,43 @@ class Weights:
         return next(("one by one" if ONE_EXPERT.search(name) else "fused" for name in names), None)
 
 
-def read_weights(located: Located, *, strip_prefix: str | None = None) -> Weights:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileFormat:
+    """A format of weight files: what one alone and the index of several are called, and how one is read."""
+
+    single: str
+    index: str
+    suffix: str
+    read: Callable[[Path], Mapping[str, Stored]]
+
+
+def _read_safetensors(file: Path) -> dict[str, Stored]:
+    return {name: Stored(file=file, spec=spec) for name, spec in read_header(file).items()}
+
+
+SAFETENSORS = FileFormat(single=SINGLE, index=INDEX, suffix=".safetensors", read=_read_safetensors)
+
+
+def read_weights(located: Located, *, strip_prefix: str | None = None, format: FileFormat = SAFETENSORS) -> Weights:
     """Read the headers of a full checkpoint.
 
     Args:
         located: the directory.
         strip_prefix: removed from the names that begin with it (`module.`, `_orig_mod.`, ...).
+        format: of its weight files.
 
-    Raises RequestError: no complete, unambiguous safetensors checkpoint is there, or one of its files is malformed.
+    Raises RequestError: no complete, unambiguous checkpoint of that format is there, or one of its files is malformed.
     """
     folder = located.folder
-    files = _weight_files(folder)
+    files = _weight_files(located, format)
     found: dict[str, Stored] = {}
     for file in files:
-        for name, spec in read_header(file).items():
+        for name, stored in format.read(file).items():
             if name in found:
                 other = found[name].file.name
                 raise RequestError(f"{file}: tensor {name!r} is also in {other}; remove the stale file")
-            found[name] = Stored(file=file, spec=spec)
-    _check_index(folder, found)
+            found[name] = stored
+    _check_index(folder / format.index, found)
     tensors = {name: Operand(stored=stored) for name, stored in found.items()}
     return Weights(
         located=located,
@@ -176,7 +197,8 @@ def read_json(path: Path, *, most_memory: int = MOST_MEMORY) -> dict[str, Any]:
 def identify(file: Path, located: Located) -> FileIdentity:
     """Return the identity of an input file.
 
-    The digest of the whole file is known where the Hub's cache names it, and taken of a config, which is small.
+    The digest of the whole file is known where the Hub's cache names it, and taken of a config, which is small. What
+    counts as the header of an archive of PyTorch is its directory, which has a checksum of every record.
     """
     with os.fdopen(open_regular(file), "rb") as handle:
         status = os.fstat(handle.fileno())
@@ -184,6 +206,8 @@ def identify(file: Path, located: Located) -> FileIdentity:
         if file.suffix == ".safetensors":
             length = int.from_bytes(handle.read(8), "little")
             header = hashlib.sha256(handle.read(length)).hexdigest()
+        elif file.suffix == ".bin":
+            header = read_archive(file).directory_sha256
         else:
             content = hashlib.sha256(handle.read(MAX_JSON_BYTES)).hexdigest()
     blob = file.resolve().name if located.commit else ""
@@ -246,6 +270,10 @@ class Reader:
                 gather(stored, first_byte // width, np.frombuffer(into, f"u{width}"), self._read_lines)
             return
         self._read.add(stored.file)
+        if stored.strides is not None:
+            with self._open.use(stored.file) as descriptor:
+                into[:] = _gathered(descriptor, stored, stored.strides, first_byte, len(into)).data
+            return
         with self._open.use(stored.file) as descriptor:
             _fill(descriptor, stored.file, stored.spec.start + first_byte, into)
 
@@ -274,10 +302,10 @@ class Reader:
             try:
                 status = path.stat()
             except OSError as error:
-                raise ChangedError(f"{path}: is gone since the merge began: {error.strerror}") from error
+                raise ChangedError(f"{path}: is gone since it was first read: {error.strerror}") from error
             identity = self._files[path]
             if (status.st_size, status.st_mtime_ns) != (identity.bytes, identity.mtime_ns):
-                raise ChangedError(f"{path}: changed while it was being merged; run the merge again")
+                raise ChangedError(f"{path}: changed while it was being read; run the same command again")
 
 
 def _fill(descriptor: int, file: Path, offset: int, into: memoryview) -> None:
@@ -296,7 +324,7 @@ def _open_input(path: Path) -> int:
     try:
         return open_regular(path)
     except FileNotFoundError as error:
-        raise ChangedError(f"{path}: is gone since the merge was planned") from error
+        raise ChangedError(f"{path}: is gone since its header was read") from error
     except OSError as error:
         raise RestaError(f"{path}: cannot be opened: {error.strerror}") from error
 
@@ -313,66 +341,85 @@ def same_bytes(mine: Stored | View, theirs: Stored | View, reader: Reader, *, mo
     return True
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    single, index = folder / SINGLE, folder / INDEX
+def _gathered(descriptor: int, stored: Stored, strides: tuple[int, ...], first_byte: int, nbytes: int) -> Any:
+    """Return bytes of a tensor in the order of its indices, gathered from where its elements lie in the file."""
+    spec, width = stored.spec, DTYPE_BITS[stored.spec.dtype] // 8
+    reach = sum((size - 1) * stride for size, stride in zip(spec.shape, strides, strict=True)) * width + width
+    if os.fstat(descriptor).st_size < spec.start + reach:
+        raise ChangedError(f"{stored.file}: ends within a tensor; the file was cut after it was planned")
+    with mmap.mmap(descriptor, spec.start + reach, access=mmap.ACCESS_READ) as mapped:
+        flat = np.frombuffer(mapped, f"u{width}", count=reach // width, offset=spec.start)
+        view = np.lib.stride_tricks.as_strided(flat, spec.shape, [stride * width for stride in strides])
+        found = view.flat[first_byte // width : (first_byte + nbytes) // width].copy()
+        del flat, view
+    return found.view(np.uint8)
+
+
+def _weight_files(located: Located, format: FileFormat) -> list[Path]:
+    folder = located.folder
+    single, index = folder / format.single, folder / format.index
     for path in (single, index):
         if path.exists() and not path.is_file():
             raise RequestError(f"{path}: is not a regular file but a directory, a FIFO or a device; remove it")
     if single.exists() and index.exists():
         raise RequestError(
-            f"{folder}: has both {SINGLE} and {INDEX}, and readers disagree on which one counts; remove the stale one"
+            f"{folder}: has both {single.name} and {index.name}, and readers disagree on which one counts; remove the "
+            "stale one"
         )
     if single.exists():
-        names = [SINGLE]
+        names = [single.name]
     elif index.exists():
-        names = _index_names(index)
+        names = _index_names(index, format.suffix)
     else:
-        raise RequestError(f"{folder}: has neither {SINGLE} nor {INDEX}{_other_weights(folder)}")
+        other = _other_weights(located) if format is SAFETENSORS else ""
+        raise RequestError(f"{folder}: has neither {single.name} nor {index.name}{other}")
     files = [folder / name for name in names]
     for file in files:
         if not file.is_file():
-            raise RequestError(f"{file}: {INDEX} names it but it is not there; download the model again")
+            raise RequestError(f"{file}: {index.name} names it but it is not there; download the model again")
         if not inside(file, folder):
             raise RequestError(f"{file}: is a link out of its model directory, to {file.resolve()}; {LINK_ADVICE}")
     return files
 
 
-def _other_weights(folder: Path) -> str:
+def _other_weights(located: Located) -> str:
     """Say which weights of another kind a directory holds, and what to do about them."""
-    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
-    ggufs = sorted(path.name for path in folder.glob("*.gguf"))
+    names = sorted(path.name for path in located.folder.iterdir())
+    if advice := convert_advice(located.source, names):
+        return f"; {advice}"
+    pickles = [name for name in names if name.endswith(PICKLES)]
     if pickles:
-        return f"; {pickles[0]} is a pickle, which is never read: convert it with safetensors"
-    if ggufs:
-        return f"; {ggufs[0]} is GGUF, made for llama.cpp: name the safetensors model that it was converted from"
+        return f"; {pickles[0]} is a pickle, which is never read: save it as safetensors with the program that made it"
+    if any(name.endswith(".gguf") for name in names):
+        gguf = next(name for name in names if name.endswith(".gguf"))
+        return f"; {gguf} is GGUF, made for llama.cpp: name the safetensors model that it was converted from"
     return ""
 
 
-def _index_names(index: Path) -> list[str]:
+def _index_names(index: Path, suffix: str) -> list[str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise RequestError(f"{index}: expected a weight_map from tensor names to files")
     for tensor, name in weight_map.items():
         plain = isinstance(name, str) and name == os.path.basename(name) and len(name.encode()) <= MAX_NAME_BYTES  # noqa: PTH119
-        if not plain or not name.endswith(".safetensors"):
+        if not plain or not name.endswith(suffix):
             raise RequestError(
-                f"{index}: says that {tensor!r} is in {name!r}; expected a .safetensors file name without a path"
+                f"{index}: says that {tensor!r} is in {name!r}; expected a {suffix} file name without a path"
             )
     return sorted(set(weight_map.values()))
 
 
-def _check_index(folder: Path, tensors: Mapping[str, Stored]) -> None:
-    index = folder / INDEX
+def _check_index(index: Path, tensors: Mapping[str, Stored]) -> None:
     if not index.exists():
         return
     weight_map = read_json(index)["weight_map"]
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].file.name != file:
-            raise RequestError(f"{index}: says that {file} holds {name!r}, but its header does not")
+            raise RequestError(f"{index}: says that {file} holds {name!r}, but it does not")
     unlisted = sorted(tensors.keys() - weight_map.keys())
     if unlisted:
         file = tensors[unlisted[0]].file
-        raise RequestError(f"{file}: holds {unlisted[0]!r}, which {INDEX} does not list; rebuild the index")
+        raise RequestError(f"{file}: holds {unlisted[0]!r}, which {index.name} does not list; rebuild the index")
 
 
 def _strip(tensors: Mapping[str, Operand], prefix: str, folder: Path) -> dict[str, Operand]:

@@ -18,11 +18,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from resta.checkpoint import INDEX, read_json
+from resta.checkpoint import read_json
 from resta.digests import Digests, hash_files
 from resta.directory import CARD, HASHED, small_files
 from resta.errors import CheckFailedError, RequestError, RestaError
-from resta.hub import Located
+from resta.hub import INDEX, Located
 from resta.manifest import CHECKSUM, SCHEMA, TensorFacts, from_json
 from resta.output import MARK
 from resta.plan import Plan
@@ -30,6 +30,7 @@ from resta.recipe import Recipe
 
 # Between these `resta verify --card` puts its verdict into a card.
 VERDICT = re.compile(r"\n\n<!-- resta verify: start -->.*<!-- resta verify: end -->\n*\Z", re.DOTALL)
+KINDS = ("merge", "convert")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 RELEASE = re.compile(r"\d[\w.+!-]{0,40}", re.ASCII)  # what a version looks like
 MANIFEST_MEMORY = 1_100_000_000  # bytes; what a merge of a hundred thousand tensors records takes 800 million
@@ -74,8 +75,9 @@ class OutputFile(_Loose):
 
 
 class Manifest(_Loose):
-    """`resta.json`: the parts that an audit begins with, and `document`, all of it."""
+    """`resta.json` of a merge or a conversion: the parts that an audit begins with, and `document`, all of it."""
 
+    kind: str
     equation: str
     recipe_digest: str
     recipe: Recipe
@@ -96,12 +98,12 @@ def read_manifest(out: Path) -> Manifest:
     """
     path = out / MARK
     if not path.is_file():
-        raise RequestError(f"{out}: has no {MARK}; expected the output directory of `resta merge`")
+        raise RequestError(f"{out}: has no {MARK}; expected the output directory of `resta merge` or `resta convert`")
     try:
         parsed = read_json(path, most_memory=MANIFEST_MEMORY)
         kind = (parsed["schema"], parsed["kind"], parsed["checksum"])
-        if kind != (SCHEMA, "merge", CHECKSUM):
-            raise CheckFailedError(f"{path}: is {kind}; this version audits {(SCHEMA, 'merge', CHECKSUM)}")
+        if kind not in [(SCHEMA, each, CHECKSUM) for each in KINDS]:
+            raise CheckFailedError(f"{path}: is {kind}; this version audits {(SCHEMA, ' or '.join(KINDS), CHECKSUM)}")
         tensors = {name: asdict(from_json(plain)) for name, plain in parsed["tensors"].items()}
         return Manifest.model_validate({**parsed, "tensors": tensors, "document": parsed})
     except ValidationError as error:
@@ -119,6 +121,10 @@ def check_manifest(manifest: Manifest) -> Iterator[Finding]:
     if manifest.recipe_digest != manifest.recipe.digest:
         problem = f"recipe_digest is {manifest.recipe_digest}, but its recipe gives {manifest.recipe.digest}"
         yield Finding(what=MARK, problem=problem)
+    if (manifest.kind == "merge") != bool(manifest.recipe.terms):
+        yield Finding(
+            what=MARK, problem=f"is of a {manifest.kind}, and its recipe has {len(manifest.recipe.terms)} terms"
+        )
     if manifest.equation != manifest.recipe.equation:
         yield Finding(what=MARK, problem=f"equation is {manifest.equation!r}, not {manifest.recipe.equation!r}")
     if manifest.inputs.keys() != manifest.recipe.models.keys():
@@ -292,10 +298,12 @@ def not_proved(manifest: Manifest, *, moved: Mapping[str, str], is_sample: bool,
             "that the inputs are in every byte the files that the merge read: it recorded no digests of them "
             "(--digests). The result was compared with what these inputs give"
         )
-    if not is_sample:
+    if not is_sample and manifest.kind == "merge":
         yield "the last digits of recorded norms: they are compared to one part in 10,000"
     if any(rule.nonfinite for rule in manifest.recipe.rules):
         yield "the recorded norms of tensors in which a rule allows NaN or infinity"
+    if manifest.kind == "convert":
+        yield "that others read the PyTorch files as torch.load(weights_only=True) here does, which gave every value"
     if has_verdict:
         yield f"the section of {CARD} that `resta verify` may have written: compare it with its report"
     yield "that the model is safe: an audit asks it nothing"

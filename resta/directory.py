@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from resta.checkpoint import INDEX
 from resta.digests import Digests
+from resta.hub import INDEX
 from resta.manifest import TensorFacts, describe, render_card
 from resta.output import MARK
 from resta.plan import Plan

@@ -298,7 +298,8 @@ def _stretches(step: Step, unit: Unit) -> Iterator[tuple[str | Path, int]]:
             for piece in stored.between(unit.first, unit.first + unit.count):
                 yield piece.stored.file, piece.stored.spec.start + piece.extent[0]
         else:
-            yield stored.file, stored.spec.start + unit.first * DTYPE_BITS[stored.spec.dtype] // 8
+            first = 0 if stored.strides else unit.first  # what lies out of order is read from anywhere behind its start
+            yield stored.file, stored.spec.start + first * DTYPE_BITS[stored.spec.dtype] // 8
 
 
 def _followed(

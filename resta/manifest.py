@@ -266,10 +266,10 @@ def _nan_for_null(plain: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe(plan: Plan, facts: Mapping[str, TensorFacts]) -> dict[str, Any]:
-    """Return the content of `resta.json`."""
+    """Return the content of `resta.json`: of a merge, or of a conversion, whose recipe adds nothing."""
     return {
         "schema": SCHEMA,
-        "kind": "merge",
+        "kind": "merge" if plan.recipe.terms else "convert",
         "equation": plan.recipe.equation,
         "recipe_digest": plan.recipe.digest,
         "recipe": published_recipe(plan).model_dump(mode="json"),
@@ -346,8 +346,10 @@ def judge(plan: Plan, facts: Mapping[str, TensorFacts]) -> Safety:
 
 
 def render_card(plan: Plan, facts: Mapping[str, TensorFacts]) -> str:
-    """Return the model card of a merge, with the metadata that the Hub reads."""
+    """Return the model card of a merge or a conversion, with the metadata that the Hub reads."""
     recipe = plan.recipe
+    if not recipe.terms:
+        return _conversion_card(plan)
     safety = judge(plan, facts)
     names = list(dict.fromkeys(_public_name(plan, name) for name in recipe.models))
     head = {
@@ -386,6 +388,22 @@ def render_card(plan: Plan, facts: Mapping[str, TensorFacts]) -> str:
         "Adding a safety vector does not prove that a model is safe: measure refusals, over-refusal and the task.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _conversion_card(plan: Plan) -> str:
+    """Return the model card of a conversion: which model it is, and that it is still the same."""
+    weights, name = plan.weights[plan.recipe.start], _public_name(plan, plan.recipe.start)
+    head = {"base_model": [name], "library_name": "transformers", "tags": ["resta"]}
+    return f"""---
+{dump(head).rstrip()}
+---
+
+# {name} in safetensors
+
+The weights of {name} ({weights.located.commit or "local files"}), every tensor with the bytes that it had in the
+PyTorch files ({", ".join(path.name for path in weights.files)}). Nothing was changed or restored, and nothing in those
+files was run. `resta.json` holds the identity of every input file and a checksum of every tensor.
+"""
 
 
 def _words(plan: Plan) -> list[str]:

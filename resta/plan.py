@@ -178,6 +178,7 @@ def make_plan(recipe: Recipe, *, weights: Opened | None = None) -> Plan:
     Raises RequestError: a model cannot be read; or with every reason why the models, the rules and the recipe do not
     fit together.
     """
+    recipe.check_terms()
     opened = weights or open_models(recipe.models)
     models = opened.of(recipe.models)
     problems = _Problems()
@@ -203,7 +204,7 @@ def make_plan(recipe: Recipe, *, weights: Opened | None = None) -> Plan:
     _check_coverage(recipe, coverage, problems)
     _check_zero(recipe, models, opened, drafts, coverage, problems)
     problems.raise_if_any()
-    headers, steps = _place(drafts, recipe.output.shard_size)
+    headers, steps = place(drafts, recipe.output.shard_size)
     found, left_out = opened.auxiliary_files(recipe.files_from)
     dtypes = [(step.slot.spec.dtype, step.slot.spec.nbytes) for step in steps]
     return Plan(
@@ -563,7 +564,7 @@ def _check_donor(
             problems.add(f"{about} tensors that it lacks", "Start from that model, or choose files_from", name)
 
 
-def _place(drafts: list[Step], shard_size: int) -> tuple[dict[str, bytes], tuple[Step, ...]]:
+def place(drafts: Iterable[Step], shard_size: int) -> tuple[dict[str, bytes], tuple[Step, ...]]:
     """Fill files in the start's order, up to `shard_size` tensor bytes each, and give every tensor its slot."""
     shards: list[list[Step]] = [[]]
     used = 0

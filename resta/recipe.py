@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from resta.compatibility import MEANING
 from resta.dialect import dump, parse
+from resta.errors import RequestError
 from resta.mergekit import convert, is_mergekit
 from resta.schema import schema_of
 from resta.strict import Several, Strict, check, did_you_mean, named, read_text
@@ -223,8 +224,6 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
-        if not self.terms:
-            raise ValueError("terms is empty; a merge adds at least one")
         for name in self.models:
             if _NAME.fullmatch(name) is None:
                 raise ValueError(f"model name {name!r} must be letters, digits, _ and ., beginning with a letter")
@@ -251,6 +250,11 @@ class Recipe(Strict):
             for name in rule.scale_by if isinstance(rule.scale_by, dict) else ():
                 if name not in names:
                     raise ValueError(f"scale_by names {name!r}, which is not a term's name{did_you_mean(name, names)}")
+
+    def check_terms(self) -> None:
+        """Raise RequestError where nothing is added: such a recipe is a conversion's, which no user writes."""
+        if not self.terms:
+            raise RequestError("terms is empty; a merge adds at least one")
 
     @property
     def files_from(self) -> str:
@@ -337,7 +341,9 @@ def make_recipe(parsed: object) -> Recipe:
 
     Raises RequestError: see `load_recipe`.
     """
-    return check(Recipe, parsed)
+    recipe = check(Recipe, parsed)
+    recipe.check_terms()
+    return recipe
 
 
 def named_models(parsed: object) -> dict[str, Model]:

@@ -36,7 +36,9 @@ def judge_safety(recipe: Recipe, norms: Sequence[float], kept: Sequence[float | 
     words = " and ".join(f"{recipe.terms[index].scale:g} * ({recipe.terms[index].delta})" for index in terms)
     shares = [share for index in acting if (share := kept[index]) is not None]
     restored = False
-    if not terms:
+    if not recipe.terms:
+        statement = "Nothing is restored: the weights are those of the model that was converted, unchanged."
+    elif not terms:
         statement = (
             "No safety vector is claimed: the recipe does not say which of its terms it is. Name that term `safety`."
         )

@@ -111,6 +111,19 @@ def print_result(result: Result, seconds: float) -> None:
     terminal.print(f"check it:     {printable(audit_command(result))}", soft_wrap=True)
 
 
+def print_conversion(result: Result, seconds: float) -> None:
+    """Print what a conversion wrote, and what to do next."""
+    terminal, nbytes = console(), result.plan.bytes_written
+    size, rate = readable_bytes(nbytes), readable_bytes(nbytes / max(seconds, 1e-9))
+    terminal.print(
+        f"{len(result.tensors)} tensors, {size} in {seconds:.1f} s ({rate}/s) -> {printable(result.out)}",
+        soft_wrap=True,
+    )
+    if result.plan.left_out:
+        terminal.print(f"left out:     {printable(left_out_names(result.plan))}", soft_wrap=True)
+    terminal.print(f"check it:     {printable(audit_command(result))}", soft_wrap=True)
+
+
 def _term_line(term: Mapping[str, Any]) -> str:
     """Say what one term of a manifest reached, and what rounding left of it."""
     coverage, kept = term["coverage"], term["change"]["kept"]
@@ -130,7 +143,7 @@ def digest_line(result: Result) -> str:
         return f"digests:      {recorded}: so an earlier run wrote, which had only its last renames left"
     taken = result.digests
     return (
-        f"digests:      SHA-256 of {len(taken.sha256)} files took {taken.core_s:.1f} s of one core; the merge waited "
+        f"digests:      SHA-256 of {len(taken.sha256)} files took {taken.core_s:.1f} s of one core; the rest waited "
         f"{taken.after_s:.1f} s for them at its end"
     )
 

@@ -25,10 +25,15 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stored:
-    """The bytes of one tensor in one file."""
+    """The bytes of one tensor in one file.
+
+    `strides` says how far apart neighbours are, in elements, where they do not follow each other in the order of the
+    tensor's indices, as in files of PyTorch; `spec.start` is then where its first element lies.
+    """
 
     file: Path
     spec: Spec
+    strides: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

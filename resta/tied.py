@@ -57,6 +57,13 @@ def untie_for(adapter: str, trained: Iterable[str], base: Weights) -> Weights:
     return base
 
 
+def shared_output(weights: Weights) -> tuple[str, str] | None:
+    """Return the names of tied embeddings and an output layer that is stored as the very same bytes; else None."""
+    pair = _tied_pair(weights)
+    found = [weights.tensors.get(name) for name in pair or ()]
+    return pair if pair and found[0] == found[1] else None
+
+
 def _is_tied(weights: Weights) -> bool:
     """Whether output layer and embeddings are one matrix: said so, or said nothing and no output layer stored."""
     text = weights.config.get("text_config")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -195,3 +198,15 @@ def run(*arguments: object) -> Result:
 
 def everyday(trio: dict[str, str], out: Path, *more: object) -> list[object]:
     return ["merge", trio["tuned"], "--aligned", trio["aligned"], "--base", trio["base"], "-o", out, *more]
+
+
+def zip_of(records: Mapping[str, bytes], *, packed: str = "", comment: bytes = b"", wide: bool = False) -> bytes:
+    """A zip archive of stored records, as torch.save makes one: with one compressed, a comment, or sizes of 64 bits."""
+    buffer = io.BytesIO()
+    limit = -1 if wide else zipfile.ZIP64_LIMIT
+    with mock.patch.object(zipfile, "ZIP64_LIMIT", limit), zipfile.ZipFile(buffer, "w") as archive:
+        archive.comment = comment
+        for name, content in records.items():
+            method = zipfile.ZIP_DEFLATED if name == packed else zipfile.ZIP_STORED
+            archive.writestr(zipfile.ZipInfo(name), content, compress_type=method)
+    return buffer.getvalue()

@@ -238,10 +238,10 @@ def test_an_index_that_disagrees_with_the_headers_is_refused(tmp_path: Path, sma
     honest = json.loads((folder / INDEX).read_text())["weight_map"]
     first, second = sorted(set(honest.values()))
     write_index(folder, honest | {"a.weight": second if honest["a.weight"] == first else first})
-    with pytest.raises(RequestError, match=r"holds 'a\.weight', but its header does not"):
+    with pytest.raises(RequestError, match=r"holds 'a\.weight', but it does not"):
         read(folder)
     write_index(folder, honest | {"ghost": first})
-    with pytest.raises(RequestError, match="holds 'ghost', but its header does not"):
+    with pytest.raises(RequestError, match="holds 'ghost', but it does not"):
         read(folder)
     write_index(folder, {name: file for name, file in honest.items() if name != "c.weight"})
     with pytest.raises(RequestError, match=r"holds 'c\.weight', which .* does not list; rebuild the index"):
@@ -341,7 +341,7 @@ def test_a_file_removed_after_planning_is_one_error_that_names_it(trio: dict[str
     plan = make_plan(half_trio(trio))
     victim = Path(trio["base"]).resolve() / SINGLE
     victim.unlink()
-    with pytest.raises(RestaError, match=f"{victim}: is gone since the merge was planned"):
+    with pytest.raises(RestaError, match=f"{victim}: is gone since its header was read"):
         carry_out(plan, tmp_path / "out")
 
 
@@ -373,5 +373,5 @@ def test_the_iterator_over_tensors_notices_a_changed_input_too(trio: dict[str, s
     plan = make_plan(half_trio(trio))
     assert len(list(compute_tensors(plan))) == len(plan.steps)
     rewrite(Path(trio["base"]).resolve() / SINGLE)
-    with pytest.raises(RestaError, match="changed while it was being merged"):
+    with pytest.raises(RestaError, match="changed while it was being read"):
         list(compute_tensors(plan))

@@ -151,7 +151,7 @@ def test_an_input_that_changes_while_it_is_hashed_is_no_digest(
         return taken
 
     monkeypatch.setattr(Follower, "finish", finish)
-    with pytest.raises(RestaError, match="changed while it was being merged"):
+    with pytest.raises(RestaError, match="changed while it was being read"):
         engine.merge(recipe_of(trio, "tuned", RESTA), tmp_path / "out", digests=True)
     assert not (tmp_path / "out").exists()
 

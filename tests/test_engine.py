@@ -316,7 +316,7 @@ def test_an_input_that_changes_during_the_merge_is_noticed(trio: dict[str, str],
         data[-1] ^= 1
         victim.write_bytes(data)
 
-    with pytest.raises(RestaError, match="changed while it was being merged"):
+    with pytest.raises(RestaError, match="changed while it was being read"):
         engine.merge(recipe_of(trio, "tuned", RESTA), tmp_path / "out", workers=1, progress=tamper)
     assert not (tmp_path / "out").exists()
 

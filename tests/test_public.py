@@ -19,10 +19,10 @@ LAYERS = (
     "version errors lazy kernels out_of_memory served statistics page coverage compatibility",
     "dialect figure mergekit fingerprint quantized files schema",
     "strict",
-    "header hub journal recipe chat_templates",
+    "header archive pickled hub journal recipe chat_templates",
     "stored safety",
     "checkpoint",
-    "tied",
+    "tied pytorch",
     "adapter auxiliary digests naming",
     "opened",
     "plan",
@@ -30,7 +30,7 @@ LAYERS = (
     "manifest",
     "directory",
     "engine forecast",
-    "algebra show distance claims shorthand",
+    "algebra show distance claims conversion shorthand",
     "auditing",
     "sft: adapters lessons recipe",
     "sft: data objective",
@@ -92,7 +92,7 @@ LAYERS = (
     "demo: run",
     "demo: __init__",
     "cli: options audit completion output schema",
-    "cli: collect demo diff merge patch redeval sft verify",
+    "cli: collect convert demo diff merge patch redeval sft verify",
     "cli: restore sweep",
     "cli: __init__",
     "__main__",
@@ -103,7 +103,7 @@ GROUND = (
     "statistics strict version"
 )
 DOORS = {
-    "sft": "",
+    "sft": "hub",
     "redeval": "engine hub",
     "patch": "distance",
     "verify": "auditing manifest",
@@ -184,8 +184,8 @@ def past_the_doors(tree: Mapping[str, set[str]], doors: Mapping[str, str]) -> li
 
 def test_the_public_surface_is_this() -> None:
     assert sorted(resta.__all__) == [
-        "Checkpoint", "Delta", "Merge", "Recipe", "RestaError", "__version__", "audit", "dare", "diff", "ladder",
-        "load", "load_recipe", "merge", "patch", "redeval", "restore", "sft", "sweep", "tensors", "verify",
+        "Checkpoint", "Delta", "Merge", "Recipe", "RestaError", "__version__", "audit", "convert", "dare", "diff",
+        "ladder", "load", "load_recipe", "merge", "patch", "redeval", "restore", "sft", "sweep", "tensors", "verify",
     ]  # fmt: skip
     for name in resta.__all__:
         assert getattr(resta, name) is not None

@@ -19,6 +19,7 @@ from resta.version import VERSION
 COMMANDS = {
     "restore": ("resta.cli.restore", "Give a model its safety back, by what works, and prove it."),
     "merge": ("resta.cli.merge", "Add a safety vector to a fine-tuned model, streaming, on disk."),
+    "convert": ("resta.cli.convert", "Turn a model's PyTorch files into safetensors, running nothing in them."),
     "sft": ("resta.cli.sft", "Fine-tune a model on conversations: safety (Starling) or any other task."),
     "collect": ("resta.cli.collect", "Collect safe conversations from a well-aligned model, each judged."),
     "patch": ("resta.cli.patch", "Teach a tuned model an aligned one's refusals, where no merge gives them back."),

@@ -20,7 +20,7 @@ import yaml
 from resta.chat_templates import NAMED, named_template, read_chat_template
 from resta.errors import RequestError, UnansweredError
 from resta.fingerprint import folder_fingerprint, sha256_file, sha256_text
-from resta.hub import check_there
+from resta.hub import check_there, refuse_pytorch
 from resta.out_of_memory import is_out_of_memory
 from resta.quantized import nf4
 from resta.redeval.messages import Decoding, Message, Rendering
@@ -531,6 +531,8 @@ def load_local(spec: LocalSpec, *, tensors: Iterable[tuple[str, torch.Tensor]] |
     if spec.four_bit:  # which are made on the device itself
         place = {"device_map": place.get("device_map", {"": device}), "quantization_config": nf4(dtype)}
     files, revision = split_revision(files_of(spec))
+    if not spec.is_recipe:
+        refuse_pytorch(files, revision)
     # Said outright: where the choice is open, transformers asks at the terminal whether to run a model's own code.
     known = {"revision": revision, "trust_remote_code": False}
     try:
@@ -732,6 +734,7 @@ def load_classifier(spec: LocalSpec) -> TextClassifier:
 
     transformers = import_transformers()
     name, revision = split_revision(spec.model)
+    refuse_pytorch(name, revision)
     tokenizer = read_tokenizer(spec)
     try:
         model = transformers.AutoModelForSequenceClassification.from_pretrained(

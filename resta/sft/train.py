@@ -29,6 +29,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from resta.errors import RequestError, RestaError, ResumeError
 from resta.fingerprint import digest, sha256_file
+from resta.hub import refuse_pytorch
 from resta.journal import differences, read_object, to_json, write_whole
 from resta.out_of_memory import is_out_of_memory
 from resta.quantized import nf4
@@ -128,6 +129,7 @@ def on_cpu(job: Job) -> bool:
 
 def load_chat(job: Job) -> Chat:
     """Load the base's tokenizer, fit it with the template. Raises RequestError."""
+    refuse_pytorch(job.base, job.recipe.revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(job.base, revision=job.recipe.revision)
     except Exception as error:  # which class differs by version and cause

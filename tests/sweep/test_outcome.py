@@ -162,7 +162,7 @@ def test_a_sweep_that_fails_exits_5_and_the_same_command_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr("resta.sweep.measure.apply", changing)
-        assert "changed while it was being merged" in invoke(words, tmp_path / "out", code=5)
+        assert "changed while it was being read" in invoke(words, tmp_path / "out", code=5)
     assert len(list((tmp_path / "out" / "candidates").iterdir())) == 2
     invoke(words, tmp_path / "out")
 
