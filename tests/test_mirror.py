@@ -24,6 +24,7 @@ ELSEWHERE = {
     "test_schema": "cli/schema",
     "verify/test_measure": "cli/verify verify/places verify/release",
     # parts of one thing, tested as the whole
+    "test_conversion": "cli/convert",
     "test_cautions": "compatibility forecast",
     "test_plan": "coverage naming shorthand",
     "test_target": "directory files",
