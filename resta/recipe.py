@@ -233,7 +233,7 @@ class Recipe(Strict):
         used |= {model.on for name, model in self.models.items() if model.on and name in used}
         for name in sorted(used - self.models.keys()):
             raise ValueError(f"{name!r} is not among the models{did_you_mean(name, self.models)}")
-        for name in self.models.keys() - used:
+        for name in self.models.keys() - used if self.terms else ():  # without any, `check_terms` says the better word
             raise ValueError(f"model {name!r} is never used; remove it or name it in a term")
         for key in self.allow_config:
             if key not in MEANING:
