@@ -68,6 +68,9 @@ SCALE_ADVICE = (
 )
 
 
+NO_TERMS = "terms is empty; a merge adds at least one"
+
+
 class Model(Strict):
     """A model: a directory or `org/name@revision`; a LoRA adapter also says which model it is `on`."""
 
@@ -224,6 +227,8 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
+        if not self.terms and self.models.keys() != {self.start}:  # of one model it may be a conversion's
+            raise ValueError(NO_TERMS)
         for name in self.models:
             if _NAME.fullmatch(name) is None:
                 raise ValueError(f"model name {name!r} must be letters, digits, _ and ., beginning with a letter")
@@ -233,7 +238,7 @@ class Recipe(Strict):
         used |= {model.on for name, model in self.models.items() if model.on and name in used}
         for name in sorted(used - self.models.keys()):
             raise ValueError(f"{name!r} is not among the models{did_you_mean(name, self.models)}")
-        for name in self.models.keys() - used if self.terms else ():  # without any, `check_terms` says the better word
+        for name in self.models.keys() - used:
             raise ValueError(f"model {name!r} is never used; remove it or name it in a term")
         for key in self.allow_config:
             if key not in MEANING:
@@ -254,7 +259,7 @@ class Recipe(Strict):
     def check_terms(self) -> None:
         """Raise RequestError where nothing is added: such a recipe is a conversion's, which no user writes."""
         if not self.terms:
-            raise RequestError("terms is empty; a merge adds at least one")
+            raise RequestError(NO_TERMS)
 
     @property
     def files_from(self) -> str:
