@@ -8,7 +8,8 @@ from typing import Any
 
 
 def lazily(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return a package's `__getattr__`; `homes` is {public name: its module}, or {package: itself}.
+    """Return a package's `__getattr__`; `homes` is {public name: its module}, or {package: itself}; a
+    module of the package above begins with a dot.
 
     No module may bear the name of a function that is public: importing it would put it in the function's place.
     """
@@ -16,7 +17,7 @@ def lazily(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
     def get(name: str) -> Any:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        module = import_module(f"{package}.{homes[name]}")
+        module = import_module(f".{homes[name]}", package)
         return module if homes[name] == name else getattr(module, name)
 
     return get

@@ -11,7 +11,7 @@ candidate after the other on them ends with one that was lucky. Knows nothing of
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from resta.errors import RequestError, ResumeError
 from resta.fingerprint import digest, sha256_text
 from resta.journal import Journal, differences, document, read_object, read_rows, to_json, write_whole
 from resta.redeval.plan import RunSpec
-from resta.redeval.questions import Bank, Question, choose, words_of
+from resta.redeval.questions import Bank, Question, check_apart, choose, words_of
 from resta.verify.budget import Exam
 
 CALIBRATING, CHOOSING, VERIFYING = "calibrating", "choosing", "verifying"
@@ -49,7 +49,7 @@ class Part:
     @property
     def digests(self) -> frozenset[str]:
         """Return what its questions say, whatever bank they stand in."""
-        return frozenset(map(digest_of, self.questions))
+        return frozenset(question.digest for question in self.questions)
 
     @property
     def sha256(self) -> str:
@@ -59,16 +59,11 @@ class Part:
     @property
     def harmful_count(self) -> int:
         """Return how many different harmful questions there are."""
-        return len({digest_of(question) for question in self.questions if not question.safe})
+        return len({question.digest for question in self.questions if not question.safe})
 
     def path(self, bank: Bank) -> Path:
         """Return where a bank's questions are written."""
         return self.folder / f"{bank.name}.json"
-
-
-def digest_of(question: Question) -> str:
-    """Return the digest of what a question says: letter case, spacing and closing marks do not count."""
-    return sha256_text(words_of(question.text))
 
 
 # -- drawing -------------------------------------------------------------------------------------------------
@@ -94,7 +89,7 @@ def draw(spec: RunSpec, folder: Path, *, seed: int, calibrating: Bank | None = N
                 "others"
             )
     if calibrating is not None:
-        check_unseen(calibrating, parts[CHOOSING].digests | parts[VERIFYING].digests)
+        check_apart({calibrating.source: calibrating.texts}, known=known_of(parts[name] for name in names[1:]))
         parts[CALIBRATING] = replace(parts[CALIBRATING], banks=(calibrating,))
     return parts
 
@@ -105,7 +100,7 @@ def _places(banks: Sequence[Bank], seed: int, calibrating: int) -> dict[str, str
     known: set[str] = set()
     for bank in banks:
         order = sorted(bank.questions, key=lambda q: (q.safe, q.category, q.subcategory, _drawn(seed, q)))
-        own = [each for each in dict.fromkeys(map(digest_of, order)) if each not in known]
+        own = [each for each in dict.fromkeys(q.digest for q in order) if each not in known]
         known.update(own)
         fresh.append(own)
     harmful = sum(len(own) for own, bank in zip(fresh, banks, strict=True) if not _is_safe(bank))
@@ -129,19 +124,17 @@ def _is_safe(bank: Bank) -> bool:
 
 
 def _cut(banks: Iterable[Bank], place: Mapping[str, str], part: str) -> tuple[Bank, ...]:
-    cut = (replace(b, questions=tuple(q for q in b.questions if place[digest_of(q)] == part)) for b in banks)
+    cut = (replace(b, questions=tuple(q for q in b.questions if place[q.digest] == part)) for b in banks)
     return tuple(bank for bank in cut if bank.questions)
 
 
-def check_unseen(bank: Bank, known: Collection[str]) -> None:
-    """Refuse a bank that shares a question with others, known by their digests. Raises RequestError."""
-    shared = [question.qid for question in bank.questions if digest_of(question) in known]
-    if shared:
-        raise RequestError(
-            f"bank {bank.name}: {len(shared)} of its {len(bank.questions)} questions are asked elsewhere in this run, "
-            f"such as {shared[0]}: what was learned or chosen by a question is not verified by it. Take them out, or "
-            "name another bank"
-        )
+def known_of(parts: Iterable[Part]) -> dict[str, str]:
+    """Return the digest of every question of these parts, and what it is for."""
+    return {each: _told(part.name) for part in parts for each in part.digests}
+
+
+def _told(part: str) -> str:
+    return f"the {part} questions of this run"
 
 
 # -- on disk -------------------------------------------------------------------------------------------------
@@ -186,11 +179,11 @@ def _row(question: Question) -> dict[str, Any]:
     }
 
 
-def seen_before(folder: Path, names: Iterable[str]) -> set[str]:
-    """Return the digests of all questions that were drawn for anything but these parts."""
+def seen_before(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Return the digest of every question that was drawn for anything but these parts, and what it was drawn for."""
     path = folder / "parts.json"
     there = read_object(path)["parts"] if path.is_file() else {}
-    return {each for name, part in there.items() if name not in names for each in part["questions"]}
+    return {each: _told(name) for name, part in there.items() if name not in names for each in part["questions"]}
 
 
 def exam_on(part: Part, exam: Exam, number: int) -> Exam:

@@ -19,16 +19,16 @@ from resta.ladder.questions import (
     CHOOSING,
     VERIFYING,
     Part,
-    check_unseen,
     draw,
     exam_on,
     keep,
+    known_of,
     seen_before,
 )
 from resta.ladder.rungs import ADVICE, PATCH, PATCHED_WEIGHTS, RUNGS, Choices, Ladder, grid_of, records_of
 from resta.redeval.models import LocalSpec, read_tokenizer
 from resta.redeval.plan import read_spec
-from resta.redeval.questions import read_bank
+from resta.redeval.questions import check_apart, read_bank
 from resta.redeval.targets import INSPECT
 from resta.strict import did_you_mean
 from resta.sweep import Family, make_family
@@ -119,9 +119,8 @@ def _parts(exam: Exam, out: Path, choices: Choices) -> dict[str, Part]:
     ]
     unseen = Part(folder=folder, banks=tuple(banks))
     unseen = replace(unseen, folder=folder / f"unseen-{unseen.sha256[:8]}")
-    known = seen_before(folder, {unseen.name}).union(*(part.digests for part in parts.values()))
-    for bank in banks:
-        check_unseen(bank, known)
+    known = seen_before(folder, {unseen.name}) | known_of(parts.values())
+    check_apart({bank.source: bank.texts for bank in banks}, known=known)
     return {**parts, unseen.name: unseen}
 
 

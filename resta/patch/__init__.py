@@ -21,19 +21,21 @@ from resta.lazy import lazily
 
 if TYPE_CHECKING:
     from resta.patch.learn import run
-    from resta.patch.prompts import Drawing, check_apart, digest_of
+    from resta.patch.prompts import Drawing
     from resta.patch.request import Learning
     from resta.patch.teachers import Teaching
     from resta.patch.written import Patch
+    from resta.redeval.questions import check_apart, digest_of
 else:
     __getattr__ = lazily(
         "resta.patch",
         {
             "run": "learn",
-            **dict.fromkeys(("Drawing", "check_apart", "digest_of"), "prompts"),
+            "Drawing": "prompts",
             "Learning": "request",
             "Teaching": "teachers",
             "Patch": "written",
+            **dict.fromkeys(("check_apart", "digest_of"), ".redeval.questions"),
         },
     )
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from itertools import chain, zip_longest
@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from resta.errors import RequestError
-from resta.fingerprint import sha256_text
 from resta.redeval.messages import Message
-from resta.redeval.questions import BUILT_IN, Bank, read_bank, words_of
+from resta.redeval.questions import BUILT_IN, Bank, check_apart, digest_of, read_bank, shown
 from resta.redeval.templates import Template, read_template
 from resta.sft.data import FORMATS, RowProblem, read_rows, threads_of
 
@@ -101,57 +100,19 @@ def draw(task: Path, harmful: Sequence[str], apart: Sequence[str], drawing: Draw
     kept = [asked for kind, found in prompts.items() if kind != "harmful" for asked in found]
     _check_kept(kept, [*sources, read_bank("smoke")])
     every = [asked.text for found in prompts.values() for asked in found]
-    check_apart({"the prompts to learn from": every}, {bank.source: _texts(bank) for bank in others})
+    check_apart({"the prompts to learn from": every}, {bank.source: bank.texts for bank in others})
     return tuple(asked for found in prompts.values() for asked in with_starts(found, drawing.starts))
-
-
-# -- keeping sets apart --------------------------------------------------------------------------------------
-
-
-def digest_of(text: str) -> str:
-    """Return the SHA-256 of a question's words, whatever its letter case, spacing and closing marks."""
-    return sha256_text(words_of(text))
-
-
-def check_apart(*groups: Mapping[str, Iterable[str]]) -> None:
-    """Refuse sets of questions, {what it is: texts}, of which two of different groups share a question.
-
-    What a model learned from, what it was chosen by and what its verdict rests on must not meet:
-
-        check_apart({"calibrating": prompts}, {"choosing": some}, {"verifying": others})
-
-    Raises RequestError, naming both sets and the question's digest.
-    """
-    seen: dict[str, tuple[int, str]] = {}
-    for number, group in enumerate(groups):
-        for name, texts in group.items():
-            for text in texts:
-                before, where = seen.setdefault(digest_of(text), (number, name))
-                if before != number:
-                    raise RequestError(
-                        f"{name} shares a question with {where}: {shown(text)} (SHA-256 {digest_of(text)[:12]}); "
-                        "what is learned from must not be what the verdict rests on: leave it out of one of the two"
-                    )
 
 
 def _check_kept(kept: Sequence[Asked], banks: Sequence[Bank]) -> None:
     """Refuse a prompt to be answered that a bank holds as harmful, drawn or not."""
-    harmful = {digest_of(question.text): bank for bank in banks for question in bank.questions if not question.safe}
+    harmful = {question.digest: bank for bank in banks for question in bank.questions if not question.safe}
     for asked in kept:
         if asked.digest in harmful:
             raise RequestError(
                 f"a {asked.kind} prompt is a harmful question of the bank {harmful[asked.digest].name}, and the model "
                 f"cannot both answer and refuse it; remove it from one of the two: {shown(asked.text)}"
             )
-
-
-def _texts(bank: Bank) -> list[str]:
-    return [question.text for question in bank.questions]
-
-
-def shown(text: str) -> str:
-    """Return the start of a prompt, enough to find it by."""
-    return repr(text if len(text) <= 60 else f"{text[:57]}...")
 
 
 # -- reading -------------------------------------------------------------------------------------------------

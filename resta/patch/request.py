@@ -10,10 +10,11 @@ from typing import Any
 
 from resta import strict
 from resta.errors import RequestError, ResumeError
-from resta.patch.prompts import KINDS, Asked, shown
+from resta.patch.prompts import KINDS, Asked
 from resta.patch.teachers import Student, Teaching
 from resta.quantized import nf4
 from resta.redeval.models import LocalSpec, check_contexts, files_of, read_tokenizer, split_revision
+from resta.redeval.questions import shown
 from resta.redeval.targets import parse_target
 from resta.sft.adapters import read_factors
 from resta.sft.chat import control_token

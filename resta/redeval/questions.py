@@ -13,7 +13,7 @@ import json
 import os
 import re
 import urllib.request
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -81,6 +81,11 @@ class Question:
         parts = [self.bank, self.category, self.subcategory, f"{self.index:04d}"]
         return "/".join(part.replace("/", "-") for part in parts if part)
 
+    @property
+    def digest(self) -> str:
+        """Return the digest of what it says, however that is spelled and whatever bank it stands in."""
+        return digest_of(self.text)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bank:
@@ -92,6 +97,11 @@ class Bank:
     published: bool  # byte for byte the file that red-instruct published
     questions: tuple[Question, ...]
     left_out: int = 0  # questions that the file marks as unsafe, of a bank read for its safe ones
+
+    @property
+    def texts(self) -> list[str]:
+        """Return what its questions say."""
+        return [question.text for question in self.questions]
 
     @property
     def repeats(self) -> tuple[Question, ...]:
@@ -108,6 +118,42 @@ class Bank:
 def words_of(text: str) -> str:
     """Return what two spellings of one question share: letter case, spacing and closing marks are left out."""
     return " ".join(text.casefold().split()).rstrip(" .?!\u3002\uff1f\uff01") or text
+
+
+def digest_of(text: str) -> str:
+    """Return the SHA-256 of a question's words, whatever its letter case, spacing and closing marks."""
+    return sha256_text(words_of(text))
+
+
+def shown(text: str) -> str:
+    """Return the start of a question, enough to find it by."""
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")
+
+
+def check_apart(*groups: Mapping[str, Iterable[str]], known: Mapping[str, str] | None = None) -> None:
+    """Refuse sets of questions, {what it is: texts}, of which two of different groups share a question.
+
+    What a model learned from, what it was chosen by and what its verdict rests on must not meet:
+
+        check_apart({"calibrating": prompts}, {"choosing": some}, {"verifying": others})
+
+    `known` is one more group, of whose questions only the digests are at hand: {digest: what it is of}. Raises
+    RequestError, naming both sets, how many questions they share, and one of them.
+    """
+    seen = {key: (-1, where) for key, where in (known or {}).items()}
+    for number, group in enumerate(groups):
+        for name, texts in group.items():
+            there = list(texts)
+            places = [seen.setdefault(digest_of(text), (number, name)) for text in there]
+            shared = [(where, text) for (before, where), text in zip(places, there, strict=True) if before != number]
+            if shared:
+                where, text = shared[0]
+                count = sum(other == where for other, _ in shared)
+                raise RequestError(
+                    f"{name} shares {count} of its {len(there)} questions with {where}, such as {shown(text)} (SHA-256 "
+                    f"{digest_of(text)[:12]}); what is learned from or chosen by must not be what the verdict rests "
+                    "on: leave it out of one of the two"
+                )
 
 
 def without(bank: Bank, texts: Iterable[str]) -> Bank:

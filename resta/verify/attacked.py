@@ -27,7 +27,7 @@ from resta.errors import RequestError, ResumeError, UnansweredError
 from resta.fingerprint import digest, sha256_file
 from resta.journal import FolderLock, read_object, to_json, write_whole
 from resta.out_of_memory import is_out_of_memory
-from resta.patch.prompts import built_in, check_apart
+from resta.patch.prompts import built_in
 from resta.redeval.answering import answer_phase, missing_requests
 from resta.redeval.judges import Judge
 from resta.redeval.judging import adopt_control, judge_phase, note_judges
@@ -35,7 +35,7 @@ from resta.redeval.messages import Message, Request
 from resta.redeval.models import LocalModel, LocalSpec, Prompt, files_of, load_local
 from resta.redeval.plan import RunPlan
 from resta.redeval.progress import RunOptions
-from resta.redeval.questions import Question, read_bank, words_of
+from resta.redeval.questions import Question, check_apart, read_bank, words_of
 from resta.redeval.records import content_of, environment, find_run, load_run, start_run
 from resta.redeval.targets import Target
 from resta.sft.data import RowProblem, read_rows, threads_of

@@ -75,7 +75,7 @@ def test_a_second_candidate_is_not_verified_on_spent_questions_but_on_unseen_one
     monkeypatch.setattr("resta.ladder.conduct.climb", lambda *given: [restored.attempts[0], other])
     with pytest.raises(ResumeError, match=r"are spent on weights: interpolation-.*interpolation-0.9.*--unseen-bank"):
         again()
-    with pytest.raises(RequestError, match=r"30 of its 30 questions are asked elsewhere"):
+    with pytest.raises(RequestError, match=r"of its 30 questions with the .* questions of this run"):
         again(unseen=(bank,))
     told = again(unseen=(save_bank(tmp_path / "unseen.json", 14, "unheard-of"),))
     assert told.verdict is Verdict.PASS

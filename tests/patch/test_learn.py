@@ -532,7 +532,7 @@ def test_the_command_makes_a_patch_and_claims_no_more_than_it_knows(pair: dict[s
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (("--apart", "smoke"), "shares a question"),
+        (("--apart", "smoke"), "of its 60 questions with the prompts to learn from"),
         (("--harmful-count", "5"), "5 different harmful prompts"),
         (("--harmful", "no-such-bank"), "no-such-bank"),
     ],

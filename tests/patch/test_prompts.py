@@ -13,8 +13,6 @@ from resta.patch.prompts import (
     STARTS,
     Drawing,
     built_in,
-    check_apart,
-    digest_of,
     draw,
     in_templates,
     read_built_in,
@@ -22,7 +20,7 @@ from resta.patch.prompts import (
     read_task,
     with_starts,
 )
-from resta.redeval.questions import read_bank
+from resta.redeval.questions import digest_of, read_bank
 from resta.redeval.templates import read_template
 from tests.patch.builders import asked, write_json_lines
 
@@ -201,11 +199,11 @@ def test_harmful_prompts_stand_in_the_templates_that_are_named_and_half_of_all_h
 
 def test_the_gates_own_banks_are_kept_apart_unless_they_are_asked_for(tmp_path: Path) -> None:
     look_alike = read_bank("lookalikes").questions[0].text
-    with pytest.raises(RequestError, match="built in: lookalikes shares a question with the prompts to learn from"):
+    with pytest.raises(RequestError, match=r"lookalikes shares 1 of its \d+ questions with the prompts to learn from"):
         draw(task_of(tmp_path / "task.txt", [look_alike]), ["smoke"], [], Drawing())
     own = tmp_path / "own.json"
     own.write_text(json.dumps([f"Harm {n}?" for n in range(9)] + [read_bank("smoke").questions[0].text]))
-    with pytest.raises(RequestError, match="built in: smoke shares a question"):
+    with pytest.raises(RequestError, match="built in: smoke shares 1 of its 60 questions"):
         draw(task_of(tmp_path / "task.txt", []), [str(own)], [], Drawing())
     draw(task_of(tmp_path / "task.txt", []), [str(own), "smoke"], [], Drawing())
 
@@ -215,13 +213,5 @@ def test_a_question_of_the_verdict_is_not_learned_from(tmp_path: Path) -> None:
     apart.write_text(json.dumps(["Another question?"]))
     draw(task, ["smoke"], [str(apart)], Drawing())
     apart.write_text(json.dumps(["Another question?", "which TEAM takes  ticket 3"]))
-    with pytest.raises(RequestError, match=r"apart.json shares a question with the prompts to learn from: 'which TEAM"):
+    with pytest.raises(RequestError, match=r"apart.json shares 1 of its 2 questions with .*, such as 'which TEAM"):
         draw(task, ["smoke"], [str(apart)], Drawing())
-
-
-def test_sets_of_one_group_may_meet_and_those_of_two_may_not() -> None:
-    calibrating, choosing, verifying = {"calibrating": ["a?", "b?"]}, {"choosing": ["c?"], "again": ["C"]}, ["d?"]
-    check_apart(calibrating, choosing, {"verifying": verifying})
-    for shared, both in (("A", "calibrating"), ("c", "choosing")):
-        with pytest.raises(RequestError, match=f"verifying shares a question with {both}: '{shared}'"):
-            check_apart(calibrating, choosing, {"verifying": [*verifying, shared]})

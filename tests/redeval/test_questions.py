@@ -22,7 +22,7 @@ from resta.cli import main
 from resta.errors import RequestError
 from resta.redeval import questions
 from resta.redeval.plan import requests_of
-from resta.redeval.questions import BUILT_IN, PUBLISHED, Question, choose, read_bank
+from resta.redeval.questions import BUILT_IN, PUBLISHED, Question, check_apart, choose, digest_of, read_bank
 from resta.redeval.templates import Template
 
 # Files of the published schemas with all their quirks, in words of our own. The published ones themselves are read as
@@ -379,3 +379,13 @@ def test_every_ask_has_an_id_of_its_own_whatever_banks_categories_and_templates_
     requests = list(requests_of(questions.values(), used, epochs))
     assert len({request.id for request in requests}) == len(requests) == len(questions) * len(templates) * epochs
     assert {request.facts["qid"] for request in requests} == set(questions)
+
+
+def test_sets_of_one_group_may_meet_and_those_of_two_may_not() -> None:
+    calibrating, choosing, verifying = {"calibrating": ["a?", "b?"]}, {"choosing": ["c?"], "again": ["C"]}, ["d?"]
+    spent = {digest_of("e"): "what is spent"}
+    check_apart(calibrating, choosing, {"verifying": verifying}, known=spent)
+    for shared, other in (("A", "calibrating"), ("c", "choosing"), ("E", "what is spent")):
+        more = {"verifying": [*verifying, shared, f" {shared}.", "f"]}
+        with pytest.raises(RequestError, match=f"verifying shares 2 of its 4 .* with {other}, such as '{shared}'"):
+            check_apart(calibrating, choosing, more, known=spent)

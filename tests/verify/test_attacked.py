@@ -248,7 +248,7 @@ def test_a_served_model_is_refused_in_a_sentence_before_anything_is_asked(
 @pytest.mark.parametrize(
     ("row", "why"),
     [
-        ({"question": "xxxxxxxxxx 3?", "answer": "Sure"}, "shares a question with"),
+        ({"question": "xxxxxxxxxx 3?", "answer": "Sure"}, "shares 1 of its 12 questions with"),
         ({"messages": [{"role": "user", "content": "Tea?"}]}, "data.jsonl"),
         ({"nothing": 1}, "data.jsonl"),
     ],
