@@ -24,7 +24,7 @@ from resta.errors import RequestError
 from resta.redeval.messages import Message
 from resta.redeval.questions import BUILT_IN, Bank, check_apart, digest_of, read_bank, shown
 from resta.redeval.templates import Template, read_template
-from resta.sft.data import FORMATS, RowProblem, read_rows, threads_of
+from resta.sft.data import FORMATS, RowProblem, conversation_of, read_rows
 
 Kind = Literal["harmful", "task", "harmless", "lookalike"]
 KINDS: tuple[Kind, ...] = ("harmful", "task", "harmless", "lookalike")
@@ -169,9 +169,7 @@ def _prompt_of(where: str, row: object) -> tuple[Message, ...]:
         if text is not None:
             return _said(text)
     try:
-        [(_, turns), *_] = threads_of(row, "blue")
-        if isinstance(turns, RowProblem):
-            raise turns
+        turns = conversation_of(row)
     except RowProblem as problem:
         raise RequestError(f"{where}: {problem}; or a prompt under one of {', '.join(PROMPT_KEYS)}") from None
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]

@@ -328,6 +328,14 @@ def threads_of(row: Any, side: str) -> list[tuple[str, list[Message] | RowProble
     return result
 
 
+def conversation_of(row: Any) -> list[Message]:
+    """Return the turns of a row of one conversation; of HarmfulQA's, the first blue thread's. Raises RowProblem."""
+    [(_, turns), *_] = threads_of(row, "blue")
+    if isinstance(turns, RowProblem):
+        raise turns
+    return turns
+
+
 # Marks what HarmfulQA leaves out by design: counted, but no reason to refuse a file.
 MISSING_THREAD = ("empty thread", "the row has no blue conversation", "the row has no red conversation")
 

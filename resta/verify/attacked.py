@@ -38,7 +38,7 @@ from resta.redeval.progress import RunOptions
 from resta.redeval.questions import Question, check_apart, read_bank, words_of
 from resta.redeval.records import content_of, environment, find_run, load_run, start_run
 from resta.redeval.targets import Target
-from resta.sft.data import RowProblem, read_rows, threads_of
+from resta.sft.data import RowProblem, conversation_of, read_rows
 from resta.statistics import Rate, paired_rates, wilson
 from resta.verify import attacks
 from resta.verify.attacks import CONVERSATIONS, STEPS, Contrast, Conversation, Facts
@@ -186,9 +186,7 @@ def read_conversations(path: Path) -> list[Conversation]:
     found = []
     for where, row in read_rows(path):
         try:
-            [(_, turns), *_] = threads_of(row, "blue")
-            if isinstance(turns, RowProblem):
-                raise turns
+            turns = conversation_of(row)
         except RowProblem as problem:
             raise RequestError(f"{where}: {problem}") from None
         if [turn["role"] for turn in turns[-2:]] != ["user", "assistant"]:
