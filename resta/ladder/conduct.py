@@ -24,7 +24,7 @@ same call, which takes the same path, since the path depends on the answers alon
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -238,7 +238,7 @@ class Meter:
             with Journal(self._path) as journal:
                 journal.append(spent)
 
-    def _watch(self, rung: str):  # type: ignore[no-untyped-def]
+    def _watch(self, rung: str) -> Callable[[Tally], None]:
         def watch(tally: Tally) -> None:
             phase, done = self._last
             if tally.phase == "answers":
