@@ -69,6 +69,30 @@ def template_args(given: Iterable[str]) -> dict[str, Any]:
     return found
 
 
+BANK_FILES = together(
+    click.option(
+        "--bank-dir",
+        "bank_dirs",
+        multiple=True,
+        type=click.Path(path_type=Path),
+        help="Folder with published banks; also $RESTA_BANKS.",
+    ),
+    click.option("--download", is_flag=True, help="Allow fetching a bank, pinned by commit and SHA-256."),
+)
+TEMPLATE_ARGS = click.option(
+    "--template-arg",
+    "template_args",
+    multiple=True,
+    metavar="NAME=VALUE",
+    callback=lambda context, option, given: template_args(given),
+    help="Argument of the model's chat template, such as enable_thinking=false; may be given again.",
+)
+CHAT_TEMPLATE = click.option(
+    "--chat-template",
+    metavar="NAME|FILE",
+    help="Chat template for a model that has none: a Jinja file, or a name that `resta sft` knows, such as chatml.",
+)
+
 QUESTIONS = together(
     click.option(
         "--bank",
@@ -84,14 +108,7 @@ QUESTIONS = together(
         metavar="NAME|PATH",
         help="Bank of questions that are safe to answer (over-refusal).",
     ),
-    click.option(
-        "--bank-dir",
-        "bank_dirs",
-        multiple=True,
-        type=click.Path(path_type=Path),
-        help="Folder with published banks; also $RESTA_BANKS.",
-    ),
-    click.option("--download", is_flag=True, help="Allow fetching a bank, pinned by commit and SHA-256."),
+    BANK_FILES,
     click.option(
         "--template",
         "templates",
@@ -144,14 +161,7 @@ QUESTIONS = together(
         type=click.IntRange(min=1),
         help="Limit per answer. [default: 512, or 500 for red-instruct]",
     ),
-    click.option(
-        "--template-arg",
-        "template_args",
-        multiple=True,
-        metavar="NAME=VALUE",
-        callback=lambda context, option, given: template_args(given),
-        help="Argument of the model's chat template, such as enable_thinking=false; may be given again.",
-    ),
+    TEMPLATE_ARGS,
     click.option("--keep-thoughts", is_flag=True, help="Show judges the model's thoughts, too."),
 )
 
@@ -163,11 +173,7 @@ WHERE = together(
     ),
     click.option("--base", metavar="MODEL", help="For an adapter: its base model."),
     click.option("--files", metavar="DIR", help="For a recipe: folder of config and tokenizer."),
-    click.option(
-        "--chat-template",
-        metavar="NAME|FILE",
-        help="Chat template for a model that has none: a Jinja file, or a name that `resta sft` knows, such as chatml.",
-    ),
+    CHAT_TEMPLATE,
 )
 
 JUDGES = together(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from resta.cli.options import template_args, together
+from resta.cli.options import BANK_FILES, CHAT_TEMPLATE, TEMPLATE_ARGS, together
 from resta.cli.output import output
 from resta.errors import RequestError
 
@@ -31,7 +31,7 @@ MODELS = together(
         help="What TUNED was made from: its norm is compared with that change's. Adapters are on it. [default: what "
         "they name]",
     ),
-    click.option("--chat-template", metavar="NAME|FILE", help="Chat template of models that have none."),
+    CHAT_TEMPLATE,
 )
 
 PROMPTS = together(
@@ -55,14 +55,7 @@ PROMPTS = together(
         metavar="NAME|PATH",
         help="Bank that a choice or a verdict will rest on: a question shared with it is refused; may be given again.",
     ),
-    click.option(
-        "--bank-dir",
-        "bank_dirs",
-        multiple=True,
-        type=click.Path(path_type=Path),
-        help="Folder with published banks; also $RESTA_BANKS.",
-    ),
-    click.option("--download", is_flag=True, help="Allow fetching a bank, pinned by commit and SHA-256."),
+    BANK_FILES,
     click.option(
         "--harmful-count", type=click.IntRange(1), default=64, show_default=True, help="Harmful prompts, at most."
     ),
@@ -107,14 +100,7 @@ TEACHING = together(
         is_flag=True,
         help="Let ALIGNED have other tokens: the words of its answers are learned, and not what it held likely.",
     ),
-    click.option(
-        "--template-arg",
-        "template_args",
-        multiple=True,
-        metavar="NAME=VALUE",
-        callback=lambda context, option, given: template_args(given),
-        help="Argument of the chat template, such as enable_thinking=false; may be given again.",
-    ),
+    TEMPLATE_ARGS,
     click.option(
         "--lessons", type=click.Path(path_type=Path), help="Where the models' answers are kept. [default: OUT.lessons]"
     ),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from resta.cli.options import HOW, JUDGES, QUESTIONS, SERVERS, run_options, together
+from resta.cli.options import CHAT_TEMPLATE, HOW, JUDGES, QUESTIONS, SERVERS, run_options, together
 from resta.cli.output import output
 from resta.cli.verify import POLICY, UTILITY, exam_of
 
@@ -82,7 +82,7 @@ LADDER = together(
 @JUDGES
 @HOW
 @SERVERS
-@click.option("--chat-template", metavar="NAME|FILE", help="Chat template for models that have none.")
+@CHAT_TEMPLATE
 @output(
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("restored"),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from resta.cli.options import HOW, JUDGES, QUESTIONS, SERVERS, run_options, together
+from resta.cli.options import CHAT_TEMPLATE, HOW, JUDGES, QUESTIONS, SERVERS, run_options, together
 from resta.cli.output import output
 from resta.cli.verify import POLICY, UTILITY, exam_of
 from resta.errors import NO, RequestError
@@ -115,7 +115,7 @@ GRID = together(
 )
 
 PLACE = together(
-    click.option("--chat-template", type=click.Path(exists=True, dir_okay=False), help="For models that have none."),
+    CHAT_TEMPLATE,
     click.option("--ray", "ray_address", metavar="local|auto|ADDRESS", help="Measure candidates on a Ray cluster."),
     click.option("--ray-workers", type=click.IntRange(min=1), help="Models loaded at once. [default: one per GPU]"),
     output(type=click.Path(file_okay=False, path_type=Path), required=True, help="The sweep's folder."),

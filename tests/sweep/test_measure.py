@@ -70,6 +70,15 @@ def test_another_scale_is_planned_without_the_disk_as_if_it_were_read_anew(
     )  # fmt: skip
 
 
+def test_a_chat_template_is_named_as_everywhere_and_refused_before_anything_is_written(
+    trio: Trio, bank: Path, policy: Path, tmp_path: Path
+) -> None:
+    for name, why in (("chatml", "'chatml' needs the token '<|im_start|>'"), ("no-such", "one of: vicuna_v1.1")):
+        words = arguments(trio, bank, policy, chat_template=name)
+        assert why in invoke(words, tmp_path / "out", code=2)
+    assert not (tmp_path / "out").exists()
+
+
 JUDGE = """\
 name: tok
 about: x
