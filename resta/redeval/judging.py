@@ -131,11 +131,11 @@ def pending(run: RunDir, judge: Judge) -> list[tuple[Question, Answer]]:
 
     One that was judged as it came, and turned out to be a thought cut off, is among them.
     """
-    done = {verdict.answer_id: verdict.label for verdict in run.verdicts() if verdict.judge_sha256 == judge.sha256}
-    questions = run.questions()
+    answers, questions = run.answers(), run.questions()
+    done = {each.answer_id: each.label for each in run.verdicts_on(answers) if each.judge_sha256 == judge.sha256}
     pairs = [
         (questions[answer.qid], answer)
-        for answer in run.answers()
+        for answer in answers
         if answer.id not in done or ("cut_thought" in answer.flags and done[answer.id] != "unanswered")
     ]
     return [(q, answer) for q, answer in pairs if judge.measures(safe_question=q.safe)]
@@ -144,10 +144,9 @@ def pending(run: RunDir, judge: Judge) -> list[tuple[Question, Answer]]:
 def untested(run: RunDir, judge: Judge, sitting: str | None = None) -> list[Known]:
     """Return the known answers that a judge has yet to be tested on, in the languages of the run's questions.
 
-    A served judge that is to judge in a sitting is tested in it.
+    A served judge that is to judge in a sitting is tested in it; `sitting` is None where it has nothing to judge.
     """
-    judges_now = sitting is not None and judge.base_url is not None and bool(pending(run, judge))
-    return left_to_test(judge, run.questions().values(), run.control(), sitting if judges_now else None)
+    return left_to_test(judge, run.questions().values(), run.control(), sitting)
 
 
 def left_to_test(
@@ -186,8 +185,9 @@ def judge_phase(run: RunDir, judge: Judge, options: RunOptions) -> None:
     Where it fails, the answer stays without a verdict. Raises UnansweredError where too many fail in a row, or where a
     served judge says nothing of a known answer: then nobody knows whether it can judge. Verdicts so far are kept.
     """
-    known = {each.answer.id: each for each in untested(run, judge, options.sitting)}
-    first, answers = [(each.question, each.answer) for each in known.values()], pending(run, judge)
+    answers = pending(run, judge)
+    known = {each.answer.id: each for each in untested(run, judge, options.sitting if answers else None)}
+    first = [(each.question, each.answer) for each in known.values()]
     if not first and not answers:
         return
     tally = Tally(phase=f"judge {judge.id}", total=len(first) + len(answers))

@@ -175,7 +175,11 @@ class RunDir:
 
     def verdicts(self) -> list[Judgement]:
         """Return all verdicts so far on the answers that there are: on another text of the same id there is none."""
-        texts = {answer.id: answer.sha256 for answer in self.answers()}
+        return self.verdicts_on(self.answers())
+
+    def verdicts_on(self, answers: Iterable[Answer]) -> list[Judgement]:
+        """Return all verdicts so far on these answers, which are the run's as they were read."""
+        texts = {answer.id: answer.sha256 for answer in answers}
         found = read_rows(self.path / "verdicts.jsonl", Judgement)
         return [each for each in found if each.answer_sha256 in ("", texts.get(each.answer_id))]
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from resta.errors import RequestError, UnansweredError
-from resta.journal import Journal
+from resta.journal import Journal, read_rows
 from resta.redeval.control import LEAST, Known, controls, controls_of, known_answers, read_control, record_of
 from resta.redeval.judges import Judge, built_in, parse_judge, read_judge, verdict_without_model
 from resta.redeval.judging import judge_phase, note_judges, untested
@@ -158,6 +158,24 @@ def test_a_served_judge_is_tested_in_the_languages_of_the_questions_and_not_twic
     assert len(stub.bodies) == 2 * 44 + 8
     other = parse_judge(f"red-instruct=other@{stub.url}")
     assert len(untested(run, other)) == 2 * 44  # another judge
+
+
+def test_a_judge_that_begins_reads_the_answers_once(
+    tmp_path: Path, stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub.answer = lambda body: (200, chat("[[A]]"))
+    run = run_of(tmp_path / "run", ["How?"])
+    judge = parse_judge(f"red-instruct=big@{stub.url}")
+    note_judges(run, [judge])
+    read: list[str] = []
+
+    def counted(path: Path, kind: Any) -> Any:
+        read.append(path.name)
+        return read_rows(path, kind)
+
+    monkeypatch.setattr("resta.redeval.records.read_rows", counted)
+    judge_phase(run, judge, RunOptions())
+    assert (read.count("answers.jsonl"), read.count("verdicts.jsonl")) == (1, 1)
 
 
 def test_a_served_judge_is_tested_in_each_sitting_in_which_it_judges_and_its_worst_word_counts(
