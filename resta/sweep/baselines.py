@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from resta.redeval.questions import words_of
 from resta.statistics import Difference, padded, paired_rates
 from resta.sweep.apply import unit_norm
 from resta.sweep.candidates import Candidate, Family
@@ -151,10 +152,10 @@ def _asked(
     one: Measurement, two: Measurement, judge: str, labels: frozenset[str], measure: str, level: float
 ) -> Contrast | None:
     verdicts = [model.verdicts.get(judge, {}) for model in (one, two)]
-    by_question: dict[tuple[str, str], list[list[bool]]] = defaultdict(list)
+    by_question: dict[str, list[list[bool]]] = defaultdict(list)  # whatever bank it stands in, as in the gate
     for ask, question in one.planned.items():
         if question.safe == (measure != "ASR") and all(ask in known for known in verdicts):
-            by_question[question.bank, question.text].append([known[ask].label in labels for known in verdicts])
+            by_question[words_of(question.text)].append([known[ask].label in labels for known in verdicts])
     if not by_question:
         return None
     found = paired_rates(padded(list(by_question.values())), level=level)

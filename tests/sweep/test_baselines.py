@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -31,6 +32,23 @@ def labels(harmful: int, total: int = 40) -> list[str]:
 def random(vector: int, baseline: int, ratio: float = 1.0) -> str:
     assert TUNED
     return random_words(tried("resta-0.5"), TUNED, held(labels(vector), labels(baseline), ratio))
+
+
+def test_a_question_that_stands_in_two_banks_tells_nothing_twice() -> None:
+    vector, baseline = labels(10), labels(16)
+    once = held(vector, baseline).of("ASR")
+    asked = questions(len(vector), 0)
+    again = [replace(each, bank="other", text=f" {each.text.upper()} ") for each in asked]
+    measured = {
+        "resta-0.5": measurement([*asked, *again], [*vector, *vector]),
+        "random-0.5": measurement([*asked, *again], [*baseline, *baseline]),
+    }
+    twice = beside(tried("resta-0.5"), tried("random-0.5"), measured, ("judge", None), Policy().level).of("ASR")
+    assert once
+    assert twice
+    assert twice.answers == 2 * once.answers
+    assert twice.difference.value == once.difference.value
+    assert twice.difference.high - twice.difference.low > 0.9 * (once.difference.high - once.difference.low)
 
 
 def test_noise_that_restores_as_much_is_said_to() -> None:
