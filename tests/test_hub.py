@@ -5,6 +5,7 @@ the library reads its environment when it is imported.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import subprocess
@@ -20,10 +21,11 @@ import pytest
 import torch
 from safetensors.torch import save
 
+import resta
 from resta.checkpoint import read_weights
 from resta.errors import RequestError
 from resta.hub import locate
-from tests.builders import CONFIG
+from tests.builders import CONFIG, assert_same_tensors, read, save_model
 
 COMMIT = "c0ffee" + "0" * 34
 WEIGHTS = save({"w": torch.arange(4.0)}, metadata={"format": "pt"})
@@ -159,6 +161,15 @@ except RequestError as error:
 """
 
 
+CONVERT = """
+import json, shlex, sys
+from click.testing import CliRunner
+from resta.cli import main
+done = CliRunner().invoke(main, shlex.split(sys.argv[1]))
+print(json.dumps({"exit_code": done.exit_code, "output": done.output}))
+"""
+
+
 def run(source: str, endpoint: str, home: Path, script: str = SCRIPT, **environment: str) -> dict[str, Any]:
     """What a script (`locate` and `read_weights`) makes of a source, in a process with this endpoint and own cache."""
     settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
@@ -291,3 +302,45 @@ def test_of_the_weights_those_that_the_index_names_are_fetched(home: Path, monke
         assert run("org/name", endpoint, home)["tensors"] == ["w1", "w2"]
         present = set(run("org/name", endpoint, home)["present"])
     assert {name for name in present if name.endswith(".safetensors")} == shards.keys()
+
+
+def pickled(tensors: dict[str, torch.Tensor]) -> bytes:
+    file = io.BytesIO()
+    torch.save(tensors, file)
+    return file.getvalue()
+
+
+def test_from_a_hub_id_with_pytorch_files_alone_it_is_two_commands_to_a_merge(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {"w1": torch.arange(4.0), "w2": torch.ones(2, 3)}
+    names = [f"pytorch_model-0000{number}-of-00002.bin" for number in (1, 2)]
+    shards = {name: pickled({key: tensors[key]}) for name, key in zip(names, tensors, strict=True)}
+    index = {"metadata": {}, "weight_map": dict(zip(tensors, names, strict=True))}
+    files = {name: content for name, content in FILES.items() if not name.endswith((".safetensors", "model.bin"))}
+    files |= {**shards, "pytorch_model.bin.index.json": json.dumps(index).encode()}
+    monkeypatch.setattr(sys.modules[__name__], "FILES", files)
+    with serving() as (endpoint, requests):
+        error = run("org/name@v1", endpoint, home)["error"]
+        assert not [path for path in requests if path.endswith(".bin")]
+        _, _, command = error.partition("what comes of it: resta ")
+        assert command == "convert org/name@v1 -o ./name"
+        done = run(command, endpoint, home, script=CONVERT)
+        assert done["exit_code"] == 0, done["output"]
+    fetched = {path.rpartition("/")[2] for path in requests if "/resolve/" in path}
+    assert not {name for name in fetched if name.endswith((".py", ".pt"))}
+    converted = home.parent / "name"
+    assert json.loads((converted / "resta.json").read_text())["inputs"]["model"]["commit"] == COMMIT
+    base = resta.load(converted)
+    save_model(home.parent / "aligned", {name: value + 2 for name, value in tensors.items()})
+    (base + 0.5 * (resta.load(home.parent / "aligned") - base)).save(home.parent / "merged")
+    assert_same_tensors(read(home.parent / "merged"), {name: value + 1 for name, value in tensors.items()})
+
+
+def test_a_repository_with_safetensors_is_not_converted(home: Path) -> None:
+    with serving() as (endpoint, requests):
+        done = run("convert org/name -o ./name", endpoint, home, script=CONVERT)
+    assert done["exit_code"] == 2
+    assert "its repository has model.safetensors, which every command reads as it is" in done["output"]
+    assert not [path for path in requests if path.endswith(".bin")]
+    assert not (home.parent / "name").exists()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,18 @@ def test_preview_marks_the_trained_tokens_and_trains_nothing(recipe: Path, tmp_p
     assert code == 0, text
     assert re.search(r"ASSISTANT:\[\[ ?The sum is \d+\.</s>\]\]", " ".join(text.split())), text
     assert "trained_tokens" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_of_pytorch_files_alone_is_refused_with_the_command_that_converts_it(
+    recipe: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(tiny_base, old, ignore=shutil.ignore_patterns("*.safetensors*"))
+    (old / "pytorch_model.bin").write_bytes(b"never loaded")
+    code, text = resta("sft", recipe, "--set", f"base={old}", "--output", tmp_path / "out", "--device", "cpu")
+    assert code == 2
+    assert f"resta convert {old} -o {old}-safetensors" in text.replace("\n", "")
     assert not (tmp_path / "out").exists()
 
 
