@@ -229,7 +229,7 @@ def test_an_input_that_changes_meanwhile_leaves_nothing_that_blocks_the_next_run
     recipe: Recipe, trio: dict[str, str], tmp_path: Path
 ) -> None:
     file = Path(trio["base"]) / "model.safetensors"
-    with pytest.raises(ChangedError, match="run the merge again"):
+    with pytest.raises(ChangedError, match="run the same command again"):
         merge_while(recipe, tmp_path / "out", lambda: os.utime(file, ns=(1, 1)))
     assert not (tmp_path / "out.partial").exists()
     engine.merge(recipe, tmp_path / "out")
